@@ -1,0 +1,1 @@
+"""Makes an artifact: source, plan, pipeline, command line."""

@@ -1,0 +1,162 @@
+"""The command line. Each command is a few lines: parse, call one function, show what it returned.
+
+Everything heavy is imported inside the command that needs it, so that `dgq --help` answers at once.
+Exit codes: 0 done, 1 a check failed, 2 bad input or usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dgq.quant.errors import InputError
+
+
+class _OneLineErrors(click.Group):
+    """Bad input ends in one line and exit code 2, whatever command it came from."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            click.echo(f"dgq: error: {error}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("dgq: interrupted", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="dgq")
+def main() -> None:
+    """Quantise, inspect and run DiffusionGemma.
+
+    SRC is a BF16 checkpoint directory, a Hub id (USER/NAME) or `tiny`, the small trained model that ships with dgq.
+    """
+
+
+_SOURCE = click.argument("src")
+_TO = click.option("--to", "to", type=click.Choice(["gguf"]), required=True, help="Format of the artifact.")
+_RECIPE = click.option("--recipe", help="Recipe name or .toml file. [default: q4_k_m]")
+_REVISION = click.option("--revision", help="Branch, tag or commit of a Hub source. [default: its main branch]")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, and nothing for people.")
+
+
+@main.command()
+@_SOURCE
+@_TO
+@_RECIPE
+@_REVISION
+@_JSON
+def plan(src: str, to: str, recipe: str | None, revision: str | None, as_json: bool) -> None:
+    """Show what `convert` would write: schemes, bytes, share quantised, VRAM. Reads headers only."""
+    from dgq.convert import show
+    from dgq.convert.plan import make_plan
+    from dgq.convert.recipes import find_recipe
+    from dgq.convert.source import open_source
+
+    planned = make_plan(open_source(src, revision), find_recipe(to, recipe))
+    show.print_json(planned.to_json()) if as_json else show.plan(planned)
+
+
+@main.command()
+@_SOURCE
+@_TO
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to create.")
+@_RECIPE
+@_REVISION
+@click.option("--imatrix", type=click.Path(path_type=Path), help="GGUF importance matrix to weigh the columns with.")
+@click.option(
+    "--effort",
+    type=click.Choice(["stock"]),
+    default="stock",
+    show_default=True,
+    help="stock: exactly the bytes of the format's own quantiser.",
+)
+@click.option("--threads", type=click.IntRange(1, 1024), help="Slices quantised at once. [default: CPU cores]")
+@_JSON
+def convert(
+    src: str,
+    to: str,
+    out: Path,
+    recipe: str | None,
+    revision: str | None,
+    imatrix: Path | None,
+    effort: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Quantise SRC into the directory given with -o."""
+    from dgq.convert import pipeline, show
+    from dgq.convert.plan import make_plan
+    from dgq.convert.recipes import find_recipe
+    from dgq.convert.source import open_source
+    from dgq.quant.imatrix import read_imatrix
+
+    pipeline.check_target(out)
+    planned = make_plan(open_source(src, revision), find_recipe(to, recipe))
+    weights = read_imatrix(imatrix) if imatrix else None
+    if not as_json:
+        show.notices(planned)
+    with show.bar("converting", planned.nbytes) as advance:
+        done = pipeline.convert(
+            planned, out, imatrix=weights, effort=effort, threads=threads or os.cpu_count() or 1, progress=advance
+        )
+    show.print_json({"output": str(done.file), **done.document}) if as_json else show.converted(planned, done)
+
+
+@main.command()
+@click.argument("artifact")
+@_JSON
+def inspect(artifact: str, as_json: bool) -> None:
+    """Show what an artifact (or a checkpoint) holds and where it came from. Reads headers only."""
+    from dgq.convert import show
+    from dgq.convert.inspect import inspect_artifact
+
+    found = inspect_artifact(artifact)
+    show.print_json(found) if as_json else show.inspected(found)
+
+
+@main.command()
+@click.argument("model", metavar="SRC|ARTIFACT")
+@click.argument("prompt")
+@click.option("--chat", is_flag=True, help="Put PROMPT through the chat template, as a user's turn.")
+@click.option("--max-new-tokens", type=click.IntRange(1), help="[default: the model's generation_config]")
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps a canvas at most. [default: generation_config]")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same text.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="Of activations. [auto: bf16 on CUDA]"
+)
+@_REVISION
+@_JSON
+def run(
+    model: str,
+    prompt: str,
+    chat: bool,
+    max_new_tokens: int | None,
+    steps: int | None,
+    seed: int,
+    device: str,
+    dtype: str,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Write text from a prompt ("-" reads it from standard input) and watch the canvas take shape."""
+    from dgq.convert import show
+    from dgq.convert.generate import generate_text
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    answer = generate_text(
+        model, text, revision=revision, chat=chat, max_new_tokens=max_new_tokens, steps=steps, seed=seed, device=device,
+        dtype=dtype, draw=not as_json and sys.stdout.isatty(),
+    )  # fmt: skip
+    show.print_json(answer) if as_json else show.answer(answer)
+
+
+if __name__ == "__main__":
+    main()

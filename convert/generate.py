@@ -1,0 +1,79 @@
+"""`dgq run`: open anything dgq can run, answer one prompt, draw the canvas meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dgq.convert.source import open_source
+from dgq.quant.errors import InputError
+from dgq.runtime.artifact import Artifact, open_artifact
+
+
+def open_model(asked: str, revision: str | None = None) -> Artifact:
+    """An artifact (directory or .gguf) or a BF16 source, checked as `convert` checks it."""
+    path = Path(asked)
+    if path.is_file() or (path.is_dir() and any(path.glob("*.gguf"))):
+        return open_artifact(path)
+    source = open_source(asked, revision)
+    source.check_copies()
+    return Artifact("safetensors", source.path, source.path, source.config, source.generation, source)
+
+
+def generate_text(
+    asked: str,
+    prompt: str,
+    *,
+    revision: str | None,
+    chat: bool,
+    max_new_tokens: int | None,
+    steps: int | None,
+    seed: int,
+    device: str,
+    dtype: str,
+    draw: bool,
+) -> dict[str, Any]:
+    """Answer one prompt. Returns text, token ids, steps of each canvas, whether it stopped early, and times in seconds."""
+    import torch
+
+    from dgq.runtime.engine import generate
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is visible to torch; use --device cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    artifact = open_model(asked, revision)
+    tokenizer = artifact.tokenizer
+    ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    began = time.perf_counter()
+    model = artifact.load(device, {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    loaded = time.perf_counter()
+    with _drawing(tokenizer, artifact, draw) as on_step:
+        result = generate(model, [ids], artifact.generation, max_new_tokens, seed, steps, on_step)
+    ended = time.perf_counter()
+    return {
+        "text": tokenizer.decode(result.tokens[0]),
+        "tokens": result.tokens[0],
+        "prompt_tokens": len(ids),
+        "steps": result.steps[0],
+        "stopped_early": result.stopped_early[0],
+        "ended": result.ended[0],
+        "seed": seed,
+        "device": device,
+        "load_s": round(loaded - began, 3),
+        "generate_s": round(ended - loaded, 3),
+    }
+
+
+@contextmanager
+def _drawing(tokenizer: Any, artifact: Artifact, draw: bool) -> Iterator[Any]:
+    if not draw:
+        yield None
+        return
+    from dgq.convert.canvas import CanvasView
+
+    with CanvasView(tokenizer, artifact.generation.eos_ids) as view:
+        yield view.step

@@ -1,0 +1,190 @@
+"""What a conversion would write, decided from headers alone: every tensor's name, shape, scheme and bytes.
+
+    Source (headers) + Recipe  ->  Plan  ->  shown by `dgq plan`, carried out by `dgq convert`
+
+The GGUF order is llama-quantize's: tensors outside the layers alphabetically, then layer by layer alphabetically.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from dgq.convert.source import Source
+from dgq.quant.errors import InputError
+from dgq.quant.recipe import Recipe, layer_of
+from dgq.quant.types import Scheme
+from dgq.runtime.config import ModelConfig
+from dgq.runtime.names import ROPE_FREQS, gguf_name
+
+MIB = 1 << 20
+CONTEXTS = (4096, 32768, 131072, 262144)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the artifact. source: its canonical name; None for what dgq generates (rope_freqs.weight)."""
+
+    name: str
+    source: str | None
+    shape: tuple[int, ...]
+    scheme: Scheme
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.scheme.nbytes(self.shape)
+
+    @property
+    def part(self) -> str:
+        """Which part of the model the tensor belongs to, for tables."""
+        for pattern, part in PARTS:
+            if pattern in self.name:
+                return part
+        return "norms and scalars"
+
+
+PARTS = (
+    ("_exps.weight", "routed experts"),
+    ("attn_q.weight", "attention"),
+    ("attn_k.weight", "attention"),
+    ("attn_v.weight", "attention"),
+    ("attn_output.weight", "attention"),
+    ("token_embd", "embedding and head"),
+    ("self_cond_gate", "self-conditioning"),
+    ("self_cond_up", "self-conditioning"),
+    ("self_cond_down", "self-conditioning"),
+    ("ffn_gate_inp", "router"),
+    ("ffn_gate.weight", "dense MLP"),
+    ("ffn_up.weight", "dense MLP"),
+    ("ffn_down.weight", "dense MLP"),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about an artifact but its bytes."""
+
+    source: Source
+    recipe: Recipe
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Tensor data; the file adds a header of names, metadata and tokenizer."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def weights(self) -> list[PlannedTensor]:
+        return [tensor for tensor in self.tensors if tensor.source is not None]
+
+    @property
+    def params(self) -> int:
+        return sum(tensor.numel for tensor in self.weights)
+
+    @property
+    def quantized_params(self) -> int:
+        return sum(tensor.numel for tensor in self.weights if tensor.scheme.bits < 16)
+
+    @property
+    def quantized_share(self) -> float:
+        """Share of the text model's parameters stored in fewer than 16 bits."""
+        return self.quantized_params / self.params
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Parameters of the source that the artifact's format has no place for."""
+        vision = sum(spec.numel for spec in self.source.vision.values())
+        return {"vision": vision} if vision else {}
+
+    def by_scheme(self) -> dict[str, dict[str, int]]:
+        """scheme -> tensors, params, bytes; largest first."""
+        return self._grouped(lambda tensor: tensor.scheme.name)
+
+    def by_part(self) -> dict[str, dict[str, int]]:
+        return self._grouped(lambda tensor: tensor.part)
+
+    def _grouped(self, key: Any) -> dict[str, dict[str, int]]:
+        tensors: Counter[str] = Counter()
+        params: Counter[str] = Counter()
+        nbytes: Counter[str] = Counter()
+        for tensor in self.tensors:
+            group = key(tensor)
+            tensors[group] += 1
+            params[group] += tensor.numel
+            nbytes[group] += tensor.nbytes
+        return {g: {"tensors": tensors[g], "params": params[g], "bytes": n} for g, n in nbytes.most_common()}
+
+    def vram(self) -> dict[int, int]:
+        """Context length -> estimated bytes on the GPU: weights, KV cache in 16 bit, working memory of one step."""
+        config = self.source.config
+        contexts = sorted({min(n, config.context) for n in CONTEXTS})
+        return {n: self.nbytes + kv_bytes(config, n) + working_bytes(config) for n in contexts}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source.where.asked,
+            "revision": self.source.where.revision,
+            "recipe": self.recipe.name,
+            "format": self.recipe.format,
+            "bytes": self.nbytes,
+            "mib": round(self.nbytes / MIB, 1),
+            "params": self.params,
+            "quantized_share": round(self.quantized_share, 6),
+            "bits_per_weight": round(8 * self.nbytes / self.params, 4),
+            "dropped": self.dropped,
+            "by_scheme": self.by_scheme(),
+            "by_part": self.by_part(),
+            "vram_by_context": self.vram(),
+            "notices": list(self.source.notices),
+            "tensors": {t.name: {"shape": list(t.shape), "scheme": t.scheme.name, "bytes": t.nbytes} for t in self.tensors},
+        }
+
+
+def make_plan(source: Source, recipe: Recipe) -> Plan:
+    """Assign every tensor its scheme. InputError if the recipe does not fit the model or leaves too much in 16 bit."""
+    config = source.config
+    if config.experts in recipe.refuse_experts:
+        raise InputError(
+            f"{source.path}: recipe {recipe.name} does not cover models with exactly {config.experts} experts"
+            " (llama-quantize treats them as Mixtral)"
+        )
+    sources: dict[str, str | None] = {name: hf for hf in source.text if (name := gguf_name(hf)) is not None}
+    shapes = {name: source.text[hf].shape for name, hf in sources.items() if hf is not None}
+    sources[ROPE_FREQS] = None
+    shapes[ROPE_FREQS] = (rope_freqs_length(config),)
+    ordered = sorted(sources, key=lambda name: (-1 if (layer := layer_of(name)) is None else layer, name))
+    schemes = recipe.assign({name: shapes[name] for name in ordered}, len(config.layers))
+    plan = Plan(source, recipe, tuple(PlannedTensor(name, sources[name], shapes[name], schemes[name]) for name in ordered))
+    if plan.quantized_share < 1 - recipe.max_16bit_share:
+        worst = max((t for t in plan.weights if t.scheme.bits >= 16), key=lambda t: t.numel)
+        raise InputError(
+            f"{source.path}: recipe {recipe.name} would leave {1 - plan.quantized_share:.1%} of the parameters in 16 bits or"
+            f" more ({worst.name} the largest), and allows {recipe.max_16bit_share:.1%}"
+        )
+    return plan
+
+
+def rope_freqs_length(config: ModelConfig) -> int:
+    """One factor per RoPE angle of a full layer's head."""
+    return next(layer.head_dim for layer in config.layers if not layer.is_sliding) // 2
+
+
+def kv_bytes(config: ModelConfig, context: int) -> int:
+    """Keys and values of one sequence in 16 bit: full layers keep all tokens, sliding ones the last window - 1."""
+    total = 0
+    for layer in config.layers:
+        tokens = min(context, config.window - 1) if layer.is_sliding else context
+        total += 2 * 2 * tokens * layer.kv_heads * layer.head_dim
+    return total
+
+
+def working_bytes(config: ModelConfig) -> int:
+    """Working memory of a denoising step: three float32 arrays of canvas x vocabulary (logits, probabilities, one
+    temporary), and one decoded expert with its activations in 16 bit."""
+    return 3 * 4 * config.canvas * config.vocab + 2 * 3 * config.hidden * config.expert_intermediate

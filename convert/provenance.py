@@ -1,0 +1,67 @@
+"""dgq.json: where an artifact comes from and what it is, checkable file by file.
+
+It lists the source (repository, revision, SHA-256 of every file), the recipe, each tensor's scheme, the share of
+parameters quantised, and the SHA-256 of every other file of the artifact. Its last key is the SHA-256 of its own
+text without that key. No dates and no local paths: the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dgq.convert.plan import Plan
+from dgq.quant.imatrix import Imatrix
+
+FILE = "dgq.json"
+
+
+def dgq_version() -> str:
+    return version("dgq")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def document(
+    plan: Plan, effort: str, imatrix: Imatrix | None, sources: dict[str, Any], files: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of dgq.json. sources, files: file name -> {"bytes", "sha256"}."""
+    where = plan.source.where
+    content: dict[str, Any] = {
+        "dgq": dgq_version(),
+        "format": plan.recipe.format,
+        "recipe": plan.recipe.name,
+        "effort": effort,
+        "source": {"name": where.name, "repository": where.repo, "revision": where.revision, "files": sources},
+        "notices": list(plan.source.notices),
+        "params": plan.params,
+        "quantized_params": plan.quantized_params,
+        "quantized_share": round(plan.quantized_share, 6),
+        "dropped": plan.dropped,
+        "imatrix": None,
+        "tensors": {tensor.name: tensor.scheme.name for tensor in plan.tensors},
+        "files": files,
+    }
+    if imatrix is not None:
+        path = Path(imatrix.file)
+        content["imatrix"] = {"name": path.name, "datasets": list(imatrix.datasets), **describe(path)}
+    return sealed(content)
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with the SHA-256 of itself as its last key."""
+    return content | {"sha256": hashlib.sha256(text(content).encode()).hexdigest()}
+
+
+def text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,26 @@
+"""Finding recipes: dgq's own by name, anyone's by file."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from dgq.quant.errors import InputError
+from dgq.quant.recipe import Recipe, load_recipe
+
+DEFAULTS = {"gguf": "q4_k_m"}
+
+
+def find_recipe(to: str, name: str | None = None) -> Recipe:
+    """The recipe for a format: its default, one of dgq's by name, or a .toml file. InputError if it is another format's."""
+    name = name or DEFAULTS[to]
+    if name.endswith(".toml"):
+        recipe = load_recipe(Path(name))
+    else:
+        known = {path.name.removesuffix(".toml"): path for path in files("dgq.recipes").iterdir() if path.name.endswith(".toml")}
+        if name not in known:
+            raise InputError(f"unknown recipe {name!r}; dgq has {', '.join(sorted(known))}, or give a .toml file")
+        recipe = load_recipe(Path(str(known[name])))
+    if recipe.format != to:
+        raise InputError(f"recipe {recipe.name} makes {recipe.format}, not {to}")
+    return recipe

@@ -1,0 +1,133 @@
+"""Everything dgq prints for people: tables, bars, one obvious next command. Data goes to stdout, the rest to stderr."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dgq.convert.pipeline import Converted
+    from dgq.convert.plan import Plan
+
+MIB, GB = 1 << 20, 10**9
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """One JSON object on one line."""
+    print(json.dumps(data, ensure_ascii=False))
+
+
+@contextmanager
+def bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar over bytes on stderr; silent where stderr is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+
+        def advance(nbytes: int, name: str) -> None:
+            progress.update(task, advance=nbytes, description=f"{what} {name}")
+
+        yield advance
+
+
+def notices(plan: Plan) -> None:
+    for line in plan.source.notices:
+        err.print(f"note: {line}", style="yellow", soft_wrap=True)
+    for part, params in plan.dropped.items():
+        text = f"note: {plan.recipe.label} {plan.recipe.format.upper()} has no place for {part}: {_count(params)} parameters are dropped"
+        err.print(text, style="yellow", soft_wrap=True)
+
+
+def plan(plan: Plan) -> None:
+    """The table of `dgq plan`."""
+    where = plan.source.where
+    pinned = f" @ {where.revision}" if where.revision else ""
+    out.print(f"{where.asked}{pinned} -> {plan.recipe.label} ({plan.recipe.description})", style="bold", soft_wrap=True)
+    out.print(_groups("part", plan.by_part(), plan.nbytes))
+    out.print(_groups("scheme", plan.by_scheme(), plan.nbytes))
+    out.print(
+        f"{len(plan.tensors)} tensors, {plan.nbytes / MIB:,.0f} MiB ({plan.nbytes / GB:.2f} GB),"
+        f" {8 * plan.nbytes / plan.params:.2f} bits a weight; {plan.quantized_share:.2%} of {_count(plan.params)} parameters quantised"
+    )
+    fallbacks = sum(t.numel for t in plan.weights if t.scheme.name in plan.recipe.fallback.values())
+    if fallbacks:
+        out.print(
+            f"{fallbacks / plan.params:.0%} of the parameters lie in rows that no K-quant fits and take the fallback"
+            f" ({', '.join(f'{a} -> {b}' for a, b in plan.recipe.fallback.items())})"
+        )
+    vram = "   ".join(f"{n // 1024}K: {size / GB:.1f} GB" for n, size in plan.vram().items())
+    out.print(f"VRAM to run it, by context (estimate: weights, 16-bit KV cache, one step's working memory)   {vram}")
+    notices(plan)
+    _next(f"dgq convert {shlex.quote(where.asked)} --to {plan.recipe.format} -o {shlex.quote(where.name)}-{plan.recipe.label}")
+
+
+def converted(plan: Plan, done: Converted) -> None:
+    """What `dgq convert` made."""
+    size = done.file.stat().st_size
+    out.print(f"{done.file}  {size / MIB:,.1f} MiB, {plan.quantized_share:.2%} of the parameters quantised", soft_wrap=True)
+    _next(f"dgq run {shlex.quote(str(done.path))} --chat 'copy: red apple'")
+
+
+def inspected(found: dict[str, Any]) -> None:
+    """The page of `dgq inspect`."""
+    model, sampler, origin = found["model"], found["sampler"], found["provenance"]
+    out.print(f"{found['path']}: {found['kind']}, {found['file']}", style="bold", soft_wrap=True)
+    out.print(_groups("scheme", found["by_scheme"], found["bytes"]))
+    share = f"{found['quantized_share']:.2%} of {_count(found['params'])} parameters quantised"
+    out.print(f"{len(found['tensors'])} text tensors, {found['bytes'] / MIB:,.1f} MiB, {share}")
+    out.print("model    " + "  ".join(f"{key} {value}" for key, value in model.items()))
+    out.print("sampler  " + "  ".join(f"{key} {value}" for key, value in sampler.items()))
+    if origin is None:
+        out.print("origin   no dgq.json: not made by dgq, or the file without its directory")
+    else:
+        source = origin["source"] or {}
+        where = f"{source['repository']} @ {source['revision']}" if source.get("repository") else source.get("name")
+        imatrix = f", imatrix {origin['imatrix']['name']}" if origin["imatrix"] else ", no imatrix"
+        out.print(f"origin   {where}, recipe {origin['recipe']}, effort {origin['effort']}{imatrix}, dgq {origin['dgq']}", soft_wrap=True)
+        for part, params in (origin["dropped"] or {}).items():
+            out.print(f"dropped  {part}, {_count(params)} parameters")
+    _next(f"dgq run {shlex.quote(found['path'])} --chat 'copy: red apple'")
+
+
+def answer(result: dict[str, Any]) -> None:
+    """The text on stdout; on a terminal, how it came about on stderr."""
+    print(result["text"])
+    if err.is_terminal:
+        steps = sum(result["steps"])
+        speed = len(result["tokens"]) / max(result["generate_s"], 1e-9)
+        err.print(
+            f"{len(result['tokens'])} tokens in {steps} steps ({'+'.join(map(str, result['steps']))}),"
+            f" {result['generate_s']:.1f} s, {speed:.0f} tokens/s on {result['device']}, loaded in {result['load_s']:.1f} s",
+            style="dim",
+        )
+
+
+def _groups(title: str, groups: dict[str, dict[str, int]], total: int) -> Table:
+    table = Table(title, box=None, pad_edge=False)
+    for heading in ("tensors", "parameters", "MiB", "share of bytes"):
+        table.add_column(heading, justify="right")
+    for name, group in groups.items():
+        share = f"{group['bytes'] / total:.1%}"
+        table.add_row(name, str(group["tensors"]), _count(group["params"]), f"{group['bytes'] / MIB:,.1f}", share)
+    return table
+
+
+def _count(n: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if n >= size:
+            return f"{n / size:.2f} {unit}"
+    return str(n)
+
+
+def _next(command: str) -> None:
+    if err.is_terminal:
+        err.print(f"\nnext: {command}", style="green", soft_wrap=True)

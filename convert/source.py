@@ -1,0 +1,148 @@
+"""The BF16 checkpoint (or a fine-tune of it) that everything is made from, checked from its headers.
+
+    config.json (either style)   ->  ModelConfig  ->  the exact list of tensors it must hold
+    safetensors headers          ->  Spec         ->  compared name by name, shape by shape
+
+Missing, extra and mis-shaped tensors, foreign dtypes and already quantised checkpoints are refused before a byte of
+payload is read. Two deviations are accepted with a notice: F16 and F32 tensors, and copies of tied weights (lm_head,
+the encoder's text weights) that turn out byte-equal when they are compared, as the first thing a conversion reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgq.convert.hub import Located, locate
+from dgq.convert.vision import expected_vision
+from dgq.quant.errors import InputError
+from dgq.quant.hf_dir import FLOATS, HFDir, read_json
+from dgq.quant.types import Packed, Spec
+from dgq.runtime.config import ModelConfig
+from dgq.runtime.names import DECODER, EMBEDDING, ENCODER, expected_tensors
+from dgq.runtime.settings import GenerationConfig
+
+COMPARE_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Source(Mapping[str, Packed]):
+    """A checked checkpoint: a mapping canonical text tensor name -> Packed (mapped, not loaded).
+
+    text, vision: header entries; copies: name of a duplicate -> canonical name; notices: lines to show the user.
+    """
+
+    where: Located
+    config: ModelConfig
+    generation: GenerationConfig
+    raw_config: dict[str, Any]
+    text: dict[str, Spec]
+    vision: dict[str, Spec]
+    copies: dict[str, str]
+    notices: tuple[str, ...]
+    _dir: HFDir
+
+    def __getitem__(self, name: str) -> Packed:
+        if name not in self.text:
+            raise KeyError(name)
+        return self._dir[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.text)
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    @property
+    def path(self) -> Path:
+        return self.where.path
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, in order of name."""
+        return sorted({spec.file for spec in self._dir.specs.values()})
+
+    def check_copies(self) -> None:
+        """Compare each copy of a tied weight with its original, byte by byte; InputError if one differs."""
+        for copy, original in self.copies.items():
+            a, b = (self._dir[name].parts[""].flatten().view(torch.uint8) for name in (copy, original))
+            pairs = zip(a.split(COMPARE_BYTES), b.split(COMPARE_BYTES), strict=False)
+            if a.numel() != b.numel() or not all(torch.equal(x, y) for x, y in pairs):
+                raise InputError(
+                    f"{self._dir.specs[copy].file}: {copy} differs from {original}, which it should be tied to;"
+                    " this is no plain fine-tune of DiffusionGemma"
+                )
+
+
+def open_source(asked: str, revision: str | None = None, *, weights: bool = True) -> Source:
+    """Locate and check SRC; reads headers only. InputError for anything that is wrong with it."""
+    where = locate(asked, revision, weights=weights)
+    config_file = where.path / "config.json"
+    raw = read_json(config_file)
+    if "quantization_config" in raw:
+        method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
+        raise InputError(f"{config_file}: already quantised (quant_method {method!r}); convert from the BF16 checkpoint")
+    config = ModelConfig.from_json(raw, str(config_file))
+    generation = GenerationConfig.from_file(where.path / "generation_config.json", config)
+    directory = HFDir(where.path)
+    vision = expected_vision(raw, config.hidden, str(config_file))
+    text = expected_tensors(config)
+    copies = _copies(directory, text)
+    expected = text | vision | {copy: text[original] for copy, original in copies.items()}
+    check_tensors({n: (s.shape, s.file) for n, s in directory.specs.items()}, expected, where.path)
+    _check_dtypes(directory.specs)
+    notices = _notices(directory.specs, copies, raw.get("text_config", {}))
+    by_name = directory.specs
+    return Source(
+        where, config, generation, raw, {n: by_name[n] for n in text}, {n: by_name[n] for n in vision}, copies, notices, directory
+    )
+
+
+def _copies(directory: HFDir, text: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Duplicates of tied weights among the directory's tensors -> the tensor they duplicate."""
+    copies = {}
+    for name in directory.specs:
+        original = EMBEDDING if name == "lm_head.weight" else DECODER + name.removeprefix(ENCODER)
+        if name not in text and (name == "lm_head.weight" or name.startswith(ENCODER)) and original in text:
+            copies[name] = original
+    return copies
+
+
+def check_tensors(found: Mapping[str, tuple[tuple[int, ...], Path]], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Every expected tensor present in its shape and no other; InputError names the first that is not."""
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise InputError(f"{path}: {missing[0]} is missing{_and_more(missing)}; config.json asks for {list(expected[missing[0]])}")
+    extra = [name for name in found if name not in expected]
+    if extra:
+        raise InputError(f"{found[extra[0]][1]}: holds {extra[0]}, which DiffusionGemma does not have{_and_more(extra)}")
+    for name, shape in expected.items():
+        if found[name][0] != shape:
+            raise InputError(f"{found[name][1]}: {name} is {list(found[name][0])}, config.json asks for {list(shape)}")
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def _check_dtypes(specs: Mapping[str, Spec]) -> None:
+    for name, spec in specs.items():
+        if spec.dtype not in FLOATS:
+            raise InputError(f"{spec.file}: {name} has dtype {spec.dtype}; dgq converts from BF16 (or F16, F32)")
+
+
+def _notices(specs: Mapping[str, Spec], copies: Mapping[str, str], text: Mapping[str, Any]) -> tuple[str, ...]:
+    lines = []
+    others = [name for name, spec in specs.items() if spec.dtype != "BF16"]
+    if others:
+        kinds = "/".join(sorted({specs[name].dtype for name in others}))
+        lines.append(f"{len(others)} of {len(specs)} tensors are {kinds}, not BF16 ({others[0]}, …): used as they are")
+    if copies:
+        lines.append(f"{len(copies)} copies of tied weights ({next(iter(copies))}, …): dropped if byte-equal, else refused")
+    if "per_layer_config" in text:
+        lines.append("config.json has the style of transformers >= 5.17 (per_layer_config): read, and kept as it is")
+    return tuple(lines)

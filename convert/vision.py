@@ -1,0 +1,55 @@
+"""The tensors of the vision part, from config.json's vision_config: checked like the text's, so that nothing unknown
+hides behind its prefix. A .gguf of this arch has no place for them; the plan says so and counts what is dropped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dgq.quant.errors import InputError
+
+TOWER = "model.encoder.vision_tower."
+EMBED = "model.encoder.embed_vision."
+
+
+def expected_vision(raw: dict[str, Any], text_hidden: int, source: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every vision tensor. raw: the whole config.json; {} if it has no vision_config."""
+    vision = raw.get("vision_config")
+    if vision is None:
+        return {}
+    if not isinstance(vision, dict):
+        raise InputError(f"{source}: vision_config is a {type(vision).__name__}, not an object")
+
+    def count(key: str) -> int:
+        value = vision.get(key)
+        if type(value) is not int or not 0 < value < 2**24:
+            raise InputError(f"{source}: vision_config.{key} is {value!r}, not a positive integer")
+        return value
+
+    h, ffn, head = count("hidden_size"), count("intermediate_size"), count("head_dim")
+    queries, keys = count("num_attention_heads") * head, count("num_key_value_heads") * head
+    shapes: dict[str, tuple[int, ...]] = {
+        EMBED + "embedding_projection.weight": (text_hidden, h),
+        TOWER + "patch_embedder.input_proj.weight": (h, 3 * count("patch_size") ** 2),
+        TOWER + "patch_embedder.position_embedding_table": (2, count("position_embedding_size"), h),
+    }
+    if vision.get("standardize"):
+        shapes |= {TOWER + "std_bias": (h,), TOWER + "std_scale": (h,)}
+    linears = {
+        "self_attn.q_proj": (queries, h),
+        "self_attn.k_proj": (keys, h),
+        "self_attn.v_proj": (keys, h),
+        "self_attn.o_proj": (h, queries),
+        "mlp.gate_proj": (ffn, h),
+        "mlp.up_proj": (ffn, h),
+        "mlp.down_proj": (h, ffn),
+    }
+    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    for index in range(count("num_hidden_layers")):
+        layer = f"{TOWER}encoder.layers.{index}."
+        shapes |= {f"{layer}{name}.linear.weight": shape for name, shape in linears.items()}
+        shapes |= {f"{layer}{name}.weight": (h,) for name in norms}
+        shapes |= {f"{layer}self_attn.{name}.weight": (head,) for name in ("q_norm", "k_norm")}
+        if vision.get("use_clipped_linears"):
+            bounds = ("input_min", "input_max", "output_min", "output_max")
+            shapes |= {f"{layer}{name}.{bound}": () for name in linears for bound in bounds}
+    return shapes

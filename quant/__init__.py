@@ -1,0 +1,1 @@
+"""What a quantised weight is, and what an artifact's files are: no model, no network."""

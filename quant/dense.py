@@ -1,0 +1,42 @@
+"""Unquantised weights: BF16, F16 and F32 are schemes like any other, so the baseline takes the same road.
+
+    parts[""]   the weight itself, shape (…, in), in the scheme's dtype
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A plain tensor of `dtype`; quantize() rounds to nearest even, as every framework's cast does."""
+
+    name: str
+    dtype: torch.dtype
+    block: int = 1
+
+    @property
+    def bits(self) -> float:
+        return 8.0 * self.dtype.itemsize
+
+    def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return {"": weight.to(self.dtype)}
+
+    def valid(self, parts: Mapping[str, torch.Tensor]) -> bool:
+        return bool(torch.isfinite(parts[""]).all())
+
+    def dequantize(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return parts[""].to(dtype)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self.dtype.itemsize
+
+
+BF16 = Dense("bf16", torch.bfloat16)
+F16 = Dense("f16", torch.float16)
+F32 = Dense("f32", torch.float32)

@@ -1,0 +1,150 @@
+"""A directory of safetensors files, read as headers first and bytes later.
+
+    model.safetensors                                one file, or
+    model.safetensors.index.json + shards            {"weight_map": {tensor name: file name}}
+
+    a file:  u64 header length | JSON {name: {dtype, shape, data_offsets}} | payload
+
+Opening reads and checks the headers only: lengths against the file's size, offsets against each other and against
+shape × dtype, the index against what the shards really hold. Whatever is wrong is an InputError naming file and
+tensor. Bytes are mapped, not loaded: `HFDir[name]` is a view until somebody computes with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dgq.quant.errors import InputError
+from dgq.quant.schemes import SCHEMES
+from dgq.quant.types import Packed, Spec
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER = 100_000_000  # the safetensors library's own limit
+ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
+ITEMSIZE |= {f"{kind}{bits}": bits // 8 for kind in "IU" for bits in (8, 16, 32, 64)}
+FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}  # safetensors dtype -> scheme
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; InputError if it is missing, unreadable or no object."""
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error}); fetch the file again") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: holds a {type(data).__name__}, not a JSON object")
+    return data
+
+
+def read_header(path: Path) -> dict[str, Spec]:
+    """Every tensor a safetensors file announces, in file order of their bytes."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER):
+                raise InputError(
+                    f"{path}: header length {length} does not fit a file of {size} bytes; truncated or no safetensors file"
+                )
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; the download is incomplete") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: unreadable safetensors header ({error}); fetch the file again") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: unreadable safetensors header (not a JSON object); fetch the file again")
+    header.pop("__metadata__", None)
+    base = 8 + length
+    specs = sorted((_spec(path, name, entry, base) for name, entry in header.items()), key=lambda s: (s.start, s.stop))
+    end = base
+    for spec in specs:
+        if spec.start != end:
+            raise InputError(f"{path}: {spec.name} starts at byte {spec.start}, not {end} where the tensor before it ends")
+        end = spec.stop
+    if end != size:
+        raise InputError(f"{path}: {size} bytes, but its header announces {end}; truncated or damaged, fetch it again")
+    return {spec.name: spec for spec in specs}
+
+
+def _spec(path: Path, name: str, entry: Any, base: int) -> Spec:
+    try:
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        natural = all(type(n) is int and 0 <= n < 2**48 for n in (*shape, start, stop))
+    except (TypeError, KeyError, ValueError):
+        natural = False
+    if not natural:
+        raise InputError(f"{path}: {name} has a malformed header entry {str(entry)[:80]}")
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        raise InputError(f"{path}: {name} has dtype {str(dtype)[:20]!r}, which dgq does not know")
+    spec = Spec(name, shape, dtype, path, base + start, base + stop)
+    if spec.numel * ITEMSIZE[dtype] != stop - start:
+        raise InputError(f"{path}: {name} {dtype} {list(shape)} takes {spec.numel * ITEMSIZE[dtype]} bytes, not {stop - start}")
+    return spec
+
+
+def read_index(path: Path) -> dict[str, Spec]:
+    """All tensors of a directory: by its index if it has one, else of its single file."""
+    index = path / INDEX
+    if not index.is_file():
+        if not (path / SINGLE).is_file():
+            raise InputError(f"{path}: holds neither {SINGLE} nor {INDEX}; is this a checkpoint directory?")
+        return read_header(path / SINGLE)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: has no weight_map; fetch the file again")
+    shards: dict[str, dict[str, Spec]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise InputError(f"{index}: {name} lies in {str(file)[:80]!r}, which is no file name inside the directory")
+        if file not in shards:
+            shards[file] = read_header(path / file)
+        if name not in shards[file]:
+            raise InputError(f"{index}: says {name} is in {file}, but that file does not hold it")
+    for file, specs in shards.items():
+        for name in specs:
+            if weight_map.get(name) != file:
+                raise InputError(f"{path / file}: holds {name}, which {INDEX} does not place there; remove it or fix the index")
+    return {name: spec for specs in shards.values() for name, spec in specs.items()}
+
+
+class HFDir(Mapping[str, Packed]):
+    """A safetensors directory as a mapping name -> Packed, mapped into memory and read on use.
+
+    specs: every tensor's header entry. Float tensors only: others raise InputError when they are asked for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.specs = read_index(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    @cached_property
+    def _files(self) -> dict[Path, np.memmap[Any, np.dtype[np.uint8]]]:
+        return {}
+
+    def __getitem__(self, name: str) -> Packed:
+        spec = self.specs[name]
+        if spec.dtype not in FLOATS:
+            raise InputError(f"{spec.file}: {name} has dtype {spec.dtype}; expected BF16, F16 or F32")
+        if spec.file not in self._files:
+            self._files[spec.file] = np.memmap(spec.file, dtype=np.uint8, mode="c")
+        scheme = SCHEMES[FLOATS[spec.dtype]]
+        raw = torch.from_numpy(self._files[spec.file][spec.start : spec.stop])
+        if spec.start % ITEMSIZE[spec.dtype]:
+            raw = raw.clone()
+        return Packed(scheme, spec.shape, {"": raw.view(scheme.dtype).view(spec.shape)})  # type: ignore[attr-defined]

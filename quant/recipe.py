@@ -1,0 +1,120 @@
+"""A recipe decides, from names and shapes alone, which scheme each tensor gets: ordered rules, first match wins.
+
+Recipes are TOML files (dgq's own lie in recipes/); this reads them and applies them. Nothing is decided while
+converting: `assign` maps the whole list of tensors to schemes before a byte is read, and refuses there.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from dgq.quant.errors import InputError
+from dgq.quant.schemes import SCHEMES
+from dgq.quant.types import Scheme
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rule(_Strict):
+    """One line of a recipe. match is a shell pattern on the tensor's name in the artifact."""
+
+    match: str
+    scheme: str
+    more_bits: str | None = None
+    counted: Literal["layer", "tensor"] = "layer"
+    max_dims: int | None = None
+
+    @field_validator("scheme", "more_bits")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in SCHEMES:
+            raise ValueError(f"unknown scheme {name!r} (dgq has {', '.join(SCHEMES)})")
+        return name
+
+    def matches(self, name: str, shape: tuple[int, ...]) -> bool:
+        return fnmatchcase(name, self.match) and (self.max_dims is None or len(shape) <= self.max_dims)
+
+
+class Recipe(_Strict):
+    """An artifact's policy: rules for tensors, a fallback for rows that don't fit a scheme's block."""
+
+    name: str
+    format: Literal["gguf"]
+    label: str
+    file_type: int
+    description: str
+    max_16bit_share: float = Field(ge=0, le=1)
+    refuse_experts: tuple[int, ...] = ()
+    rule: tuple[Rule, ...]
+    fallback: dict[str, str] = {}
+
+    def assign(self, shapes: Mapping[str, tuple[int, ...]], layers: int) -> dict[str, Scheme]:
+        """name -> scheme for every tensor; shapes in the artifact's order, `layers` the model's layer count.
+
+        InputError, naming the tensor, if no rule matches or its rows fit neither the scheme nor the fallback.
+        """
+        chosen = {name: self._rule(name, shape) for name, shape in shapes.items()}
+        schemes: dict[str, Scheme] = {}
+        for name, shape in shapes.items():
+            rule = chosen[name]
+            if rule.counted == "tensor":
+                peers = [n for n, r in chosen.items() if r is rule]
+                index, count = peers.index(name), len(peers)
+            else:
+                index, count = layer_of(name), layers
+            better = rule.more_bits is not None and index is not None and use_more_bits(index, count)
+            schemes[name] = self._fitting(name, shape, rule.more_bits if better and rule.more_bits else rule.scheme)
+        return schemes
+
+    def _rule(self, name: str, shape: tuple[int, ...]) -> Rule:
+        for rule in self.rule:
+            if rule.matches(name, shape):
+                return rule
+        raise InputError(f"recipe {self.name}: no rule matches tensor {name} {list(shape)}; add one")
+
+    def _fitting(self, name: str, shape: tuple[int, ...], scheme: str) -> Scheme:
+        for candidate in (scheme, self.fallback.get(scheme)):
+            if candidate is not None and shape[-1] % SCHEMES[candidate].block == 0:
+                return SCHEMES[candidate]
+        raise InputError(f"recipe {self.name}: rows of {shape[-1]} in {name} fit neither {scheme} nor a fallback of it")
+
+
+def use_more_bits(index: int, count: int) -> bool:
+    """llama.cpp's choice of the layers that deserve more bits: first and last eighth, every third in between."""
+    eighth = count // 8
+    return index < eighth or index >= 7 * count // 8 or (index - eighth) % 3 == 2
+
+
+def layer_of(name: str) -> int | None:
+    """The N of blk.N. or layers.N. in a tensor's name."""
+    parts = name.split(".")
+    for before, part in zip(parts, parts[1:], strict=False):
+        if before in ("blk", "layers") and part.isdigit():
+            return int(part)
+    return None
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe; InputError names the file and the key that is wrong."""
+    try:
+        recipe = Recipe.model_validate(tomllib.loads(path.read_text("utf-8")))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe") from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as TOML ({error})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: {where}: {first['msg']}") from None
+    for scheme in {**recipe.fallback, **{v: v for v in recipe.fallback.values()}}:
+        if scheme not in SCHEMES:
+            raise InputError(f"{path}: fallback: unknown scheme {scheme!r} (dgq has {', '.join(SCHEMES)})")
+    return recipe

@@ -1,0 +1,9 @@
+"""Every scheme dgq knows, by the name that recipes, dgq.json and plans use."""
+
+from __future__ import annotations
+
+from dgq.quant.dense import BF16, F16, F32
+from dgq.quant.ggml import Q4_K, Q5_0, Q6_K, Q8_0
+from dgq.quant.types import Scheme
+
+SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (BF16, F16, F32, Q4_K, Q5_0, Q6_K, Q8_0)}

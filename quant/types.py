@@ -1,0 +1,106 @@
+"""The few types everything else speaks in.
+
+    Spec      a tensor that was announced by a file's header and not yet read
+    Scheme    how a block of weights becomes bits and back: two pure functions and a block size
+    Packed    a quantised weight: which scheme, which shape, which bytes
+
+One weight's way through dgq:
+
+    source header -> Spec -> read -> scheme.quantize -> Packed -> Writer.add
+                                                          |
+    Reader[name] -> Packed -> decode then matmul (or a kernel)
+
+A fused expert weight is ONE weight of shape (E, out, in): blocks run along the last axis, so it quantises to
+the same bytes as each expert alone, and `packed[e]` is a view of one expert's bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor as its file's header announces it: nothing was read yet.
+
+    dtype is the file format's own name (safetensors: BF16, F16, F32, U8, …); file holds the bytes from byte
+    `start` (counted from the beginning of the file) to `stop`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+class Scheme(Protocol):
+    """One way to store a weight. Pure functions on tensors: no names, no state.
+
+    block: elements along the last axis that share scales; bits: stored bits per weight, scales included.
+    """
+
+    name: str
+    block: int
+    bits: float
+
+    def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """weight (…, in) of any float dtype -> parts. importance (in,) or (E, in) float32 weighs the columns."""
+        ...
+
+    def valid(self, parts: Mapping[str, torch.Tensor]) -> bool:
+        """Whether everything in parts decodes to finite values: no overflowed scale, no NaN."""
+        ...
+
+    def dequantize(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """parts -> weight (…, in) in `dtype`, on the device where the parts live."""
+        ...
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that a weight of this shape takes on disk."""
+        ...
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantised weight. parts maps an on-disk suffix ("" = the tensor itself) to a tensor.
+
+    Every part keeps the weight's leading axes, so that row and expert slices of the parts are the slices of
+    the weight: for a ggml scheme parts[""] is uint8 (…, rows, bytes of a row).
+    """
+
+    scheme: Scheme
+    shape: tuple[int, ...]
+    parts: Mapping[str, torch.Tensor]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight, decoded: shape `self.shape`, on the parts' device."""
+        return self.scheme.dequantize(self.parts, dtype)
+
+    def __getitem__(self, index: int | slice | torch.Tensor) -> Packed:
+        """Slice along the first axis (an expert, a range of rows, or rows picked by an index tensor)."""
+        parts = {suffix: part[index] for suffix, part in self.parts.items()}
+        lead = next(iter(parts.values())).shape[: len(self.shape) - 1 - isinstance(index, int)]
+        return Packed(self.scheme, (*lead, self.shape[-1]), parts)
+
+    def to(self, device: torch.device | str) -> Packed:
+        return Packed(self.scheme, self.shape, {k: v.to(device) for k, v in self.parts.items()})
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.parts.values())

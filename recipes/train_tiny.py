@@ -1,0 +1,403 @@
+"""Trains `tiny`: a 7.7 M parameter DiffusionGemma with every part of the 26B one, on one GPU in a few minutes.
+
+    python recipes/tiny_data.py --work DIR                       # tokens, tokenizer, prompts (needs two Debian packages)
+    python recipes/train_tiny.py --work DIR --out recipes/tiny   # trains and writes the checkpoint
+
+The modules and their weights are transformers' own; only the order in which they are called is ours, so that one pass serves
+many canvases. A sequence of 256 tokens is encoded causally once. Then several canvases of 64 positions go through the decoder
+together, as queries over [256 encoder keys ; their own keys]: a mask lets canvas k see the tokens before its start (in sliding
+layers the last 63 of them) and itself, which is what generate() would show it. Rotary positions are relative, so chats can be
+packed into a sequence, each in its own attention segment.
+
+Two losses, as the model was built for: next token on the encoder, clean token at every canvas position on the decoder. A
+canvas at noise level t has each token replaced, with probability t, by a uniformly random one; a fifth of the canvases are pure
+noise, where generation starts. Half of the canvases get self-conditioning: the logits of an earlier, noisier canvas, divided by
+a temperature that the sampler would use. A Switch balancing loss is taken apart for chats and text, encoder and decoder, so
+that no expert starves in any of the four.
+
+The experts run as one wide gated MLP whose hidden columns are multiplied by the routing weights (zero for experts not
+chosen): the same function as a loop over experts, without a host sync. tests compare both.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
+PAD, TURN, TURN_END, BOS, IMAGE = 0, 5, 6, 2, 13
+CANVAS, LENGTH, VOCAB = 64, 256, 2048
+SLIDING, FULL = "sliding_attention", "full_attention"
+# Exact in bf16. The two sides differ, and both are far enough from 1 for a loader that forgets them to be found out.
+DECODER_SCALARS = (0.8125, 0.875, 0.84375, 0.9375, 0.8125, 0.90625)
+ENCODER_SCALARS = (1.1875, 1.125, 1.15625, 1.0625, 1.1875, 1.125)
+
+CONFIG = {
+    "architectures": ["DiffusionGemmaForBlockDiffusion"],
+    "boi_token_id": IMAGE,
+    "canvas_length": CANVAS,
+    "dtype": "bfloat16",
+    "eoi_token_id": IMAGE + 2,
+    "eos_token_id": [1, TURN_END],
+    "image_token_id": IMAGE + 1,
+    "initializer_range": 0.02,
+    "model_type": "diffusion_gemma",
+    "text_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": BOS,
+        "dtype": "bfloat16",
+        "eos_token_id": 1,
+        "final_logit_softcapping": 30.0,
+        "global_head_dim": 128,
+        "head_dim": 64,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 256,
+        "initializer_range": 0.02,
+        "intermediate_size": 192,
+        "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
+        "max_position_embeddings": 2048,
+        "model_type": "diffusion_gemma_text",
+        "moe_intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_experts": 16,
+        "num_global_key_value_heads": 1,
+        "num_hidden_layers": 6,
+        "num_key_value_heads": 2,
+        "pad_token_id": PAD,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            FULL: {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+            SLIDING: {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": 64,
+        "tie_word_embeddings": True,
+        "top_k_experts": 4,
+        "use_bidirectional_attention": "vision",
+        "vocab_size": VOCAB,
+    },
+    "tie_word_embeddings": True,
+    "transformers_version": "5.17.0",
+    "vision_config": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "default_output_length": 4,
+        "dtype": "bfloat16",
+        "head_dim": 16,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 32,
+        "initializer_range": 0.02,
+        "intermediate_size": 64,
+        "max_position_embeddings": 131072,
+        "model_type": "gemma4_vision",
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 2,
+        "patch_size": 16,
+        "pooling_kernel_size": 3,
+        "position_embedding_size": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
+        "standardize": True,
+        "use_clipped_linears": False,
+    },
+    "vision_soft_tokens_per_image": 4,
+}
+GENERATION = {
+    "confidence_threshold": 0.005,
+    "eos_token_id": [1, TURN_END, 11],
+    "max_denoising_steps": 48,
+    "max_new_tokens": CANVAS,
+    "pad_token_id": PAD,
+    "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
+    "stability_threshold": 1,
+    "t_max": 0.8,
+    "t_min": 0.4,
+    "transformers_version": "5.17.0",
+}
+
+
+def new_model(seed: int) -> DiffusionGemmaForBlockDiffusion:
+    """Random weights at scales that train: unit-variance embeddings, unsharp attention, halved residual branches."""
+    torch.manual_seed(seed)
+    config = json.loads(json.dumps(CONFIG))
+    config["dtype"] = config["text_config"]["dtype"] = config["vision_config"]["dtype"] = "float32"
+    model = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict(config))
+    model.model.decoder.embed_tokens.padding_idx = None  # pad fills canvases: it needs an embedding as any token
+    with torch.no_grad():
+        nn.init.normal_(model.model.decoder.embed_tokens.weight, std=config["text_config"]["hidden_size"] ** -0.5)
+        for name, p in model.named_parameters():
+            if "vision" in name:
+                continue
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                p.fill_(p.numel() ** -0.25)
+            elif name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
+                p.fill_(0.5)
+        for side, scalars in ((model.model.decoder, DECODER_SCALARS), (model.model.encoder.language_model, ENCODER_SCALARS)):
+            for layer, s in zip(side.layers, scalars, strict=True):
+                layer.layer_scalar.fill_(s)
+    return model
+
+
+class Keys:
+    """The prefix cache as the attention modules want it: the encoder writes a layer's keys, the decoder reads them."""
+
+    is_compileable = False
+
+    class Layer:
+        keys: Tensor
+        values: Tensor
+
+    def __init__(self, layers: int):
+        self.layers = [Keys.Layer() for _ in range(layers)]
+
+    def update(self, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        self.layers[index].keys, self.layers[index].values = keys, values
+        return keys, values
+
+
+def route(router: nn.Module, x: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Probabilities, dense routing weights (zero where not chosen) and who was chosen, each [tokens, experts]."""
+    with torch.autocast(x.device.type, enabled=False):  # bf16 logits would tie
+        probs = router.proj(router.norm(x.float()) * router.scale * router.scalar_root_size).softmax(-1)
+    rank = (probs.unsqueeze(-2) > probs.unsqueeze(-1)).sum(-1)
+    chosen = (rank < top_k).float()
+    weights = probs * chosen
+    return probs, weights / weights.sum(-1, keepdim=True) * router.per_expert_scale, chosen
+
+
+def experts(module: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
+    count, twice, hidden = module.gate_up_proj.shape
+    h = F.linear(x, module.gate_up_proj.reshape(count * twice, hidden)).unflatten(-1, (count, 2, twice // 2))
+    h = module.act_fn(h[..., 0, :]) * h[..., 1, :] * weights.unsqueeze(-1).to(h.dtype)
+    return F.linear(h.flatten(-2), module.down_proj.permute(1, 0, 2).reshape(hidden, count * twice // 2))
+
+
+def block(layer: nn.Module, x: Tensor, rope: tuple, mask: Tensor, keys: Keys, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer of either side, as transformers' forward; also returns the router's probabilities and choices."""
+    h, _ = layer.self_attn(layer.input_layernorm(x), position_embeddings=rope, attention_mask=mask, past_key_values=keys)
+    x = x + layer.post_attention_layernorm(h)
+    dense = layer.post_feedforward_layernorm_1(layer.mlp(layer.pre_feedforward_layernorm(x)))
+    probs, weights, chosen = route(layer.router, x, top_k)
+    sparse = layer.post_feedforward_layernorm_2(experts(layer.experts, layer.pre_feedforward_layernorm_2(x), weights))
+    return (x + layer.post_feedforward_layernorm(dense + sparse)) * layer.layer_scalar, probs, chosen
+
+
+def run_side(side: nn.Module, rotary: nn.Module, config, x: Tensor, positions: Tensor, masks: dict, keys: Keys):
+    rope = {kind: rotary(x, positions, kind) for kind in (SLIDING, FULL)}
+    routed = []
+    for layer, kind in zip(side.layers, config.layer_types, strict=True):
+        x, probs, chosen = block(layer, x, rope[kind], masks[kind], keys, config.top_k_experts)
+        routed.append((probs, chosen))
+    return side.norm(x), routed
+
+
+def masks_for(ids: Tensor, starts: Tensor, window: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Boolean masks [batch, 1, queries, keys] of the encoder and of the decoder."""
+    segment = (ids == BOS).cumsum(-1)
+    at = torch.arange(ids.shape[1], device=ids.device)
+    causal = (at[:, None] >= at) & (segment[:, :, None] == segment[:, None, :])
+    near = at[:, None] - at < window
+    n = starts.shape[1]
+    owner = torch.arange(n, device=ids.device).repeat_interleave(CANVAS)
+    start = starts.repeat_interleave(CANVAS, dim=1)[:, :, None]
+    before = (at < start) & (segment[:, None, :] == segment.gather(1, starts - 1).repeat_interleave(CANVAS, dim=1)[:, :, None])
+    own = (owner[:, None] == owner).expand(ids.shape[0], -1, -1)
+    full = torch.cat([before, own], -1)
+    slide = torch.cat([before & (at > start - window), own], -1)
+    encoder = {FULL: causal[:, None], SLIDING: (causal & near)[:, None]}
+    return encoder, {FULL: full[:, None], SLIDING: slide[:, None]}
+
+
+def forward(model: nn.Module, ids: Tensor, starts: Tensor, canvases: list[Tensor], temperature: Tensor, keep: Tensor):
+    """Encoder logits, decoder logits and the routing of both.
+
+    `canvases` [batch, n * 64] are decoded in turn; each one's logits, divided by `temperature`, condition the next where
+    `keep` is 1. Only the last is differentiated, and only its logits are returned.
+    """
+    config, decoder, encoder = model.config.text_config, model.model.decoder, model.model.encoder.language_model
+    table, scale, cap = decoder.embed_tokens.weight, config.hidden_size**0.5, config.final_logit_softcapping
+    enc_masks, dec_masks = masks_for(ids, starts, config.sliding_window)
+    keys = Keys(config.num_hidden_layers)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    h, enc_routed = run_side(encoder, decoder.rotary_emb, config, F.embedding(ids, table) * scale, positions, enc_masks, keys)
+    enc_logits = cap * torch.tanh(F.linear(h, table).float() / cap)
+    positions = (starts[:, :, None] + torch.arange(CANVAS, device=ids.device)).flatten(1)
+
+    def decode(canvas: Tensor, soft: Tensor | None):
+        x = F.embedding(canvas, table) * scale
+        x = decoder.self_conditioning(x, torch.zeros_like(x) if soft is None else soft)
+        h, routed = run_side(decoder, decoder.rotary_emb, config, x, positions, dec_masks, keys)
+        return cap * torch.tanh(F.linear(h, table).float() / cap), routed
+
+    soft = None
+    for canvas in canvases[:-1]:
+        with torch.no_grad():
+            logits, _ = decode(canvas, soft)
+            soft = (logits / temperature).softmax(-1).to(table.dtype) @ table * scale * keep
+    dec_logits, dec_routed = decode(canvases[-1], soft)
+    return enc_logits, dec_logits, enc_routed, dec_routed
+
+
+def balance(routed: list[tuple[Tensor, Tensor]], groups: list[Tensor]) -> Tensor:
+    """Switch loss: experts * sum(share of picks * mean probability), 1 when balanced, over layers and token groups."""
+    total = 0.0
+    for probs, chosen in routed:
+        for g in groups:
+            w = g / g.sum().clamp(min=1)
+            share = (chosen * w[..., None]).sum((0, 1))
+            total = total + (share * (probs * w[..., None]).sum((0, 1))).sum() * probs.shape[-1] / share.sum().clamp(min=1e-6)
+    return total / (len(routed) * len(groups))
+
+
+def loss_fn(model, ids, starts, target, earlier, noised, temperature, keep, enc_weight, dec_weight, chat):
+    enc, dec, enc_routed, dec_routed = forward(model, ids, starts, [earlier, noised], temperature, keep)
+    ar = F.cross_entropy(enc[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    ar = (ar * enc_weight.flatten()).sum() / enc_weight.sum()
+    ce = F.cross_entropy(dec.flatten(0, 1), target.flatten(), reduction="none")
+    ce = (ce * dec_weight.flatten()).sum() / dec_weight.sum()
+    real, canvas = (ids != PAD).float(), torch.ones_like(target, dtype=torch.float32)
+    even = balance(enc_routed, [real * chat, real * (1 - chat)]) + balance(dec_routed, [canvas * chat, canvas * (1 - chat)])
+    return ce + 0.5 * ar + 0.1 * even, ce.detach(), ar.detach(), even.detach() / 2
+
+
+class Data:
+    """Tokens on the device; batches are cut there."""
+
+    def __init__(self, file: Path, device: str, side: str = "train"):
+        arrays = np.load(file)
+        on = lambda name, dtype: torch.from_numpy(arrays[name]).to(device, dtype)  # noqa: E731
+        self.chats, self.text = on(f"{side}_chats", torch.int16), on(f"{side}_text", torch.int16)
+        self.lines = on(f"{side}_lines", torch.int64)
+        self.lines = self.lines[self.lines < len(self.text) - LENGTH]
+        self.device = device
+
+    def batch(self, chats: int, texts: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sequences, canvas starts, clean canvases, and 1 for the chat rows."""
+        d = self.device
+        rows = self.chats[torch.randint(len(self.chats), (chats,), device=d)].long()
+        at = self.lines[torch.randint(len(self.lines), (texts,), device=d)]
+        text = self.text[at[:, None] + torch.arange(LENGTH - 1, device=d)].long()
+        ids = torch.cat([rows, F.pad(text, (1, 0), value=BOS)])
+        model_turn = (rows == TURN) & ((rows == TURN).cumsum(-1) % 2 == 0)  # its answer starts three tokens on
+        answers = (model_turn * torch.rand(rows.shape, device=d)).topk(n).indices + 3
+        answers = torch.where(model_turn.gather(1, answers - 3), answers, answers[:, :1])
+        starts = torch.cat([answers, torch.randint(1, LENGTH - CANVAS, (texts, n), device=d)])
+        index = (starts[:, :, None] + torch.arange(CANVAS, device=d)).clamp(max=LENGTH - 1)
+        target = ids[:, None].expand(-1, n, -1).gather(2, index)
+        end = (target == TURN_END).cumsum(-1)
+        target = torch.where(end - (target == TURN_END).long() > 0, PAD, target).flatten(1)
+        return ids, starts, target, (torch.arange(len(ids), device=d) < chats).float()[:, None]
+
+
+def corrupt(target: Tensor, level: Tensor) -> Tensor:
+    noise = torch.randint(VOCAB, target.shape, device=target.device)
+    return torch.where(torch.rand(target.shape, device=target.device) < level, noise, target)
+
+
+def training_batch(data: Data, chats: int, texts: int, n: int) -> tuple[Tensor, ...]:
+    ids, starts, target, chat = data.batch(chats, texts, n)
+    per_canvas = lambda: torch.rand(target.shape[0], n, device=target.device).repeat_interleave(CANVAS, 1)  # noqa: E731
+    level = per_canvas() * 1.2  # above 1, a sixth of the canvases, means pure noise
+    earlier, noised = corrupt(target, level + per_canvas() * 0.5), corrupt(target, level)
+    temperature, keep = 0.4 + 0.6 * per_canvas(), (per_canvas() < 0.5).float()
+    answer = ((ids == TURN).cumsum(-1) % 2 == 0) & (ids != PAD)  # in text, every token
+    enc_weight = (answer.float() * (1 + 2 * chat) + 0.05 * (ids != PAD))[:, 1:]
+    dec_weight = torch.where(target == PAD, 0.5, 1 + 3 * chat)
+    return ids, starts, target, earlier, noised, temperature[..., None], keep[..., None], enc_weight, dec_weight, chat
+
+
+def write_checkpoint(model: DiffusionGemmaForBlockDiffusion, out: Path, tokenizer: Path) -> None:
+    """The released layout: shared weights once, under the decoder; layer scalars twice; no head; bf16."""
+    out.mkdir(parents=True, exist_ok=True)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        twin = name.startswith("model.encoder.language_model.") and not name.endswith("layer_scalar")
+        if name != "lm_head.weight" and not twin:
+            state[name] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (out / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        if (tokenizer / file).resolve() != (out / file).resolve():
+            shutil.copy(tokenizer / file, out / file)
+
+
+def train(model: nn.Module, data: Data, opt: argparse.Namespace) -> dict[str, float]:
+    """AdamW, warm-up then linear decay to zero by the clock, so that a run ends on time whatever the machine."""
+    seconds, texts = opt.minutes * 60, round(opt.batch * opt.text_share)
+    trained = {n: p for n, p in model.named_parameters() if "vision" not in n}
+    decay = [p for n, p in trained.items() if p.ndim > 1 and "embed" not in n]
+    rest = [p for n, p in trained.items() if p.ndim < 2 or "embed" in n]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=data.device == "cuda")
+
+    def one(fn):
+        with torch.autocast(data.device, torch.bfloat16):
+            return fn(model, *training_batch(data, opt.batch - texts, texts, opt.canvases))
+
+    step_fn, compiling = loss_fn, time.monotonic()
+    if opt.compile:
+        try:
+            step_fn = torch.compile(loss_fn)
+            one(step_fn)[0].backward()
+        except Exception as error:  # a slower run beats none
+            print(f"not compiled: {type(error).__name__}: {str(error)[:2000]}", flush=True)
+            step_fn = loss_fn
+        adam.zero_grad(set_to_none=True)
+    print(f"first step {time.monotonic() - compiling:.0f} s", flush=True)
+    begun, told, step = time.monotonic(), 0.0, 0
+    while (now := time.monotonic() - begun) < seconds and (not opt.steps or step < opt.steps):
+        lr = opt.lr * min(1.0, (step + 1) / 200) * max(0.0, 1 - now / seconds)
+        for group in adam.param_groups:
+            group["lr"] = lr
+        loss, ce, ar, even = one(step_fn)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        step += 1
+        if now - told > 10 or step == 1:
+            told = now
+            print(f"{now:4.0f} s  step {step}  canvas {ce:.4f}  encoder {ar:.4f}  balance {even:.3f}  lr {lr:.5f}", flush=True)
+            if not math.isfinite(loss):
+                raise SystemExit("the loss is not finite")
+    wall = time.monotonic() - begun
+    return {"steps": step, "seconds": round(wall), "steps_per_second": round(step / wall, 2), "batch": opt.batch}
+
+
+def main() -> None:
+    args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    args.add_argument("--work", type=Path, required=True, help="where tiny_data.py left tokens.npz")
+    args.add_argument("--out", type=Path, required=True)
+    args.add_argument("--minutes", type=float, default=7.0)
+    args.add_argument("--batch", type=int, default=192)
+    args.add_argument("--canvases", type=int, default=4)
+    args.add_argument("--text-share", type=float, default=0.35)
+    args.add_argument("--lr", type=float, default=2e-3)
+    args.add_argument("--steps", type=int, default=0)
+    args.add_argument("--seed", type=int, default=1)
+    args.add_argument("--no-compile", dest="compile", action="store_false")
+    opt = args.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
+    model = new_model(opt.seed).to(device)
+    total = sum(p.numel() for p in model.parameters())
+    routed = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    print(f"{total:,} parameters, {routed / total:.1%} in routed experts, on {device}", flush=True)
+    figures = train(model, Data(opt.work / "tokens.npz", device), opt)
+    write_checkpoint(model, opt.out, Path(__file__).parent / "tiny")
+    (opt.out / "training.json").write_text(json.dumps(figures) + "\n")
+    print(figures, flush=True)
+
+
+if __name__ == "__main__":
+    main()

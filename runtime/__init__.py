@@ -1,0 +1,1 @@
+"""Opens an artifact and runs it: one block-denoising engine for every format."""

@@ -1,0 +1,76 @@
+"""One transformer layer over packed weights. Encoder and decoder run the same one, with another scalar and mask.
+
+    x ── norm ── attention ── norm ──(+)──┬── norm ── MLP ───────── norm ──(+)── norm ──(+)── × scalar
+    └─────────────────────────────────┘   ├── norm_2 ── experts ── norm_2 ──┘            │
+                                          ├── router (reads the raw residual) ─┘         │
+                                          └──────────────────────────────────────────────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dgq.quant.types import Packed
+from dgq.runtime.attention import attend, rotate
+from dgq.runtime.cache import Cache
+from dgq.runtime.config import ModelConfig
+from dgq.runtime.layers import experts, gated_mlp, linear, rms_norm
+
+
+class Layer:
+    """Layer `index` of the model. weights: the layer's tensors by their name below "layers.N."."""
+
+    def __init__(self, config: ModelConfig, index: int, weights: Mapping[str, Packed], dtype: torch.dtype) -> None:
+        self.index, self.shape = index, config.layers[index]
+        self._config = config
+        self._weights = weights
+        self._norms = {name: w.dequantize(torch.float32) for name, w in weights.items() if "norm" in name}
+        self._router_scale = weights["router.scale"].dequantize(dtype)
+        self._per_expert_scale = weights["router.per_expert_scale"].dequantize(dtype)
+
+    def __call__(
+        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache, scalar: Tensor
+    ) -> Tensor:
+        """x (rows, tokens, hidden) -> the same. tables: cos and sin of the tokens' positions; mask: see attend();
+        keys and values are written to the cache, behind what it holds, and not committed."""
+        a = self._attention(self._norm(x, "input_layernorm"), tables, mask, cache)
+        x = x + self._norm(a, "post_attention_layernorm")
+        dense = gated_mlp(
+            self._norm(x, "pre_feedforward_layernorm"),
+            *(self._weights[f"mlp.{part}_proj.weight"] for part in ("gate", "up", "down")),
+        )
+        routed = self._experts(x)
+        both = self._norm(dense, "post_feedforward_layernorm_1") + self._norm(routed, "post_feedforward_layernorm_2")
+        return (x + self._norm(both, "post_feedforward_layernorm")) * scalar
+
+    def _attention(self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache) -> Tensor:
+        w, eps = self._weights, self._config.norm_eps
+        heads = (*x.shape[:-1], -1, self.shape.head_dim)
+        q = linear(x, w["self_attn.q_proj.weight"]).view(heads)
+        k = linear(x, w["self_attn.k_proj.weight"]).view(heads)
+        v = linear(x, w["self_attn.v_proj.weight"]).view(heads) if self.shape.has_v_proj else k
+        q = rotate(self._norm(q, "self_attn.q_norm"), tables)
+        k = rotate(self._norm(k, "self_attn.k_norm"), tables)
+        v = rms_norm(v, None, eps)
+        keys, values = cache.write(self.index, k.transpose(1, 2), v.transpose(1, 2))
+        return linear(attend(q, keys, values, mask), w["self_attn.o_proj.weight"])
+
+    def _experts(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        chosen, share = self._route(rows)
+        gate_up, down = self._weights["experts.gate_up_proj"], self._weights["experts.down_proj"]
+        return experts(self._norm(rows, "pre_feedforward_layernorm_2"), chosen, share, gate_up, down).view_as(x)
+
+    def _route(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Each token's experts: residual (tokens, hidden) -> numbers and shares (float32), both (tokens, top_k)."""
+        x = rms_norm(residual, None, self._config.norm_eps) * self._router_scale * self._config.hidden**-0.5
+        scores = linear(x, self._weights["router.proj.weight"]).softmax(-1, dtype=torch.float32)
+        share, chosen = scores.topk(self._config.top_k, dim=-1)
+        share = share / share.sum(-1, keepdim=True)
+        return chosen, share * self._per_expert_scale[chosen]
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, self._norms[name + ".weight"], self._config.norm_eps)

@@ -1,0 +1,89 @@
+"""Keys and values of the committed tokens, and room behind them for what is being worked on.
+
+One layer's buffer (rows, kv heads, capacity, head_dim):
+
+    |<-------- held -------->|<---- new ---->|  slack  |
+     committed by the encoder  write() puts here; commit() makes it held, the next write() overwrites it
+
+The encoder writes a block and commits it. The decoder writes its canvas in the same place at every step and never
+commits, so no step copies the cache. A full layer holds everything and doubles its buffer when it must; a sliding
+layer keeps the last window-1 tokens, which is all that a later token may look back on. `capacity` avoids regrowing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dgq.runtime.config import ModelConfig
+
+
+class Cache:
+    """The key-value cache of one batch.
+
+    length: tokens committed, padding included; the next position. real: bool (rows, length), False on padding, or
+    None as long as there is none.
+    """
+
+    def __init__(
+        self, config: ModelConfig, rows: int, device: torch.device | str, dtype: torch.dtype, capacity: int = 0
+    ) -> None:
+        """capacity: tokens (prompt, answer and a canvas) that full layers make room for at once."""
+        self.length = 0
+        self.real: Tensor | None = None
+        self.rows = rows
+        self._device = torch.device(device)
+        self._keep = [config.window - 1 if layer.is_sliding else None for layer in config.layers]
+        self._held = [0 for _ in config.layers]
+        room = [max(1, capacity if keep is None else min(capacity, keep + config.canvas)) for keep in self._keep]
+        self._buffers = [
+            torch.empty(2, rows, layer.kv_heads, tokens, layer.head_dim, device=device, dtype=dtype)
+            for layer, tokens in zip(config.layers, room, strict=True)
+        ]
+
+    def held(self, layer: int) -> int:
+        """Committed tokens this layer still has: the last ones."""
+        return self._held[layer]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put keys and values (rows, kv heads, new, head_dim) behind the held ones; views of both, held + new long."""
+        held = self._held[layer]
+        end = held + keys.shape[2]
+        buffer = self._buffers[layer]
+        if end > buffer.shape[3]:
+            shape = list(buffer.shape)
+            shape[3] = end if self._keep[layer] is not None else max(end, 2 * shape[3])
+            grown = buffer.new_empty(shape)
+            grown[:, :, :, :held] = buffer[:, :, :, :held]
+            self._buffers[layer] = buffer = grown
+        buffer[0, :, :, held:end] = keys
+        buffer[1, :, :, held:end] = values
+        return buffer[0, :, :, :end], buffer[1, :, :, :end]
+
+    def seen(self, new: int, padding: Tensor | None) -> Tensor | None:
+        """`real` with `new` more tokens, of which padding (rows, new) bool, True = padding, marks some."""
+        if self.real is None and padding is None:
+            return None
+        old = self.real
+        if old is None:
+            old = torch.ones(self.rows, self.length, dtype=torch.bool, device=self._device)
+        if padding is None:
+            padding = torch.zeros(self.rows, new, dtype=torch.bool, device=self._device)
+        return torch.cat((old, ~padding), dim=1)
+
+    def commit(self, new: int, real: Tensor | None) -> None:
+        """Make the last `new` tokens written to every layer part of the cache; real as seen() gave it."""
+        for layer, keep in enumerate(self._keep):
+            total = self._held[layer] + new
+            if keep is not None and total > keep:
+                buffer = self._buffers[layer]
+                buffer[:, :, :, :keep] = buffer[:, :, :, total - keep : total].clone()
+                total = keep
+            self._held[layer] = total
+        self.length += new
+        self.real = real
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, slack included."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)

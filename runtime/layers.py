@@ -1,0 +1,121 @@
+"""Products with packed weights: decode a piece, multiply, forget the piece.
+
+Weights stay packed in memory; what is decoded at any moment is bounded by DECODE_BUDGET, whatever the model:
+
+    linear       the whole matrix (the largest dense one of the 26B has 23 M elements)
+    embed        only the rows asked for
+    head         the table in row chunks:      logits[:, a:b] = x @ E[a:b]^T
+    soft_embed   the table in row chunks:      sum over chunks of p[:, a:b] @ E[a:b]
+    experts      a few experts at a time, tokens sorted so that each expert's are contiguous
+
+                 picks (token, expert)   0→2 0→5 1→2 1→7        sorted by expert   0→2 1→2 | 0→5 | 1→7
+                                                                one product each   W2        W5    W7
+
+All functions compute in the dtype of their activations and decode weights to it; they run on the activations'
+device, where the weights must be too. These are the slow and exact ones, against which faster kernels are checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dgq.quant.types import Packed
+
+# Elements decoded at once: 268 MB in float32, 16 experts of the 26B. Large enough that a small model is one piece.
+DECODE_BUDGET = 1 << 26
+
+
+def linear(x: Tensor, weight: Packed) -> Tensor:
+    """x (…, in) @ weight (out, in)^T -> (…, out)."""
+    return functional.linear(x, weight.dequantize(x.dtype))
+
+
+def gated_mlp(x: Tensor, gate: Packed, up: Packed, down: Packed) -> Tensor:
+    """down(gelu(gate x) * up x), x (…, hidden)."""
+    return linear(_gelu(linear(x, gate)) * linear(x, up), down)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+def embed(ids: Tensor, table: Packed, dtype: torch.dtype) -> Tensor:
+    """Rows of table (vocab, hidden), times sqrt(hidden): ids (…) -> (…, hidden) in `dtype`."""
+    hidden = table.shape[-1]
+    rows = table[ids.flatten()].dequantize(dtype).view(*ids.shape, hidden)
+    return rows * embedding_scale(hidden, rows)
+
+
+def embedding_scale(hidden: int, like: Tensor) -> Tensor:
+    """sqrt(hidden), rounded to the activations' dtype as the model was trained with."""
+    return torch.tensor(hidden**0.5, dtype=like.dtype, device=like.device)
+
+
+def head(x: Tensor, table: Packed, softcap: float) -> Tensor:
+    """Logits of the tied head: x (…, hidden) -> softcap * tanh(x @ table^T / softcap), (…, vocab) float32."""
+    vocab = table.shape[0]
+    logits = torch.empty(*x.shape[:-1], vocab, dtype=torch.float32, device=x.device)
+    for rows, piece in _row_chunks(table, x.dtype):
+        logits[..., rows] = functional.linear(x, piece).float()
+    return logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def soft_embed(logits: Tensor, table: Packed, dtype: torch.dtype) -> Tensor:
+    """The expected embedding under softmax(logits): (…, vocab) -> (…, hidden) in `dtype`, times sqrt(hidden)."""
+    probabilities = logits.softmax(-1, dtype=torch.float32).to(dtype)
+    hidden = table.shape[-1]
+    total = torch.zeros(*logits.shape[:-1], hidden, dtype=torch.float32, device=logits.device)
+    for rows, piece in _row_chunks(table, dtype):
+        total += probabilities[..., rows] @ piece
+    total = total.to(dtype)
+    return total * embedding_scale(hidden, total)
+
+
+def _row_chunks(table: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    step = max(1, DECODE_BUDGET // table.shape[-1])
+    for start in range(0, table.shape[0], step):
+        rows = slice(start, min(start + step, table.shape[0]))
+        yield rows, table[rows].dequantize(dtype)
+
+
+def experts(x: Tensor, chosen: Tensor, share: Tensor, gate_up: Packed, down: Packed) -> Tensor:
+    """The routed experts' sum: x (tokens, hidden), chosen (tokens, k) expert numbers, share (tokens, k) float32.
+
+    gate_up (E, 2 * inner, hidden) has the gate's rows first; down (E, hidden, inner). Returns (tokens, hidden) in
+    x's dtype; the sum over a token's k experts is float32 and in the order of `chosen`, so it is deterministic.
+    """
+    tokens, k = chosen.shape
+    picks = chosen.flatten()
+    order = picks.argsort(stable=True)
+    counts = torch.bincount(picks, minlength=gate_up.shape[0]).tolist()
+    rows = x[order // k]
+    result = torch.empty_like(rows)
+    per_expert = gate_up.shape[1] * gate_up.shape[2] + down.shape[1] * down.shape[2]
+    group = max(1, DECODE_BUDGET // per_expert)
+    start = 0
+    for first in range(0, len(counts), group):
+        hit = counts[first : first + group]
+        if not any(hit):
+            continue
+        w_in = gate_up[first : first + group].dequantize(x.dtype)
+        w_out = down[first : first + group].dequantize(x.dtype)
+        for i, count in enumerate(hit):
+            if count:
+                own = slice(start, start + count)
+                gate, up = functional.linear(rows[own], w_in[i]).chunk(2, dim=-1)
+                result[own] = functional.linear(_gelu(gate) * up, w_out[i])
+                start += count
+    unsorted = torch.empty_like(result)
+    unsorted[order] = result
+    return (unsorted.view(tokens, k, -1).float() * share.unsqueeze(-1)).sum(1).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last axis, in float32 (the weight is w, not 1 + w), back in x's dtype."""
+    full = x.float()
+    full = full * (full.pow(2).mean(-1, keepdim=True) + eps).pow(-0.5)
+    return (full if weight is None else full * weight).to(x.dtype)

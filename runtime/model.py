@@ -1,0 +1,153 @@
+"""The text model: two passes over one set of packed weights.
+
+    encode   prompt, later each finished block   causal          writes the cache
+    decode   a noisy canvas                      bidirectional   reads the cache; logits for every canvas position
+
+             canvas ids ── embed ──(+)── norm ── layers ── norm ── head ── logits
+    logits of the step before ── softmax ── @ E ── MLP ──┘             (self-conditioning; zeros at the first step)
+
+The weights are any mapping canonical name -> Packed, so a BF16 checkpoint, a .gguf and a mixture are the same model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dgq.quant.schemes import SCHEMES
+from dgq.quant.types import Packed
+from dgq.runtime.attention import decoder_mask, encoder_mask, rope_frequencies, rope_tables
+from dgq.runtime.block import Layer
+from dgq.runtime.cache import Cache
+from dgq.runtime.config import LayerConfig, ModelConfig
+from dgq.runtime.layers import embed, gated_mlp, head, rms_norm, soft_embed
+from dgq.runtime.names import DECODER, EMBEDDING, ENCODER, check_tensors, expected_tensors
+
+# Models whose weights, decoded, stay below this many bytes are decoded once instead of at every use. The 26B is far
+# above on any machine, the small models that tests and first tries run on are far below.
+KEEP_DECODED = 1 << 28
+
+_PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+class Model:
+    """DiffusionGemma's text model on one device.
+
+    dtype: of activations, and what weights are decoded to; float32 on CPU and bfloat16 elsewhere unless given.
+    Norms, softmaxes, the router's probabilities and logits are float32 in any case.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Packed],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        source: str = "weights",
+        keep_decoded: int = KEEP_DECODED,
+    ) -> None:
+        """Check and move the weights. InputError for a missing, unknown or mis-shaped tensor; source is the file's
+        name in it. Vision tensors are passed over. keep_decoded: see KEEP_DECODED, 0 = decode at every use."""
+        check_tensors({name: weight.shape for name, weight in weights.items()}, config, source)
+        self.config = config
+        self.device = torch.device(device)
+        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        self.weights = self._load(weights, keep_decoded)
+        layers = range(len(config.layers))
+        self.layers = [Layer(config, i, self._below(f"{DECODER}layers.{i}."), self.dtype) for i in layers]
+        self._decoder_scalars = [self._vector(f"{DECODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
+        self._encoder_scalars = [self._vector(f"{ENCODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
+        self._final_norm = self._vector(DECODER + "norm.weight", torch.float32)
+        self._condition = self._below(DECODER + "self_conditioning.")
+        self._condition_norm = self._condition["pre_norm.weight"].dequantize(torch.float32)
+        self._frequencies = {
+            layer.is_sliding: rope_frequencies(config, layer).to(self.device) for layer in config.layers
+        }
+
+    @property
+    def table(self) -> Packed:
+        """The embedding, (vocab, hidden): also the head."""
+        return self.weights[EMBEDDING]
+
+    def new_cache(self, rows: int, capacity: int = 0) -> Cache:
+        """An empty cache for a batch of `rows`; capacity: tokens to make room for at once, the canvas included."""
+        return Cache(self.config, rows, self.device, self.dtype, capacity)
+
+    @torch.inference_mode()
+    def encode(
+        self, ids: Tensor, cache: Cache, positions: Tensor | None = None, padding: Tensor | None = None
+    ) -> None:
+        """Append tokens to the cache: ids (rows, tokens) int64; the cache grows by `tokens`.
+
+        positions (rows or 1, tokens) default to counting on from the cache, padding included. padding (rows, tokens)
+        bool, True where a row has no token; only on the left of a row's first token does it make sense.
+        """
+        new = ids.shape[1]
+        if positions is None:
+            positions = torch.arange(cache.length, cache.length + new, device=self.device).unsqueeze(0)
+        real = cache.seen(new, padding)
+        masks: dict[bool, Tensor | None] = {
+            layer.is_sliding: encoder_mask(
+                cache.length, new, cache.held(i), self.config.window if layer.is_sliding else None, real, self.device
+            )
+            for i, layer in self._one_of_each()
+        }
+        self._run(embed(ids, self.table, self.dtype), positions, masks, cache, self._encoder_scalars)
+        cache.commit(new, real)
+
+    @torch.inference_mode()
+    def decode(self, canvas: Tensor, cache: Cache, self_conditioning_logits: Tensor | None = None) -> Tensor:
+        """Logits (rows, canvas, vocab) float32 for canvas (rows, canvas) int64; the cache is as before afterwards.
+
+        self_conditioning_logits (rows, canvas, vocab), any float dtype: the previous step's, None on the first.
+        """
+        new = canvas.shape[1]
+        positions = torch.arange(cache.length, cache.length + new, device=self.device).unsqueeze(0)
+        masks = {
+            layer.is_sliding: decoder_mask(cache.length, new, cache.held(i), cache.real)
+            for i, layer in self._one_of_each()
+        }
+        x = self._conditioned(embed(canvas, self.table, self.dtype), self_conditioning_logits)
+        x = self._run(x, positions, masks, cache, self._decoder_scalars)
+        return head(rms_norm(x, self._final_norm, self.config.norm_eps), self.table, self.config.softcap)
+
+    def _conditioned(self, x: Tensor, logits: Tensor | None) -> Tensor:
+        if logits is not None:
+            soft = soft_embed(logits, self.table, self.dtype)
+            soft = rms_norm(soft, self._condition_norm, self.config.norm_eps)
+            # Without logits the signal is zero, and so is the MLP's output: it has no biases.
+            x = x + gated_mlp(soft, *(self._condition[f"{part}_proj.weight"] for part in ("gate", "up", "down")))
+        return rms_norm(x, None, self.config.norm_eps)
+
+    def _run(
+        self, x: Tensor, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: Cache, scalars: list[Tensor]
+    ) -> Tensor:
+        tables = {sliding: rope_tables(f, positions, self.dtype) for sliding, f in self._frequencies.items()}
+        for layer, scalar in zip(self.layers, scalars, strict=True):
+            sliding = layer.shape.is_sliding
+            x = layer(x, tables[sliding], masks[sliding], cache, scalar)
+        return x
+
+    def _one_of_each(self) -> list[tuple[int, LayerConfig]]:
+        """A sliding and a full layer: all of a kind share one mask."""
+        return list({layer.is_sliding: (i, layer) for i, layer in enumerate(self.config.layers)}.values())
+
+    def _load(self, weights: Mapping[str, Packed], keep_decoded: int) -> dict[str, Packed]:
+        loaded = {name: weights[name].to(self.device) for name in expected_tensors(self.config)}
+        elements = sum(torch.Size(weight.shape).numel() for weight in loaded.values())
+        if elements * self.dtype.itemsize > keep_decoded:
+            return loaded
+        plain = SCHEMES[_PLAIN[self.dtype]]
+        return {
+            # vectors keep their precision: norms are computed in float32 whatever the dtype
+            name: Packed(plain, w.shape, {"": w.dequantize(self.dtype)}) if len(w.shape) > 1 else w
+            for name, w in loaded.items()
+        }
+
+    def _below(self, prefix: str) -> dict[str, Packed]:
+        return {name[len(prefix) :]: weight for name, weight in self.weights.items() if name.startswith(prefix)}
+
+    def _vector(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self.weights[name].dequantize(dtype)
