@@ -36,7 +36,7 @@ def generate_text(
     dtype: str,
     draw: bool,
 ) -> dict[str, Any]:
-    """Answer one prompt. Returns text, token ids, steps of each canvas, whether it stopped early, and times in seconds."""
+    """Answer one prompt: text, token ids, steps of each canvas, whether it stopped early, and times in seconds."""
     import torch
 
     from dgq.runtime.engine import generate

@@ -58,7 +58,9 @@ class Converted:
     document: dict[str, Any]
 
 
-def convert(plan: Plan, out: Path, *, imatrix: Imatrix | None, effort: str, threads: int, progress: Progress) -> Converted:
+def convert(
+    plan: Plan, out: Path, *, imatrix: Imatrix | None, effort: str, threads: int, progress: Progress
+) -> Converted:
     """Write the artifact `out`, a directory that must not exist. On any failure nothing is left behind.
 
     effort: "stock", the reference quantiser's exact bytes. threads: slices quantised at the same time; the bytes do
@@ -103,10 +105,10 @@ def _jobs(plan: Plan, tensor: PlannedTensor, imatrix: Imatrix | None) -> Iterato
     for start in range(0, tensor.shape[0], rows):
         part = slice(start, start + rows)
         columns = importance[part] if importance is not None and importance.dim() == 2 else importance
-        yield partial_job(weight, part, tensor, columns, f"{file}: {tensor.source}")
+        yield _job(weight, part, tensor, columns, f"{file}: {tensor.source}")
 
 
-def partial_job(
+def _job(
     weight: Packed, part: slice, tensor: PlannedTensor, importance: torch.Tensor | None, where: str
 ) -> Callable[[], Packed]:
     def job() -> Packed:
@@ -115,13 +117,14 @@ def partial_job(
         if not finite.all():
             index = [int(i) for i in (~finite).nonzero()[0]]
             index[0] += part.start
-            raise InputError(f"{where} holds {float(weight.parts[''][tuple(index)])} at {index}; the checkpoint is damaged")
-        packed = Packed(tensor.scheme, tuple(values.shape), tensor.scheme.quantize(values, importance))
-        if not tensor.scheme.valid(packed.parts):
             raise InputError(
-                f"{where} holds values up to {float(values.abs().max()):.3g}, beyond what {tensor.scheme.name} can scale"
+                f"{where} holds {float(weight.parts[''][tuple(index)])} at {index}; the checkpoint is damaged"
             )
-        return packed
+        largest = float(values.abs().max())
+        if largest > tensor.scheme.max_abs:
+            limit = f"{tensor.scheme.name} holds {tensor.scheme.max_abs:.6g} at most"
+            raise InputError(f"{where} holds a weight of {largest:.4g}, {limit}; the checkpoint is damaged")
+        return Packed(tensor.scheme, tuple(values.shape), tensor.scheme.quantize(values, importance))
 
     return job
 
@@ -148,7 +151,9 @@ def _check_imatrix(plan: Plan, imatrix: Imatrix) -> None:
         if shape is None:
             raise InputError(f"{imatrix.file}: has an entry for {name}, which this model does not have")
         if tuple(weights.shape) != (shape[-1:] if weights.dim() == 1 else (shape[0], shape[-1])):
-            raise InputError(f"{imatrix.file}: {name} has importance {list(weights.shape)} for a weight of {list(shape)}")
+            raise InputError(
+                f"{imatrix.file}: {name} has importance {list(weights.shape)} for a weight of {list(shape)}"
+            )
 
 
 def check_target(out: Path) -> None:

@@ -142,7 +142,9 @@ class Plan:
             "by_part": self.by_part(),
             "vram_by_context": self.vram(),
             "notices": list(self.source.notices),
-            "tensors": {t.name: {"shape": list(t.shape), "scheme": t.scheme.name, "bytes": t.nbytes} for t in self.tensors},
+            "tensors": {
+                t.name: {"shape": list(t.shape), "scheme": t.scheme.name, "bytes": t.nbytes} for t in self.tensors
+            },
         }
 
 
@@ -160,12 +162,14 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     shapes[ROPE_FREQS] = (rope_freqs_length(config),)
     ordered = sorted(sources, key=lambda name: (-1 if (layer := layer_of(name)) is None else layer, name))
     schemes = recipe.assign({name: shapes[name] for name in ordered}, len(config.layers))
-    plan = Plan(source, recipe, tuple(PlannedTensor(name, sources[name], shapes[name], schemes[name]) for name in ordered))
+    plan = Plan(
+        source, recipe, tuple(PlannedTensor(name, sources[name], shapes[name], schemes[name]) for name in ordered)
+    )
     if plan.quantized_share < 1 - recipe.max_16bit_share:
         worst = max((t for t in plan.weights if t.scheme.bits >= 16), key=lambda t: t.numel)
         raise InputError(
-            f"{source.path}: recipe {recipe.name} would leave {1 - plan.quantized_share:.1%} of the parameters in 16 bits or"
-            f" more ({worst.name} the largest), and allows {recipe.max_16bit_share:.1%}"
+            f"{source.path}: recipe {recipe.name} would leave {1 - plan.quantized_share:.1%} of the parameters in"
+            f" 16 bits or more ({worst.name} the largest), and allows {recipe.max_16bit_share:.1%}"
         )
     return plan
 

@@ -12,12 +12,16 @@ DEFAULTS = {"gguf": "q4_k_m"}
 
 
 def find_recipe(to: str, name: str | None = None) -> Recipe:
-    """The recipe for a format: its default, one of dgq's by name, or a .toml file. InputError if it is another format's."""
+    """A format's default recipe, one of dgq's by name, or a .toml file. InputError if it is for another format."""
     name = name or DEFAULTS[to]
     if name.endswith(".toml"):
         recipe = load_recipe(Path(name))
     else:
-        known = {path.name.removesuffix(".toml"): path for path in files("dgq.recipes").iterdir() if path.name.endswith(".toml")}
+        known = {
+            path.name.removesuffix(".toml"): path
+            for path in files("dgq.recipes").iterdir()
+            if path.name.endswith(".toml")
+        }
         if name not in known:
             raise InputError(f"unknown recipe {name!r}; dgq has {', '.join(sorted(known))}, or give a .toml file")
         recipe = load_recipe(Path(str(known[name])))

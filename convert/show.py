@@ -29,7 +29,13 @@ def print_json(data: dict[str, Any]) -> None:
 @contextmanager
 def bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
     """A progress bar over bytes on stderr; silent where stderr is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task(what, total=total)
 
@@ -43,7 +49,7 @@ def notices(plan: Plan) -> None:
     for line in plan.source.notices:
         err.print(f"note: {line}", style="yellow", soft_wrap=True)
     for part, params in plan.dropped.items():
-        text = f"note: {plan.recipe.label} {plan.recipe.format.upper()} has no place for {part}: {_count(params)} parameters are dropped"
+        text = f"note: a {plan.recipe.label} file has no place for {part}: {_count(params)} parameters are dropped"
         err.print(text, style="yellow", soft_wrap=True)
 
 
@@ -56,7 +62,8 @@ def plan(plan: Plan) -> None:
     out.print(_groups("scheme", plan.by_scheme(), plan.nbytes))
     out.print(
         f"{len(plan.tensors)} tensors, {plan.nbytes / MIB:,.0f} MiB ({plan.nbytes / GB:.2f} GB),"
-        f" {8 * plan.nbytes / plan.params:.2f} bits a weight; {plan.quantized_share:.2%} of {_count(plan.params)} parameters quantised"
+        f" {8 * plan.nbytes / plan.params:.2f} bits a weight;"
+        f" {plan.quantized_share:.2%} of {_count(plan.params)} parameters quantised"
     )
     fallbacks = sum(t.numel for t in plan.weights if t.scheme.name in plan.recipe.fallback.values())
     if fallbacks:
@@ -67,13 +74,16 @@ def plan(plan: Plan) -> None:
     vram = "   ".join(f"{n // 1024}K: {size / GB:.1f} GB" for n, size in plan.vram().items())
     out.print(f"VRAM to run it, by context (estimate: weights, 16-bit KV cache, one step's working memory)   {vram}")
     notices(plan)
-    _next(f"dgq convert {shlex.quote(where.asked)} --to {plan.recipe.format} -o {shlex.quote(where.name)}-{plan.recipe.label}")
+    target = shlex.quote(f"{where.name}-{plan.recipe.label}")
+    _next(f"dgq convert {shlex.quote(where.asked)} --to {plan.recipe.format} -o {target}")
 
 
 def converted(plan: Plan, done: Converted) -> None:
     """What `dgq convert` made."""
     size = done.file.stat().st_size
-    out.print(f"{done.file}  {size / MIB:,.1f} MiB, {plan.quantized_share:.2%} of the parameters quantised", soft_wrap=True)
+    out.print(
+        f"{done.file}  {size / MIB:,.1f} MiB, {plan.quantized_share:.2%} of the parameters quantised", soft_wrap=True
+    )
     _next(f"dgq run {shlex.quote(str(done.path))} --chat 'copy: red apple'")
 
 
@@ -92,7 +102,10 @@ def inspected(found: dict[str, Any]) -> None:
         source = origin["source"] or {}
         where = f"{source['repository']} @ {source['revision']}" if source.get("repository") else source.get("name")
         imatrix = f", imatrix {origin['imatrix']['name']}" if origin["imatrix"] else ", no imatrix"
-        out.print(f"origin   {where}, recipe {origin['recipe']}, effort {origin['effort']}{imatrix}, dgq {origin['dgq']}", soft_wrap=True)
+        out.print(
+            f"origin   {where}, recipe {origin['recipe']}, effort {origin['effort']}{imatrix}, dgq {origin['dgq']}",
+            soft_wrap=True,
+        )
         for part, params in (origin["dropped"] or {}).items():
             out.print(f"dropped  {part}, {_count(params)} parameters")
     _next(f"dgq run {shlex.quote(found['path'])} --chat 'copy: red apple'")
@@ -106,7 +119,8 @@ def answer(result: dict[str, Any]) -> None:
         speed = len(result["tokens"]) / max(result["generate_s"], 1e-9)
         err.print(
             f"{len(result['tokens'])} tokens in {steps} steps ({'+'.join(map(str, result['steps']))}),"
-            f" {result['generate_s']:.1f} s, {speed:.0f} tokens/s on {result['device']}, loaded in {result['load_s']:.1f} s",
+            f" {result['generate_s']:.1f} s, {speed:.0f} tokens/s on {result['device']},"
+            f" loaded in {result['load_s']:.1f} s",
             style="dim",
         )
 

@@ -85,7 +85,9 @@ def open_source(asked: str, revision: str | None = None, *, weights: bool = True
     raw = read_json(config_file)
     if "quantization_config" in raw:
         method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
-        raise InputError(f"{config_file}: already quantised (quant_method {method!r}); convert from the BF16 checkpoint")
+        raise InputError(
+            f"{config_file}: already quantised (quant_method {method!r}); convert from the BF16 checkpoint"
+        )
     config = ModelConfig.from_json(raw, str(config_file))
     generation = GenerationConfig.from_file(where.path / "generation_config.json", config)
     directory = HFDir(where.path)
@@ -98,7 +100,15 @@ def open_source(asked: str, revision: str | None = None, *, weights: bool = True
     notices = _notices(directory.specs, copies, raw.get("text_config", {}))
     by_name = directory.specs
     return Source(
-        where, config, generation, raw, {n: by_name[n] for n in text}, {n: by_name[n] for n in vision}, copies, notices, directory
+        where,
+        config,
+        generation,
+        raw,
+        {n: by_name[n] for n in text},
+        {n: by_name[n] for n in vision},
+        copies,
+        notices,
+        directory,
     )
 
 
@@ -112,14 +122,20 @@ def _copies(directory: HFDir, text: Mapping[str, tuple[int, ...]]) -> dict[str, 
     return copies
 
 
-def check_tensors(found: Mapping[str, tuple[tuple[int, ...], Path]], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
+def check_tensors(
+    found: Mapping[str, tuple[tuple[int, ...], Path]], expected: Mapping[str, tuple[int, ...]], path: Path
+) -> None:
     """Every expected tensor present in its shape and no other; InputError names the first that is not."""
     missing = [name for name in expected if name not in found]
     if missing:
-        raise InputError(f"{path}: {missing[0]} is missing{_and_more(missing)}; config.json asks for {list(expected[missing[0]])}")
+        raise InputError(
+            f"{path}: {missing[0]} is missing{_and_more(missing)}; config.json asks for {list(expected[missing[0]])}"
+        )
     extra = [name for name in found if name not in expected]
     if extra:
-        raise InputError(f"{found[extra[0]][1]}: holds {extra[0]}, which DiffusionGemma does not have{_and_more(extra)}")
+        raise InputError(
+            f"{found[extra[0]][1]}: holds {extra[0]}, which DiffusionGemma does not have{_and_more(extra)}"
+        )
     for name, shape in expected.items():
         if found[name][0] != shape:
             raise InputError(f"{found[name][1]}: {name} is {list(found[name][0])}, config.json asks for {list(shape)}")
@@ -142,7 +158,9 @@ def _notices(specs: Mapping[str, Spec], copies: Mapping[str, str], text: Mapping
         kinds = "/".join(sorted({specs[name].dtype for name in others}))
         lines.append(f"{len(others)} of {len(specs)} tensors are {kinds}, not BF16 ({others[0]}, …): used as they are")
     if copies:
-        lines.append(f"{len(copies)} copies of tied weights ({next(iter(copies))}, …): dropped if byte-equal, else refused")
+        lines.append(
+            f"{len(copies)} copies of tied weights ({next(iter(copies))}, …): dropped if byte-equal, else refused"
+        )
     if "per_layer_config" in text:
         lines.append("config.json has the style of transformers >= 5.17 (per_layer_config): read, and kept as it is")
     return tuple(lines)

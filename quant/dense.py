@@ -1,6 +1,6 @@
 """Unquantised weights: BF16, F16 and F32 are schemes like any other, so the baseline takes the same road.
 
-    parts[""]   the weight itself, shape (…, in), in the scheme's dtype
+parts[""]   the weight itself, shape (…, in), in the scheme's dtype
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ class Dense:
     def bits(self) -> float:
         return 8.0 * self.dtype.itemsize
 
+    @property
+    def max_abs(self) -> float:
+        return torch.finfo(self.dtype).max
+
     def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         return {"": weight.to(self.dtype)}
-
-    def valid(self, parts: Mapping[str, torch.Tensor]) -> bool:
-        return bool(torch.isfinite(parts[""]).all())
 
     def dequantize(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return parts[""].to(dtype)

@@ -35,25 +35,19 @@ from dgq.quant.errors import InputError
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    """libggml-base, of which two functions are used:
-
-    size_t ggml_quantize_chunk(type, const float * src, void * dst, start, nrows, n_per_row, const float * imatrix|NULL)
-    bool ggml_validate_row_data(type, const void * data, size_t nbytes)
-    """
+def _quantize_chunk() -> Callable[..., int]:
+    """ggml_quantize_chunk(type, src f32*, dst, start, nrows, n_per_row, imatrix f32*|NULL) -> bytes written."""
     import libggml
 
     root = Path(next(iter(libggml.__path__)))
     found = sorted(root.glob("lib*/libggml-base.so")) + sorted(root.glob("lib*/libggml-base.dylib"))
     if not found:
         raise InputError(f"{root}: no libggml-base library in the libggml-python package; reinstall it")
-    library = ctypes.CDLL(str(found[0]))
+    function = ctypes.CDLL(str(found[0])).ggml_quantize_chunk
     pointer, i64 = ctypes.c_void_p, ctypes.c_int64
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]
-    library.ggml_validate_row_data.restype = ctypes.c_bool
-    library.ggml_validate_row_data.argtypes = [ctypes.c_int, pointer, ctypes.c_size_t]
-    return library
+    function.restype = ctypes.c_size_t
+    function.argtypes = [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]
+    return function  # type: ignore[no-any-return]
 
 
 def _f16(block_bytes: torch.Tensor) -> torch.Tensor:
@@ -91,7 +85,8 @@ def _decode_q6_k(b: torch.Tensor) -> torch.Tensor:
     high = ((qh >> shifts) & 3) << 4  # half, k, l
     q = (torch.cat((ql & 15, ql >> 4), -2) | high).to(torch.int8) - 32
     scale = _f16(b[..., 208:210]) * b[..., 192:208].view(torch.int8)
-    return (scale.unsqueeze(-1) * q.flatten(-3).unflatten(-1, (16, 16))).flatten(-2)
+    values: torch.Tensor = scale.unsqueeze(-1) * q.flatten(-3).unflatten(-1, (16, 16))
+    return values.flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -103,6 +98,7 @@ class GGMLScheme:
     block: int
     block_bytes: int
     decode: Callable[[torch.Tensor], torch.Tensor]  # uint8 (…, block_bytes) -> float32 (…, block)
+    max_abs: float = 65504.0  # a block's scale is a half; beyond it ggml writes infinities, or zeros without a word
 
     @property
     def bits(self) -> float:
@@ -136,16 +132,9 @@ class GGMLScheme:
             raise ValueError(f"importance of shape {tuple(weights.shape)} for rows of {columns}")
         rows = source.numel() // columns
         imatrix = None if weights is None else weights.data_ptr()
-        written = _library().ggml_quantize_chunk(
-            self.type_id, source.data_ptr(), out.data_ptr(), 0, rows, columns, imatrix
-        )
+        written = _quantize_chunk()(self.type_id, source.data_ptr(), out.data_ptr(), 0, rows, columns, imatrix)
         if written != out.numel():
             raise RuntimeError(f"ggml wrote {written} bytes of {self.name}, not {out.numel()}")
-
-    def valid(self, parts: Mapping[str, torch.Tensor]) -> bool:
-        """Whether every scale is finite, by ggml's own check (llama-quantize refuses to write a tensor that fails it)."""
-        data = parts[""].contiguous()
-        return bool(_library().ggml_validate_row_data(self.type_id, data.data_ptr(), data.numel()))
 
     def dequantize(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """uint8 (…, bytes of a row) -> (…, in); float32 arithmetic in ggml's order, then one cast."""

@@ -30,7 +30,7 @@ class KV:
 
 
 class GGUFWriter:
-    """Writes one GGUF file: metadata and the plan of all tensors at once, then `append` slice by slice, in the plan's order."""
+    """Writes one GGUF file: metadata and all tensors' plan first, then `append`, slice by slice in the plan's order."""
 
     def __init__(
         self, path: Path, arch: str, metadata: Mapping[str, KV], plan: Mapping[str, tuple[tuple[int, ...], Scheme]]
@@ -74,11 +74,13 @@ class GGUFWriter:
         os.fsync(self._file.fileno())
         self._writer.close()
         if self._pending:
-            raise ValueError(f"{len(self._pending)} planned tensors were not written, {next(iter(self._pending))} first")
+            raise ValueError(
+                f"{len(self._pending)} planned tensors were not written, {next(iter(self._pending))} first"
+            )
 
 
 class GGUFReader(Mapping[str, Packed]):
-    """A GGUF file as `.metadata` (key -> plain Python value) and a mapping tensor name -> Packed (mapped, not loaded)."""
+    """A GGUF file: `.metadata` (key -> plain Python value) and a mapping tensor name -> Packed, mapped, not loaded."""
 
     def __init__(self, path: Path) -> None:
         import gguf
@@ -109,7 +111,9 @@ class GGUFReader(Mapping[str, Packed]):
     def scheme(self, name: str) -> Scheme:
         kind = self._tensors[name].tensor_type.name.lower()
         if kind not in SCHEMES:
-            raise InputError(f"{self.path}: {name} has ggml type {kind.upper()}, which dgq does not decode yet; convert it anew")
+            raise InputError(
+                f"{self.path}: {name} has ggml type {kind.upper()}, which dgq does not decode yet; convert it anew"
+            )
         return SCHEMES[kind]
 
     def __getitem__(self, name: str) -> Packed:

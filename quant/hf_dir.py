@@ -54,7 +54,7 @@ def read_header(path: Path) -> dict[str, Spec]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise InputError(
-                    f"{path}: header length {length} does not fit a file of {size} bytes; truncated or no safetensors file"
+                    f"{path}: header length {length} does not fit a file of {size} bytes; truncated, or not safetensors"
                 )
             header = json.loads(file.read(length))
     except FileNotFoundError:
@@ -69,7 +69,9 @@ def read_header(path: Path) -> dict[str, Spec]:
     end = base
     for spec in specs:
         if spec.start != end:
-            raise InputError(f"{path}: {spec.name} starts at byte {spec.start}, not {end} where the tensor before it ends")
+            raise InputError(
+                f"{path}: {spec.name} starts at byte {spec.start}, not {end} where the tensor before it ends"
+            )
         end = spec.stop
     if end != size:
         raise InputError(f"{path}: {size} bytes, but its header announces {end}; truncated or damaged, fetch it again")
@@ -88,7 +90,9 @@ def _spec(path: Path, name: str, entry: Any, base: int) -> Spec:
         raise InputError(f"{path}: {name} has dtype {str(dtype)[:20]!r}, which dgq does not know")
     spec = Spec(name, shape, dtype, path, base + start, base + stop)
     if spec.numel * ITEMSIZE[dtype] != stop - start:
-        raise InputError(f"{path}: {name} {dtype} {list(shape)} takes {spec.numel * ITEMSIZE[dtype]} bytes, not {stop - start}")
+        raise InputError(
+            f"{path}: {name} {dtype} {list(shape)} takes {spec.numel * ITEMSIZE[dtype]} bytes, not {stop - start}"
+        )
     return spec
 
 
@@ -113,7 +117,9 @@ def read_index(path: Path) -> dict[str, Spec]:
     for file, specs in shards.items():
         for name in specs:
             if weight_map.get(name) != file:
-                raise InputError(f"{path / file}: holds {name}, which {INDEX} does not place there; remove it or fix the index")
+                raise InputError(
+                    f"{path / file}: holds {name}, which {INDEX} does not place there; remove it or fix the index"
+                )
     return {name: spec for specs in shards.values() for name, spec in specs.items()}
 
 

@@ -33,7 +33,9 @@ def read_imatrix(path: Path) -> Imatrix:
     reader = GGUFReader(path)
     meta: dict[str, Any] = reader.metadata
     if meta.get("general.type") != "imatrix":
-        raise InputError(f"{path}: general.type is {meta.get('general.type')!r}, not 'imatrix'; pass a GGUF imatrix file")
+        raise InputError(
+            f"{path}: general.type is {meta.get('general.type')!r}, not 'imatrix'; pass a GGUF imatrix file"
+        )
     weights = {}
     for name in (n.removesuffix(".in_sum2") for n in reader if n.endswith(".in_sum2")):
         sums = reader[f"{name}.in_sum2"].dequantize()

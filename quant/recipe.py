@@ -9,6 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +66,7 @@ class Recipe(_Strict):
         schemes: dict[str, Scheme] = {}
         for name, shape in shapes.items():
             rule = chosen[name]
+            index: int | None
             if rule.counted == "tensor":
                 peers = [n for n, r in chosen.items() if r is rule]
                 index, count = peers.index(name), len(peers)
@@ -96,7 +98,7 @@ def use_more_bits(index: int, count: int) -> bool:
 def layer_of(name: str) -> int | None:
     """The N of blk.N. or layers.N. in a tensor's name."""
     parts = name.split(".")
-    for before, part in zip(parts, parts[1:], strict=False):
+    for before, part in pairwise(parts):
         if before in ("blk", "layers") and part.isdigit():
             return int(part)
     return None

@@ -48,19 +48,21 @@ class Spec:
 class Scheme(Protocol):
     """One way to store a weight. Pure functions on tensors: no names, no state.
 
-    block: elements along the last axis that share scales; bits: stored bits per weight, scales included.
+    block: elements along the last axis that share scales; bits: stored bits per weight, scales included;
+    max_abs: the largest weight it can hold.
     """
 
-    name: str
-    block: int
-    bits: float
+    @property
+    def name(self) -> str: ...
+    @property
+    def block(self) -> int: ...
+    @property
+    def bits(self) -> float: ...
+    @property
+    def max_abs(self) -> float: ...
 
     def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """weight (…, in) of any float dtype -> parts. importance (in,) or (E, in) float32 weighs the columns."""
-        ...
-
-    def valid(self, parts: Mapping[str, torch.Tensor]) -> bool:
-        """Whether everything in parts decodes to finite values: no overflowed scale, no NaN."""
         ...
 
     def dequantize(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -120,7 +120,9 @@ def continue_text(model, tok, rows: list[dict], words: set[str], blocks: int = 3
         "words_known": sum(w in words for w in printed) / max(1, len(printed)),
         "distinct_words": len(set(printed)),
         "steps": len(seen),
-        "samples": [{"prompt": tok.decode(i[-30:]), "text": t} for i, t in list(zip(ids.tolist(), texts, strict=True))[:6]],
+        "samples": [
+            {"prompt": tok.decode(i[-30:]), "text": t} for i, t in list(zip(ids.tolist(), texts, strict=True))[:6]
+        ],
     }
 
 

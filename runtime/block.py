@@ -1,9 +1,9 @@
 """One transformer layer over packed weights. Encoder and decoder run the same one, with another scalar and mask.
 
-    x ── norm ── attention ── norm ──(+)──┬── norm ── MLP ───────── norm ──(+)── norm ──(+)── × scalar
-    └─────────────────────────────────┘   ├── norm_2 ── experts ── norm_2 ──┘            │
-                                          ├── router (reads the raw residual) ─┘         │
-                                          └──────────────────────────────────────────────┘
+x ── norm ── attention ── norm ──(+)──┬── norm ── MLP ───────── norm ──(+)── norm ──(+)── × scalar
+└─────────────────────────────────┘   ├── norm_2 ── experts ── norm_2 ──┘            │
+                                      ├── router (reads the raw residual) ─┘         │
+                                      └──────────────────────────────────────────────┘
 """
 
 from __future__ import annotations

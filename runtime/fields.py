@@ -1,7 +1,7 @@
 """Reading settings out of JSON or GGUF metadata so that every mistake ends in one line: file, key, value.
 
-    text = Fields(raw, "config.json").section("text_config")
-    text.count("hidden_size")      -> 2816, or InputError("config.json: text_config.hidden_size is missing")
+text = Fields(raw, "config.json").section("text_config")
+text.count("hidden_size")      -> 2816, or InputError("config.json: text_config.hidden_size is missing")
 """
 
 from __future__ import annotations

@@ -76,9 +76,7 @@ class Model:
         return Cache(self.config, rows, self.device, self.dtype, capacity)
 
     @torch.inference_mode()
-    def encode(
-        self, ids: Tensor, cache: Cache, positions: Tensor | None = None, padding: Tensor | None = None
-    ) -> None:
+    def encode(self, ids: Tensor, cache: Cache, positions: Tensor | None = None, padding: Tensor | None = None) -> None:
         """Append tokens to the cache: ids (rows, tokens) int64; the cache grows by `tokens`.
 
         positions (rows or 1, tokens) default to counting on from the cache, padding included. padding (rows, tokens)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.engine import generate
 from dgq.runtime.settings import GenerationConfig, SamplerConfig
@@ -27,7 +28,7 @@ def pair(request):
         pytest.skip(f"{path} is not there")
     artifact = open_artifact(path)
     oracle = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="sdpa"
+        path, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
     ).eval()
     return request.param, artifact.load(), artifact, oracle
 
@@ -87,9 +88,7 @@ def oracle_generate(oracle, rows, pad, seed, **settings):
 def both(pair, rows, seed, eos, steps, blocks, bound=0.1, stability=1):
     """Committed canvases of ours and theirs for one seed, and our result."""
     name, model, artifact, oracle = pair
-    sampler = SamplerConfig(
-        steps=steps, entropy_bound=bound, stability=stability, confidence=CONFIDENCE[name]
-    )
+    sampler = SamplerConfig(steps=steps, entropy_bound=bound, stability=stability, confidence=CONFIDENCE[name])
     pad = artifact.generation.pad_id
     tokens = blocks * artifact.config.canvas
     result = generate(model, rows, GenerationConfig(sampler, eos, pad), tokens, seed=seed)
