@@ -59,7 +59,7 @@ def plan(src: str, to: str, recipe: str | None, revision: str | None, as_json: b
     from dgq.convert.recipes import find_recipe
     from dgq.convert.source import open_source
 
-    planned = make_plan(open_source(src, revision), find_recipe(to, recipe))
+    planned = make_plan(open_source(src, revision, weights=False), find_recipe(to, recipe))
     show.print_json(planned.to_json()) if as_json else show.plan(planned)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dgq.quant.errors import InputError
+from dgq.quant.types import Spec
 
 TINY = "tiny"
 WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -65,6 +66,21 @@ def _fetch(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Locate
     return Located(repo, Path(path), repo, commit)
 
 
+def remote_specs(repo: str, commit: str) -> dict[str, Spec]:
+    """Every tensor's header entry of a Hub repository, by ranged requests: no other byte of the weights is fetched."""
+    import huggingface_hub
+
+    try:
+        metadata = huggingface_hub.HfApi().get_safetensors_metadata(repo, revision=commit)
+    except Exception as error:
+        refuse(repo, error)
+    return {
+        name: Spec(name, tuple(tensor.shape), tensor.dtype, Path(file), *tensor.data_offsets)
+        for file, entry in metadata.files_metadata.items()
+        for name, tensor in entry.tensors.items()
+    }
+
+
 def refuse(repo: str, error: Exception) -> NoReturn:
     """Turn an exception of huggingface_hub or its transport into an InputError; re-raise what is none of theirs."""
     from huggingface_hub import errors
@@ -75,12 +91,14 @@ def refuse(repo: str, error: Exception) -> NoReturn:
         (errors.RevisionNotFoundError, "has no such revision"),
         (errors.RepositoryNotFoundError, "is not on the Hub, or private: check the name, log in with `hf auth login`"),
         (errors.LocalEntryNotFoundError, "cannot be reached and is not in the local cache; check the network"),
+        (errors.NotASafetensorsRepoError, "holds no model.safetensors or its index"),
+        (errors.SafetensorsParsingError, "holds a safetensors file whose header is unreadable"),
         (errors.HfHubHTTPError, f"the Hub answered {status}; try again later"),
         ((OSError, errors.OfflineModeIsEnabled), "cannot be reached; check the network"),
     )
     for kind, text in kinds:
         if isinstance(error, kind):
             raise InputError(f"{repo}: {text}") from None
-    if type(error).__module__.split(".")[0] in ("httpx", "httpcore", "requests", "urllib3"):
+    if type(error).__module__.startswith(("http", "requests", "urllib3")):  # the client library of the day
         raise InputError(f"{repo}: cannot be reached ({type(error).__name__}); check the network") from None
     raise error

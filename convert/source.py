@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dgq.convert.hub import Located, locate
+from dgq.convert.hub import Located, locate, remote_specs
 from dgq.convert.vision import expected_vision
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import FLOATS, HFDir, read_json
@@ -79,7 +79,10 @@ class Source(Mapping[str, Packed]):
 
 
 def open_source(asked: str, revision: str | None = None, *, weights: bool = True) -> Source:
-    """Locate and check SRC; reads headers only. InputError for anything that is wrong with it."""
+    """Locate and check SRC; reads headers only. InputError for anything that is wrong with it.
+
+    weights=False: of a Hub id, fetch only small files and headers. The result can be planned, not converted.
+    """
     where = locate(asked, revision, weights=weights)
     config_file = where.path / "config.json"
     raw = read_json(config_file)
@@ -90,7 +93,8 @@ def open_source(asked: str, revision: str | None = None, *, weights: bool = True
         )
     config = ModelConfig.from_json(raw, str(config_file))
     generation = GenerationConfig.from_file(where.path / "generation_config.json", config)
-    directory = HFDir(where.path)
+    remote = None if weights or where.repo is None else remote_specs(where.repo, str(where.revision))
+    directory = HFDir(where.path, remote)
     vision = expected_vision(raw, config.hidden, str(config_file))
     text = expected_tensors(config)
     copies = _copies(directory, text)

@@ -47,7 +47,7 @@ def _quantize_chunk() -> Callable[..., int]:
     pointer, i64 = ctypes.c_void_p, ctypes.c_int64
     function.restype = ctypes.c_size_t
     function.argtypes = [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _f16(block_bytes: torch.Tensor) -> torch.Tensor:

@@ -129,9 +129,10 @@ class HFDir(Mapping[str, Packed]):
     specs: every tensor's header entry. Float tensors only: others raise InputError when they are asked for.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, specs: dict[str, Spec] | None = None) -> None:
+        """specs: header entries that were read elsewhere, of files that are not in `path` (a plan of a remote one)."""
         self.path = path
-        self.specs = read_index(path)
+        self.specs = read_index(path) if specs is None else specs
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)

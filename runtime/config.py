@@ -184,6 +184,8 @@ def _layers_from_gguf(arch: Fields) -> tuple[LayerConfig, ...]:
     for key, values in (("sliding_window_pattern", sliding), ("head_count_kv", kv_heads)):
         if len(values) != n:
             raise InputError(f"{arch.source}: attention.{key} has {len(values)} entries for block_count {n}")
+        if not all(isinstance(value, int) for value in values):  # bool is an int
+            raise InputError(f"{arch.source}: attention.{key} holds something other than numbers")
     head_dim, head_dim_sliding = arch.count("attention.key_length"), arch.count("attention.key_length_swa")
     for key, size in (
         ("attention.value_length", head_dim), ("attention.value_length_swa", head_dim_sliding),
@@ -191,8 +193,7 @@ def _layers_from_gguf(arch: Fields) -> tuple[LayerConfig, ...]:
     ):  # fmt: skip
         arch.expect(key, size)
     return tuple(
-        LayerConfig(bool(s), head_dim_sliding if s else head_dim, int(kv))
-        for s, kv in zip(sliding, kv_heads, strict=True)
+        LayerConfig(bool(s), head_dim_sliding if s else head_dim, kv) for s, kv in zip(sliding, kv_heads, strict=True)
     )
 
 

@@ -1,0 +1,127 @@
+"""The sampler's rules on small numbers, and generate()'s bookkeeping. Tokens are compared in test_runtime_parity."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dgq.quant.errors import InputError
+from dgq.runtime.artifact import open_artifact
+from dgq.runtime.engine import generate
+from dgq.runtime.sampler import Stopper, accept, decide, random_tokens, temperature
+from dgq.runtime.settings import SamplerConfig
+
+TINY_A = Path(__file__).parent / "golden" / "tinyA"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    artifact = open_artifact(TINY_A)
+    return artifact.load(), artifact.generation
+
+
+def test_temperature_runs_from_t_max_to_nearly_t_min():
+    config = SamplerConfig(steps=4, t_min=0.4, t_max=0.8)
+    schedule = [float(temperature(left, config, torch.device("cpu"))) for left in (4, 3, 2, 1)]
+    assert schedule == pytest.approx([0.8, 0.7, 0.6, 0.5])
+
+
+def test_accept_counts_all_but_the_largest():
+    entropy = torch.tensor([[0.06, 2.0, 0.05, 0.03], [0.5, 0.6, 0.7, 0.8]])
+    # ascending .03 .05 .06 2.0: what comes before each is 0, .03, .08, .14; the least is always accepted
+    assert accept(entropy, 0.1).tolist() == [[True, False, True, True], [True, False, False, False]]
+    assert accept(entropy, 0.15).tolist()[0] == [True] * 4
+
+
+def test_decide():
+    logits = torch.full((1, 3, 8), -20.0)
+    logits[0, 0, 5] = logits[0, 2, 1] = 20.0
+    logits[0, 1] = 0.0
+    generator = torch.Generator().manual_seed(0)
+    config = SamplerConfig(steps=2, t_min=0.4, t_max=0.8)
+    decision = decide(torch.zeros(1, 3, dtype=torch.long), logits, 1, config, generator)
+    torch.testing.assert_close(decision.logits, logits / 0.6)
+    assert decision.entropy[0].tolist() == pytest.approx([0.0, math.log(8), 0.0], abs=1e-5)
+    assert decision.argmax[0, 0] == 5 and decision.argmax[0, 2] == 1
+    assert decision.accepted.tolist() == [[True, True, True]]  # one uncertain position is as good as independent
+    assert decision.canvas[0, 0] == 5 and decision.canvas[0, 2] == 1
+
+
+def test_rejected_positions_get_fresh_tokens():
+    logits = torch.zeros(1, 64, 1000)
+    generator = torch.Generator().manual_seed(0)
+    canvas = random_tokens(1, 64, 1000, generator)
+    decision = decide(canvas, logits, 1, SamplerConfig(), generator)
+    assert int(decision.accepted.sum()) == 1
+    assert int((decision.canvas == canvas).sum()) <= 2
+
+
+def test_stopper():
+    a, b = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [3, 5]])
+    sure, unsure = torch.full((2, 2), 0.001), torch.tensor([[0.001, 0.02], [0.001, 0.001]])
+    stopper = Stopper(SamplerConfig(stability=1, confidence=0.005))
+    assert stopper.done(a, sure).tolist() == [False, False]  # nothing to compare with
+    assert stopper.done(b, sure).tolist() == [True, False]
+    assert stopper.done(b, unsure).tolist() == [False, True]
+    stopper = Stopper(SamplerConfig(stability=2))
+    assert [stopper.done(a, sure).tolist() for _ in range(3)] == [[False] * 2, [False] * 2, [True] * 2]
+    assert Stopper(SamplerConfig(stability=0)).done(a, unsure).tolist() == [False, True]
+
+
+def test_result_is_cut(tiny):
+    """At max_new_tokens exactly (not at whole canvases), and before the first end-of-sequence token."""
+    model, generation = tiny
+    endless = replace(generation, eos_ids=())
+    full = generate(model, [[5, 6, 7]], endless, 64, seed=1, steps=3)
+    cut = generate(model, [[5, 6, 7]], endless, 40, seed=1, steps=3)
+    assert full.tokens == full.canvases.tolist() and len(full.tokens[0]) == 64
+    assert cut.tokens[0] == full.tokens[0][:40] and cut.ended == [False]
+    assert cut.canvases.shape == (1, 64) and cut.steps == [[3, 3]] and cut.stopped_early == [[False, False]]
+    eos = full.tokens[0][20]
+    at = full.tokens[0].index(eos)
+    ended = generate(model, [[5, 6, 7]], replace(generation, eos_ids=(eos,)), 64, seed=1, steps=3)
+    assert ended.tokens[0] == full.tokens[0][:at] and ended.ended == [True]
+    assert ended.canvases[0, at] == eos and ended.canvases[0, at + 1 :].eq(generation.pad_id).all()
+    assert ended.canvases.shape == (1, 32) and ended.steps == [[3]]
+    late = generate(model, [[5, 6, 7]], replace(generation, eos_ids=(eos,)), max(1, at), seed=1, steps=3)
+    assert late.ended == [at == 0]  # the token lies behind the cut
+
+
+def test_same_seed_same_tokens(tiny):
+    model, generation = tiny
+    one, two, other = (generate(model, [[9, 8]], generation, 32, seed=s, steps=2).canvases for s in (4, 4, 5))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    torch.manual_seed(0)
+    state = torch.random.get_rng_state()
+    generate(model, [[9, 8]], generation, 32, steps=1)  # an own generator: the caller's stream stays
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_on_step(tiny):
+    model, generation = tiny
+    seen = []
+    result = generate(model, [[5], [6, 7]], replace(generation, eos_ids=()), 64, seed=0, steps=3, on_step=seen.append)
+    assert [(s.block, s.step, s.steps) for s in seen] == [(b, n, 3) for b in (0, 1) for n in (1, 2, 3)]
+    assert seen[0].canvas.shape == seen[0].accepted.shape == (2, 32) and seen[0].entropy.shape == (2,)
+    assert torch.equal(seen[2].canvas, result.canvases[:, :32])
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "words"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([[5], []], {}, "the prompt is empty"),
+        ([[5, 512]], {}, "token 512, the vocabulary has 512"),
+        ([[-1]], {}, "token -1"),
+        ([[5]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[5]], {"steps": 0}, "steps is 0"),
+        ([[5] * 2000], {"max_new_tokens": 33}, "2000 tokens and 64 new ones"),
+    ],
+)
+def test_bad_requests(tiny, rows, settings, words):
+    model, generation = tiny
+    with pytest.raises(InputError) as error:
+        generate(model, rows, generation, **settings)
+    assert words in str(error.value)
