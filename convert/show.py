@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from dgq.convert.plan import Plan
 
 MIB, GB = 1 << 20, 10**9
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def print_json(data: dict[str, Any]) -> None:
@@ -47,17 +47,17 @@ def bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
 
 def notices(plan: Plan) -> None:
     for line in plan.source.notices:
-        err.print(f"note: {line}", style="yellow", soft_wrap=True)
+        err.print(f"note: {line}", style="yellow")
     for part, params in plan.dropped.items():
         text = f"note: a {plan.recipe.label} file has no place for {part}: {_count(params)} parameters are dropped"
-        err.print(text, style="yellow", soft_wrap=True)
+        err.print(text, style="yellow")
 
 
 def plan(plan: Plan) -> None:
     """The table of `dgq plan`."""
     where = plan.source.where
     pinned = f" @ {where.revision}" if where.revision else ""
-    out.print(f"{where.asked}{pinned} -> {plan.recipe.label} ({plan.recipe.description})", style="bold", soft_wrap=True)
+    out.print(f"{where.asked}{pinned} -> {plan.recipe.label} ({plan.recipe.description})", style="bold")
     out.print(_groups("part", plan.by_part(), plan.nbytes))
     out.print(_groups("scheme", plan.by_scheme(), plan.nbytes))
     out.print(
@@ -90,7 +90,7 @@ def converted(plan: Plan, done: Converted) -> None:
 def inspected(found: dict[str, Any]) -> None:
     """The page of `dgq inspect`."""
     model, sampler, origin = found["model"], found["sampler"], found["provenance"]
-    out.print(f"{found['path']}: {found['kind']}, {found['file']}", style="bold", soft_wrap=True)
+    out.print(f"{found['path']}: {found['kind']}, {found['file']}", style="bold")
     out.print(_groups("scheme", found["by_scheme"], found["bytes"]))
     share = f"{found['quantized_share']:.2%} of {_count(found['params'])} parameters quantised"
     out.print(f"{len(found['tensors'])} text tensors, {found['bytes'] / MIB:,.1f} MiB, {share}")
@@ -144,4 +144,4 @@ def _count(n: int) -> str:
 
 def _next(command: str) -> None:
     if err.is_terminal:
-        err.print(f"\nnext: {command}", style="green", soft_wrap=True)
+        err.print(f"\nnext: {command}", style="green")

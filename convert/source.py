@@ -23,7 +23,7 @@ from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import FLOATS, HFDir, read_json
 from dgq.quant.types import Packed, Spec
 from dgq.runtime.config import ModelConfig
-from dgq.runtime.names import DECODER, EMBEDDING, ENCODER, expected_tensors
+from dgq.runtime.names import DECODER, EMBEDDING, ENCODER, check_tensors, expected_tensors
 from dgq.runtime.settings import GenerationConfig
 
 COMPARE_BYTES = 1 << 24
@@ -87,7 +87,8 @@ def open_source(asked: str, revision: str | None = None, *, weights: bool = True
     config_file = where.path / "config.json"
     raw = read_json(config_file)
     if "quantization_config" in raw:
-        method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
+        said = raw["quantization_config"]
+        method = said.get("quant_method") if isinstance(said, dict) else said
         raise InputError(
             f"{config_file}: already quantised (quant_method {method!r}); convert from the BF16 checkpoint"
         )
@@ -99,17 +100,18 @@ def open_source(asked: str, revision: str | None = None, *, weights: bool = True
     text = expected_tensors(config)
     copies = _copies(directory, text)
     expected = text | vision | {copy: text[original] for copy, original in copies.items()}
-    check_tensors({n: (s.shape, s.file) for n, s in directory.specs.items()}, expected, where.path)
-    _check_dtypes(directory.specs)
-    notices = _notices(directory.specs, copies, raw.get("text_config", {}))
-    by_name = directory.specs
+    specs = directory.specs
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    check_tensors(shapes, expected, str(where.path), file=lambda name: str(specs[name].file))
+    _check_dtypes(specs)
+    notices = _notices(specs, copies, raw.get("text_config", {}))
     return Source(
         where,
         config,
         generation,
         raw,
-        {n: by_name[n] for n in text},
-        {n: by_name[n] for n in vision},
+        {n: specs[n] for n in text},
+        {n: specs[n] for n in vision},
         copies,
         notices,
         directory,
@@ -124,29 +126,6 @@ def _copies(directory: HFDir, text: Mapping[str, tuple[int, ...]]) -> dict[str, 
         if name not in text and (name == "lm_head.weight" or name.startswith(ENCODER)) and original in text:
             copies[name] = original
     return copies
-
-
-def check_tensors(
-    found: Mapping[str, tuple[tuple[int, ...], Path]], expected: Mapping[str, tuple[int, ...]], path: Path
-) -> None:
-    """Every expected tensor present in its shape and no other; InputError names the first that is not."""
-    missing = [name for name in expected if name not in found]
-    if missing:
-        raise InputError(
-            f"{path}: {missing[0]} is missing{_and_more(missing)}; config.json asks for {list(expected[missing[0]])}"
-        )
-    extra = [name for name in found if name not in expected]
-    if extra:
-        raise InputError(
-            f"{found[extra[0]][1]}: holds {extra[0]}, which DiffusionGemma does not have{_and_more(extra)}"
-        )
-    for name, shape in expected.items():
-        if found[name][0] != shape:
-            raise InputError(f"{found[name][1]}: {name} is {list(found[name][0])}, config.json asks for {list(shape)}")
-
-
-def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 def _check_dtypes(specs: Mapping[str, Spec]) -> None:

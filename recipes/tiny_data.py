@@ -306,7 +306,7 @@ class Task:
 
 def list_task(kind: str, rng: random.Random) -> Task:
     """Copy, reverse or sort a few words."""
-    low, high = {"copy": (3, 8), "reverse": (3, 6), "sort": (3, 5)}[kind]
+    low, high = {"copy": (3, 10), "reverse": (3, 7), "sort": (3, 6)}[kind]
     words = rng.sample(WORDS, rng.randint(low, high))
     answer = {"copy": words, "reverse": words[::-1], "sort": sorted(words)}[kind]
     said = {
@@ -318,30 +318,32 @@ def list_task(kind: str, rng: random.Random) -> Task:
 
 
 def add_task(rng: random.Random) -> Task:
-    a, b = rng.randrange(100), rng.randrange(100)
+    below = rng.choices((100, 1000), (3, 1))[0]
+    a, b = rng.randrange(below), rng.randrange(below)
     said = rng.choice(("Add {} and {}.", "What is {} plus {}?"))
     return Task("add", said.format(a, b), str(a + b), f"{min(a, b)} {max(a, b)}")
 
 
 def lookup_task(rng: random.Random) -> Task:
-    thing, names = rng.choice(THINGS), rng.sample(NAMES, rng.randint(2, 5))
-    colours = [rng.choice(COLOURS) for _ in names]
-    facts = " ".join(f"The {thing} of {n} is {c}." for n, c in zip(names, colours, strict=True))
-    i = rng.randrange(len(names))
-    prompt = f"{facts} What is the {thing} of {names[i]}?"
-    return Task("lookup", prompt, colours[i], prompt)
+    """Two to four facts, then questions about one or more of them: several answers a chat teach the look-up far sooner."""
+    thing, names = rng.choice(THINGS), rng.sample(NAMES, rng.randint(2, 4))
+    owned = dict(zip(names, rng.sample(COLOURS, len(names)), strict=True))
+    facts = " ".join(f"The {thing} of {n} is {c}." for n, c in owned.items())
+    asked = rng.sample(names, rng.randint(1, len(names)))
+    *most, last = [f"of {n}" for n in asked]
+    prompt = f"{facts} What is the {thing} {', '.join(most)}{' and ' if most else ''}{last}?"
+    return Task("lookup", prompt, " ".join(owned[n] for n in asked), prompt)
 
 
-def any_task(rng: random.Random) -> Task:
-    kind = rng.choices(("copy", "reverse", "sort", "add", "lookup"), (2, 3, 4, 4, 3))[0]
-    if kind in ("add", "lookup"):
-        return add_task(rng) if kind == "add" else lookup_task(rng)
-    return list_task(kind, rng)
+KINDS = ("copy", "reverse", "sort", "add", "lookup")
 
 
-def tasks(rng: random.Random, held_out: bool) -> Iterator[Task]:
+def tasks(rng: random.Random, held_out: bool, weights: tuple[int, ...] = (1, 1, 1, 1, 1)) -> Iterator[Task]:
+    """Endless tasks of one side of the hold-out."""
     while True:
-        if (task := any_task(rng)).held_out == held_out:
+        kind = rng.choices(KINDS, weights)[0]
+        task = {"add": add_task, "lookup": lookup_task}[kind](rng) if kind in ("add", "lookup") else list_task(kind, rng)
+        if task.held_out == held_out:
             yield task
 
 
@@ -351,31 +353,48 @@ def chat(turns: list[Task]) -> str:
     return "<bos>" + "\n".join(ask.format(t.prompt, t.answer) for t in turns)
 
 
-def kjv() -> dict[bool, list[str]]:
-    """Chapters of the King James Bible, one verse a line; every twentieth is held out (key True)."""
+def chapters() -> list[list[str]]:
+    """The King James Bible, verse by verse."""
     run = subprocess.run(["bible", "-l5000", "Gen1:1-Rev22:21"], capture_output=True, text=True, check=True)
-    chapters: dict[bool, list[str]] = {False: [], True: []}
-    for block in re.split(r"\n\n(?=\S[^\n]* \d+\n\n)", "\n\n" + run.stdout):
-        verses = re.findall(r"^ *\d+ (.+)$", block, flags=re.M)
-        if verses:
-            text = "\n".join(v.strip() for v in verses)
-            chapters[zlib.crc32(text.encode()) % 20 == 0].append(text)
-    return chapters
+    blocks = re.split(r"\n\n(?=\S[^\n]* \d+\n\n)", "\n\n" + run.stdout)
+    found = [[v.strip() for v in re.findall(r"^ *\d+ (.+)$", block, flags=re.M)] for block in blocks]
+    return [verses for verses in found if verses]
 
 
-def wordnet(known: Counter, least: int = 10) -> dict[bool, list[str]]:
-    """WordNet definitions, "word: definition", those made of words that `known` counts often enough to be learnt."""
-    lines: dict[bool, list[str]] = {False: [], True: []}
+def texts() -> dict[bool, list[str]]:
+    """Documents of one line a verse or definition, training (False) and held out (True, one in twenty).
+
+    Only lines of common words stay: 7.7 M parameters learn a language of a few thousand words well, or all of it badly.
+    """
+    bible, wordnet = chapters(), glosses()
+    in_bible = Counter(w for d in bible for v in d for w in words_of(v))
+    in_wordnet = Counter(w for g in wordnet for w in words_of(g))
+
+    def common(line: str) -> bool:
+        return all(in_bible[w] >= 4 or in_wordnet[w] >= 60 for w in words_of(line))
+
+    kept = [[v for v in d if common(v)] for d in bible]
+    few = [g for g in wordnet if common(g)]
+    random.Random(0).shuffle(few)
+    docs = ["\n".join(d) for d in [*kept, *(few[i : i + 20] for i in range(0, len(few), 20))] if d]
+    sides: dict[bool, list[str]] = {False: [], True: []}
+    for doc in docs:
+        sides[zlib.crc32(doc.encode()) % 20 == 0].append(doc)
+    for side in sides.values():
+        random.Random(0).shuffle(side)
+    return sides
+
+
+def glosses() -> list[str]:
+    """WordNet's definitions, "word: definition", without the examples."""
+    lines = []
     for part in ("noun", "verb", "adj", "adv"):
         for line in Path(f"/usr/share/wordnet/data.{part}").read_text(encoding="ascii", errors="ignore").splitlines():
-            if line.startswith("  "):
-                continue  # the licence
-            head, gloss = line.split(" | ", 1)
-            word = re.sub(r"\(\w+\)$", "", head.split()[4]).replace("_", " ")
-            meaning = gloss.split('; "')[0].strip()  # without the examples
-            text = f"{word}: {meaning}"
-            if all(known[w] >= least for w in words_of(text)):
-                lines[zlib.crc32(text.encode()) % 20 == 0].append(text)
+            if not line.startswith("  "):  # as the licence does
+                head, gloss = line.split(" | ", 1)
+                word = re.sub(r"\(\w+\)$", "", head.split()[4]).replace("_", " ")
+                meaning = gloss.split('; "')[0].strip()
+                lines.append(f"{word}: {meaning}")
     return lines
 
 
@@ -428,7 +447,7 @@ def save_tokenizer(tok: Tokenizer, folder: Path) -> None:
 def pack_chats(tok: Tokenizer, rows: int, seed: int, held_out: bool) -> np.ndarray:
     """Rows of whole chats, each starting with <bos>; six in ten chats are a single turn, the others two to four."""
     rng = random.Random(seed)
-    stream = tasks(rng, held_out)
+    stream = tasks(rng, held_out, (2, 3, 4, 4, 7))  # what is harder comes more often
     out = np.full((rows, LENGTH), PAD, dtype=np.int16)
     row, used = 0, 0
     while True:
@@ -480,18 +499,7 @@ def main() -> None:
     )
     args.add_argument("--rows", type=int, default=120_000, help="packed chat sequences")
     opt = args.parse_args()
-    bible = kjv()
-    known = Counter(w for d in bible[False] for w in words_of(d))
-    for part in ("noun", "verb", "adj", "adv"):
-        known.update(words_of(Path(f"/usr/share/wordnet/data.{part}").read_text(errors="ignore").replace("_", " ")))
-    glosses = wordnet(known)
-    print({k: len(v) for k, v in bible.items()}, {k: len(v) for k, v in glosses.items()})
-    rng = random.Random(0)
-    text: dict[bool, list[str]] = {}
-    for side in (False, True):
-        rng.shuffle(glosses[side])
-        text[side] = bible[side] + ["\n".join(glosses[side][i : i + 40]) for i in range(0, len(glosses[side]), 40)]
-        rng.shuffle(text[side])
+    text = texts()
     tok = train_tokenizer(text[False])
     save_tokenizer(tok, HERE / "tiny")
     write_prompts(HERE / "prompts", text, tok)

@@ -202,6 +202,7 @@ def main() -> None:
         with without(model, part):
             measure(f"tasks without {part}", solve, model, tok, tasks, opt.batch)
             measure(f"losses without {part}", losses, model, data, device, opt.rows)
+            measure(f"text without {part}", continue_text, model, tok, rows_of("heldout_text")[: opt.texts], words, 1)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
@@ -226,11 +226,12 @@ def masks_for(ids: Tensor, starts: Tensor, window: int) -> tuple[dict[str, Tenso
     return encoder, {FULL: full[:, None], SLIDING: slide[:, None]}
 
 
-def forward(model: nn.Module, ids: Tensor, starts: Tensor, canvases: list[Tensor], temperature: Tensor, keep: Tensor):
+def forward(model, ids: Tensor, starts: Tensor, canvases: list[Tensor], temperature: Tensor, keep: Tensor, own=None):
     """Encoder logits, decoder logits and the routing of both.
 
     `canvases` [batch, n * 64] are decoded in turn; each one's logits, divided by `temperature`, condition the next where
-    `keep` is 1. Only the last is differentiated, and only its logits are returned.
+    `keep` is 1. Only the last is differentiated, and only its logits are returned. Where `own` is true a token sampled from
+    those logits replaces the canvas's: the mistakes that the model will meet in its own drafts, to be corrected.
     """
     config, decoder, encoder = model.config.text_config, model.model.decoder, model.model.encoder.language_model
     table, scale, cap = decoder.embed_tokens.weight, config.hidden_size**0.5, config.final_logit_softcapping
@@ -249,12 +250,15 @@ def forward(model: nn.Module, ids: Tensor, starts: Tensor, canvases: list[Tensor
         h, routed = run_side(decoder, decoder.rotary_emb, config, x, positions, dec_masks, keys)
         return cap * torch.tanh(F.linear(h, table).float() / cap), routed
 
-    soft = None
+    soft, last = None, canvases[-1]
     for canvas in canvases[:-1]:
         with torch.no_grad():
-            logits, _ = decode(canvas, soft)
-            soft = (logits / temperature).softmax(-1).to(table.dtype) @ table * scale * keep
-    dec_logits, dec_routed = decode(canvases[-1], soft)
+            logits = decode(canvas, soft)[0] / temperature
+            soft = logits.softmax(-1).to(table.dtype) @ table * scale * keep
+            if own is not None:
+                drawn = (logits - torch.log(-torch.log(torch.rand_like(logits).clamp(1e-7, 1 - 1e-7)))).argmax(-1)
+                last = torch.where(own, drawn, last)
+    dec_logits, dec_routed = decode(last, soft)
     return enc_logits, dec_logits, enc_routed, dec_routed
 
 
@@ -271,8 +275,8 @@ def balance(routed: list[tuple[Tensor, Tensor]], groups: list[Tensor]) -> Tensor
     return total / (len(routed) * len(groups))
 
 
-def loss_fn(model, ids, starts, target, earlier, noised, temperature, keep, enc_weight, dec_weight, chat):
-    enc, dec, enc_routed, dec_routed = forward(model, ids, starts, [earlier, noised], temperature, keep)
+def loss_fn(model, ids, starts, target, earlier, noised, temperature, keep, enc_weight, dec_weight, chat, own=None):
+    enc, dec, enc_routed, dec_routed = forward(model, ids, starts, [earlier, noised], temperature, keep, own)
     ar = F.cross_entropy(enc[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     ar = (ar * enc_weight.flatten()).sum() / enc_weight.sum()
     ce = F.cross_entropy(dec.flatten(0, 1), target.flatten(), reduction="none")
@@ -318,7 +322,7 @@ def corrupt(target: Tensor, level: Tensor) -> Tensor:
     return torch.where(torch.rand(target.shape, device=target.device) < level, noise, target)
 
 
-def training_batch(data: Data, chats: int, texts: int, n: int) -> tuple[Tensor, ...]:
+def training_batch(data: Data, chats: int, texts: int, n: int, own_errors: float) -> tuple[Tensor | None, ...]:
     ids, starts, target, chat = data.batch(chats, texts, n)
     per_canvas = lambda: torch.rand(target.shape[0], n, device=target.device).repeat_interleave(CANVAS, 1)  # noqa: E731
     level = per_canvas() * 1.2  # above 1, a sixth of the canvases, means pure noise
@@ -327,7 +331,9 @@ def training_batch(data: Data, chats: int, texts: int, n: int) -> tuple[Tensor, 
     answer = ((ids == TURN).cumsum(-1) % 2 == 0) & (ids != PAD)  # in text, every token
     enc_weight = (answer.float() * (1 + 2 * chat) + 0.05 * (ids != PAD))[:, 1:]
     dec_weight = torch.where(target == PAD, 0.5, 1 + 3 * chat)
-    return ids, starts, target, earlier, noised, temperature[..., None], keep[..., None], enc_weight, dec_weight, chat
+    own = torch.rand(target.shape, device=target.device) < per_canvas() * own_errors if own_errors else None
+    levels = temperature[..., None], keep[..., None]
+    return ids, starts, target, earlier, noised, *levels, enc_weight, dec_weight, chat, own
 
 
 def write_checkpoint(model: DiffusionGemmaForBlockDiffusion, out: Path, tokenizer: Path) -> None:
@@ -357,7 +363,7 @@ def train(model: nn.Module, data: Data, opt: argparse.Namespace) -> dict[str, fl
 
     def one(fn):
         with torch.autocast(data.device, torch.bfloat16):
-            return fn(model, *training_batch(data, opt.batch - texts, texts, opt.canvases))
+            return fn(model, *training_batch(data, opt.batch - texts, texts, opt.canvases, opt.own_errors))
 
     step_fn, compiling = loss_fn, time.monotonic()
     if opt.compile:
@@ -399,18 +405,22 @@ def main() -> None:
     args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     args.add_argument("--work", type=Path, required=True, help="where tiny_data.py left tokens.npz")
     args.add_argument("--out", type=Path, required=True)
-    args.add_argument("--minutes", type=float, default=7.4, help="of training, compilation included")
-    args.add_argument("--batch", type=int, default=192)
+    args.add_argument("--minutes", type=float, default=7.9, help="of training, compilation included")
+    args.add_argument("--batch", type=int, default=128)
     args.add_argument("--canvases", type=int, default=4)
-    args.add_argument("--text-share", type=float, default=0.35)
+    args.add_argument("--text-share", type=float, default=0.42)
     args.add_argument("--lr", type=float, default=2e-3)
     args.add_argument("--steps", type=int, default=0)
     args.add_argument("--seed", type=int, default=1)
+    args.add_argument("--init", type=Path, help="a checkpoint to continue from")
+    args.add_argument("--own-errors", type=float, default=0.0, help="largest share of a canvas that the model drafts itself")
     args.add_argument("--no-compile", dest="compile", action="store_false")
     opt = args.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
     model = new_model(opt.seed).to(device)
+    if opt.init:
+        model.load_state_dict(load_file(opt.init / "model.safetensors"), strict=False)
     total = sum(p.numel() for p in model.parameters())
     routed = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     print(f"{total:,} parameters, {routed / total:.1%} in routed experts, on {device}", flush=True)

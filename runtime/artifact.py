@@ -23,7 +23,7 @@ from dgq.quant.gguf_file import GGUFReader
 from dgq.quant.hf_dir import HFDir
 from dgq.quant.types import Packed
 from dgq.runtime.config import ModelConfig
-from dgq.runtime.names import ROPE_FREQS, check_tensors, gguf_name, hf_name
+from dgq.runtime.names import ROPE_FREQS, check_tensors, expected_tensors, gguf_name, hf_name
 from dgq.runtime.settings import GenerationConfig
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class GGUFWeights(Mapping[str, Packed]):
                 name = hf_name(own) or own  # an unknown name stays as it is, and check_tensors refuses it
                 self._names[name] = own
                 shapes[name] = reader.shape(own)
-        check_tensors(shapes, config, str(reader.path), lambda name: gguf_name(name) or name)
+        expected = expected_tensors(config)
+        check_tensors(shapes, expected, str(reader.path), shown=lambda name: gguf_name(name) or name)
         _check_rope(reader, config)
 
     def __iter__(self) -> Iterator[str]:

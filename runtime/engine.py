@@ -77,7 +77,7 @@ def generate(
     _check(model, prompt_ids, wanted, sampler.steps)
     blocks = -(-wanted // length)
     generator = torch.Generator(model.device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
+    generator.manual_seed(generator.seed() if seed is None else seed)
     cache = _prefill(model, prompt_ids, generation.pad_id, blocks)
     eos = torch.tensor(generation.eos_ids, device=model.device)
 
@@ -88,9 +88,9 @@ def generate(
         if committed:
             model.encode(committed[-1], cache)
         canvas, took = _denoise(model, cache, sampler, generator, block, on_step)
-        for row, count in enumerate(took.tolist()):
-            if not finished[row]:
-                used[row].append(count)
+        for counts, count, over in zip(used, took.tolist(), finished.tolist(), strict=True):
+            if not over:
+                counts.append(count)
         is_eos = torch.isin(canvas, eos)
         after = is_eos.cumsum(-1) - is_eos.int() > 0
         committed.append(canvas.masked_fill(after | finished[:, None], generation.pad_id))

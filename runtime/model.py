@@ -23,7 +23,7 @@ from dgq.runtime.block import Layer
 from dgq.runtime.cache import Cache
 from dgq.runtime.config import LayerConfig, ModelConfig
 from dgq.runtime.layers import embed, gated_mlp, head, rms_norm, soft_embed
-from dgq.runtime.names import DECODER, EMBEDDING, ENCODER, check_tensors, expected_tensors
+from dgq.runtime.names import DECODER, EMBEDDING, ENCODER, VISION, check_tensors, expected_tensors
 
 # Models whose weights, decoded, stay below this many bytes are decoded once instead of at every use. The 26B is far
 # above on any machine, the small models that tests and first tries run on are far below.
@@ -50,7 +50,8 @@ class Model:
     ) -> None:
         """Check and move the weights. InputError for a missing, unknown or mis-shaped tensor; source is the file's
         name in it. Vision tensors are passed over. keep_decoded: see KEEP_DECODED, 0 = decode at every use."""
-        check_tensors({name: weight.shape for name, weight in weights.items()}, config, source)
+        text = {name: weight.shape for name, weight in weights.items() if not name.startswith(VISION)}
+        check_tensors(text, expected_tensors(config), source)
         self.config = config
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)

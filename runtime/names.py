@@ -131,26 +131,33 @@ def _layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]
 
 
 def check_tensors(
-    found: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str, shown: Callable[[str], str] = str
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    source: str,
+    *,
+    shown: Callable[[str], str] = str,
+    file: Callable[[str], str] | None = None,
 ) -> None:
-    """Hold a file's tensors (canonical name -> shape) against the config: every one there, no other, right shapes.
+    """Hold tensors (canonical name -> shape) against the expected ones: every one there, no other, right shapes.
 
-    InputError names the first offender and how many there are; shown turns a canonical name into the file's own.
+    InputError names the first offender and how many there are. shown turns a canonical name into the file's own;
+    file says in which of source's files a found tensor lies, if there are several.
     """
-    expected = expected_tensors(config)
     missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected and not name.startswith(VISION)]
+    extra = [name for name in found if name not in expected]
     if missing and extra:
         raise InputError(
             f"{source}: tensor {shown(missing[0])} is missing and {shown(extra[0])} is unknown; renamed, or another "
             f"model ({len(missing)} missing, {len(extra)} unknown)"
         )
     if missing:
-        raise InputError(f"{source}: tensor {shown(missing[0])} is missing ({len(missing)} of {len(expected)})")
+        first, count = missing[0], f"{len(missing)} of {len(expected)}"
+        raise InputError(f"{source}: tensor {shown(first)} is missing ({count}; its shape is {list(expected[first])})")
+    place = file or (lambda name: source)
     if extra:
-        raise InputError(f"{source}: tensor {shown(extra[0])} is not part of the model ({len(extra)} such)")
+        raise InputError(f"{place(extra[0])}: tensor {shown(extra[0])} is not part of the model ({len(extra)} such)")
     for name, shape in expected.items():
         if found[name] != shape:
             raise InputError(
-                f"{source}: tensor {shown(name)} has shape {list(found[name])}, the config says {list(shape)}"
+                f"{place(name)}: tensor {shown(name)} has shape {list(found[name])}, the config says {list(shape)}"
             )

@@ -165,9 +165,10 @@ def _rebuild(
 
 
 def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The entries "…_token": a string, or an object with its "content"."""
+    """The entries "…_token", also those under "extra_special_tokens": a string, or an object with its "content"."""
+    extra = settings.get("extra_special_tokens")
     named = {}
-    for key, value in settings.items():
+    for key, value in {**settings, **(extra if isinstance(extra, dict) else {})}.items():
         text = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(text, str):
             named[key] = text

@@ -17,13 +17,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextmanager
 def serve(repo: str, folder: Path, status: int = 200) -> Iterator[str]:
-    """The endpoint's URL while it serves `folder` as `repo` at COMMIT. Any status but 200 is its answer to everything."""
+    """The endpoint's URL while it serves `folder` as `repo` at COMMIT. A status other than 200 answers everything."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:  # noqa: N802
+        def do_HEAD(self) -> None:
             self.answer(body=False)
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self.answer(body=True)
 
         def answer(self, body: bool) -> None:
@@ -48,7 +48,11 @@ def serve(repo: str, folder: Path, status: int = 200) -> Iterator[str]:
 
         def reply(self, code: int, data: bytes, body: bool, headers: dict[str, str] | None = None) -> None:
             self.send_response(code)
-            for key, value in {"Content-Length": str(len(data)), "Content-Type": "application/json", **(headers or {})}.items():
+            for key, value in {
+                "Content-Length": str(len(data)),
+                "Content-Type": "application/json",
+                **(headers or {}),
+            }.items():
                 self.send_header(key, value)
             self.end_headers()
             if body:

@@ -176,7 +176,7 @@ HEADERS: dict[Callable[[Path], None], tuple[str, ...]] = {
     index_names_a_path_outside: (INDEX, EXPERTS, "../../etc/passwd"),
     index_names_an_absolute_path: (INDEX, EXPERTS, "/etc/passwd"),
     shard_holds_what_the_index_does_not_say: (SHARD, "stowaway"),
-    extra_tensor: (SHARD, "model.decoder.layers.1.self_attn.v_proj.weight", "does not have"),
+    extra_tensor: (SHARD, "model.decoder.layers.1.self_attn.v_proj.weight", "not part of the model"),
     missing_tensor: (EXPERTS, "is missing", "[4, 64, 96]"),
     wrong_shape: (".safetensors", EXPERTS, "[4, 96, 64]", "[4, 64, 96]"),
     wrong_dtype: (".safetensors", EXPERTS, "I8"),

@@ -125,3 +125,13 @@ def test_bad_requests(tiny, rows, settings, words):
     with pytest.raises(InputError) as error:
         generate(model, rows, generation, **settings)
     assert words in str(error.value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generate_on_cuda(tiny, dtype):
+    """Left padding, several blocks, an own stream: the same seed gives the same tokens."""
+    generation = replace(tiny[1], eos_ids=())
+    model = open_artifact(TINY_A).load("cuda", dtype)
+    runs = [generate(model, [[5, 6, 7], [8] * 40], generation, 96, seed=3, steps=4) for _ in range(2)]
+    assert runs[0].tokens == runs[1].tokens and len(runs[0].tokens[1]) == 96

@@ -119,3 +119,17 @@ def test_capacity_only_saves_growing():
     assert torch.equal(model.decode(canvas, small), model.decode(canvas, large))
     assert large.nbytes == before
     assert [small.held(i) for i in range(6)] == [15, 15, 40, 15, 15, 40]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", FILES)
+def test_golden_logits_on_cuda(kind):
+    golden = GOLDEN if kind == "bf16" else load_file(TINY_A / "logits_from_Q4_K_M.safetensors")
+    artifact = open_artifact(FILES[kind])
+    for keep_decoded in (0, 1 << 28):
+        model = Model(artifact.config, artifact.weights, "cuda", torch.float32, keep_decoded=keep_decoded)
+        first, second = two_steps(model)
+        torch.testing.assert_close(first.cpu(), golden["logits"], atol=1e-3, rtol=0)
+        torch.testing.assert_close(second.cpu(), golden["logits_sc"], atol=1e-3, rtol=0)
+    first, _ = two_steps(artifact.load("cuda"))
+    assert (first.argmax(-1).cpu() == golden["logits"].argmax(-1)).float().mean() > 0.8

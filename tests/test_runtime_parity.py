@@ -3,6 +3,7 @@
 tinyA is random and sharp (window 16, canvas 32); tiny is trained, so that its canvases settle and stop early.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from dgq.runtime.engine import generate
 from dgq.runtime.settings import GenerationConfig, SamplerConfig
 
 TESTS = Path(__file__).parent
+PROMPTS = TESTS.parent / "recipes" / "prompts"
 MODELS = {"tinyA": TESTS / "golden" / "tinyA", "tiny": TESTS.parent / "recipes" / "tiny"}
 # Random weights never get confident enough for the released threshold; 0.08 nats stops most of tinyA's canvases.
 CONFIDENCE = {"tinyA": 0.08, "tiny": 0.005}
@@ -34,8 +36,24 @@ def pair(request):
 
 
 def prompts(artifact, lengths, seed=0):
+    """Random tokens, `lengths` in quarters of a window."""
     generator = torch.Generator().manual_seed(seed)
+    lengths = [n * artifact.config.window // 4 for n in lengths]
     return [torch.randint(5, artifact.config.vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def asked(pair, count, seed):
+    """Prompts that a trained model has an answer to, every third one a long text; random tokens for tinyA."""
+    name, _, artifact, _ = pair
+    if name == "tinyA":
+        return prompts(artifact, [1 + (7 * i + 5 * seed) % 17 for i in range(count)], seed)
+    tasks, texts = (
+        [json.loads(line) for line in (PROMPTS / f"heldout_{kind}.jsonl").read_text().splitlines()]
+        for kind in ("tasks", "text")
+    )
+    chats = [artifact.tokenizer.chat(tasks[8 * seed + i]["messages"]) for i in range(count)]
+    long = [artifact.tokenizer.encode(texts[seed + i]["text"])[: 3 * artifact.config.window] for i in range(count)]
+    return [long[i] if (i + seed) % 3 == 2 else chats[i] for i in range(count)]
 
 
 def padded(rows, pad):
@@ -44,7 +62,7 @@ def padded(rows, pad):
     return ids, torch.tensor([[False] * (longest - len(row)) + [True] * len(row) for row in rows])
 
 
-@pytest.mark.parametrize("lengths", [(7,), (61,), (40, 11, 27)], ids=["short", "past the window", "left padding"])
+@pytest.mark.parametrize("lengths", [(2,), (15,), (10, 3, 7)], ids=["short", "past the window", "left padding"])
 def test_logits_over_blocks(pair, lengths):
     """With and without self-conditioning, before any committed block and after each of three."""
     _, model, artifact, oracle = pair
@@ -104,22 +122,17 @@ def both(pair, rows, seed, eos, steps, blocks, bound=0.1, stability=1):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_tokens_of_single_prompts(pair, seed):
-    """8 prompts × 3 blocks, stopping early; no end-of-sequence token, so that all three blocks are made."""
-    artifact = pair[2]
-    (row,) = prompts(artifact, [3 + 9 * seed], seed)
-    result, expected = both(pair, [row], seed, eos=(1,) if pair[0] == "tinyA" else artifact.generation.eos_ids,
-                            steps=16, blocks=3)  # fmt: skip
+    """8 prompts × 3 blocks, stopping early; <eos> alone ends a row, so that (nearly) all blocks are made."""
+    result, expected = both(pair, asked(pair, 1, seed), seed, eos=(1,), steps=16, blocks=3)
     assert result.canvases.tolist() == expected.tolist()
 
 
 def test_tokens_of_a_batch(pair):
     """Rows of different lengths; some end at a token that the first run showed to be produced."""
-    artifact = pair[2]
-    rows = prompts(artifact, [40, 9, 23, 31], 5)
+    rows = asked(pair, 4, 5)
     free, expected = both(pair, rows, 11, eos=(1,), steps=12, blocks=3)
     assert free.canvases.tolist() == expected.tolist()
-    canvas = artifact.config.canvas
-    eos = int(free.canvases[1, canvas // 2])
+    eos = int(free.canvases[1, 3])
     result, expected = both(pair, rows, 11, eos=(1, eos), steps=12, blocks=3)
     assert result.canvases.tolist() == expected.tolist()
     assert result.ended[1] and len(result.steps[1]) == 1
@@ -128,14 +141,14 @@ def test_tokens_of_a_batch(pair):
 
 @pytest.mark.parametrize(("bound", "stability"), [(2.0, 2), (0.02, 0)])
 def test_tokens_under_other_settings(pair, bound, stability):
-    rows = prompts(pair[2], [20, 33], 7)
+    rows = asked(pair, 2, 7)
     result, expected = both(pair, rows, 2, eos=(1,), steps=10, blocks=2, bound=bound, stability=stability)
     assert result.canvases.tolist() == expected.tolist()
 
 
 def test_some_canvases_stopped_early(pair):
     """The tests above would say little if nothing ever stopped, or everything at once."""
-    rows = prompts(pair[2], [12, 30, 22], 3)
+    rows = asked(pair, 3, 3)
     result, _ = both(pair, rows, 4, eos=(1,), steps=16, blocks=3)
     early = [flag for row in result.stopped_early for flag in row]
     assert any(early)
@@ -147,7 +160,7 @@ def test_chunked_prefill(pair, monkeypatch):
     _, model, artifact, _ = pair
     import dgq.runtime.engine as engine
 
-    rows = prompts(artifact, [70, 45], 9)
+    rows = prompts(artifact, [17, 11], 9)
     whole = generate(model, rows, artifact.generation, artifact.config.canvas, seed=1, steps=2)
     monkeypatch.setattr(engine, "PREFILL", 13)
     pieces = generate(model, rows, artifact.generation, artifact.config.canvas, seed=1, steps=2)

@@ -86,12 +86,12 @@ def test_templates_see_what_transformers_gives_them(tmp_path):
         {%- generation %}[{{ m | tojson }}]{% endgeneration %}
     {%- endfor %}
 {% if tools is none %}none{% endif %} {{ flag }} {{ strftime_now("%Y") | length }} {{ eot_token }}"""
-    tokenizer = with_template(tmp_path, template, eot_token={"content": "<turn|>"}, chat_template="unused")
+    tokenizer = with_template(tmp_path, template, extra_special_tokens={"eot_token": "<turn|>"}, chat_template="")
     messages = [{"content": "<é>"}, {"content": "b"}, {"content": "c"}]
     text = tokenizer.render(messages, flag=7)
     assert text == '<bos>[{"content": "<é>"}][{"content": "b"}]none 7 4 <turn|>'
     auto = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
-    assert auto.apply_chat_template(messages, tokenize=False, flag=7, eot_token="<turn|>") == text
+    assert auto.apply_chat_template(messages, tokenize=False, flag=7) == text
 
 
 def test_named_templates(tmp_path):
