@@ -14,7 +14,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -177,8 +177,9 @@ def staged(out: Path, nbytes: int) -> Iterator[Path]:
         partial.rename(out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        for parent in missing:
-            parent.rmdir()
+        with suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
         if isinstance(error, OSError):
-            raise InputError(f"{out}: cannot be written ({error.strerror or error})") from None
+            raise InputError(f"{out}: cannot be written ({error})") from None
         raise

@@ -1,22 +1,26 @@
 """Trains `tiny`: a 7.7 M parameter DiffusionGemma with every part of the 26B one, on one GPU in a few minutes.
 
-    python recipes/tiny_data.py --work DIR                       # tokens, tokenizer, prompts (needs two Debian packages)
-    python recipes/train_tiny.py --work DIR --out recipes/tiny   # trains and writes the checkpoint
+    python recipes/tiny_data.py --work DIR                       # tokens, tokenizer, prompts
+    python recipes/train_tiny.py --work DIR --out FIRST          # trains
+    python recipes/train_tiny.py --work DIR --init FIRST ...     # meets its own mistakes: tiny/README.md has the line
 
-The modules and their weights are transformers' own; only the order in which they are called is ours, so that one pass serves
-many canvases. A sequence of 256 tokens is encoded causally once. Then several canvases of 64 positions go through the decoder
-together, as queries over [256 encoder keys ; their own keys]: a mask lets canvas k see the tokens before its start (in sliding
-layers the last 63 of them) and itself, which is what generate() would show it. Rotary positions are relative, so chats can be
-packed into a sequence, each in its own attention segment.
+The modules and their weights are transformers' own; only the order in which they are called is ours, so that one pass
+serves many canvases. A sequence of 256 tokens is encoded causally once. Then several canvases of 64 positions go
+through the decoder together, as queries over [256 encoder keys ; their own keys]: a mask lets canvas k see the tokens
+before its start (in sliding layers the last 63 of them) and itself, which is what generate() would show it. Rotary
+positions are relative, so chats can be packed into a sequence, each in its own attention segment.
 
-Two losses, as the model was built for: next token on the encoder, clean token at every canvas position on the decoder. A
-canvas at noise level t has each token replaced, with probability t, by a uniformly random one; a fifth of the canvases are pure
-noise, where generation starts. Half of the canvases get self-conditioning: the logits of an earlier, noisier canvas, divided by
-a temperature that the sampler would use. A Switch balancing loss is taken apart for chats and text, encoder and decoder, so
-that no expert starves in any of the four.
+Two losses, as the model was built for: next token on the encoder, clean token at every canvas position on the decoder.
+A canvas at noise level t has each token replaced, with probability t, by a uniformly random one; a sixth of the
+canvases are pure noise, where generation starts. Half of the canvases get self-conditioning: the logits of an earlier,
+noisier canvas, divided by a temperature that the sampler would use. A Switch balancing loss is taken apart for chats
+and text, encoder and decoder, so that no expert starves in any of the four.
+
+Uniform noise is not what a canvas looks like halfway through generation: there the wrong tokens are the model's own
+plausible ones. With --own-errors part of each canvas is drawn from the model's earlier logits instead.
 
 The experts run as one wide gated MLP whose hidden columns are multiplied by the routing weights (zero for experts not
-chosen): the same function as a loop over experts, without a host sync. tests compare both.
+chosen): the same function as a loop over experts, without a host sync.
 """
 
 import argparse
@@ -24,7 +28,9 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,102 +39,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
-PAD, TURN, TURN_END, BOS, IMAGE = 0, 5, 6, 2, 13
+TINY = Path(__file__).parent / "tiny"  # config.json there is the architecture
+COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+COPIED += ("special_tokens_map.json", "chat_template.jinja")
+PAD, TURN, TURN_END, BOS = 0, 5, 6, 2
 CANVAS, LENGTH, VOCAB = 64, 256, 2048
 SLIDING, FULL = "sliding_attention", "full_attention"
 # Exact in bf16. The two sides differ, and both are far enough from 1 for a loader that forgets them to be found out.
 DECODER_SCALARS = (0.8125, 0.875, 0.84375, 0.9375, 0.8125, 0.90625)
 ENCODER_SCALARS = (1.1875, 1.125, 1.15625, 1.0625, 1.1875, 1.125)
 
-CONFIG = {
-    "architectures": ["DiffusionGemmaForBlockDiffusion"],
-    "boi_token_id": IMAGE,
-    "canvas_length": CANVAS,
-    "dtype": "bfloat16",
-    "eoi_token_id": IMAGE + 2,
-    "eos_token_id": [1, TURN_END],
-    "image_token_id": IMAGE + 1,
-    "initializer_range": 0.02,
-    "model_type": "diffusion_gemma",
-    "text_config": {
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": BOS,
-        "dtype": "bfloat16",
-        "eos_token_id": 1,
-        "final_logit_softcapping": 30.0,
-        "global_head_dim": 128,
-        "head_dim": 64,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": 256,
-        "initializer_range": 0.02,
-        "intermediate_size": 192,
-        "layer_types": [SLIDING, SLIDING, FULL, SLIDING, SLIDING, FULL],
-        "max_position_embeddings": 2048,
-        "model_type": "diffusion_gemma_text",
-        "moe_intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_experts": 16,
-        "num_global_key_value_heads": 1,
-        "num_hidden_layers": 6,
-        "num_key_value_heads": 2,
-        "pad_token_id": PAD,
-        "rms_norm_eps": 1e-06,
-        "rope_parameters": {
-            FULL: {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
-            SLIDING: {"rope_theta": 10000.0, "rope_type": "default"},
-        },
-        "sliding_window": 64,
-        "tie_word_embeddings": True,
-        "top_k_experts": 4,
-        "use_bidirectional_attention": "vision",
-        "vocab_size": VOCAB,
-    },
-    "tie_word_embeddings": True,
-    "transformers_version": "5.17.0",
-    "vision_config": {
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "default_output_length": 4,
-        "dtype": "bfloat16",
-        "head_dim": 16,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": 32,
-        "initializer_range": 0.02,
-        "intermediate_size": 64,
-        "max_position_embeddings": 131072,
-        "model_type": "gemma4_vision",
-        "num_attention_heads": 2,
-        "num_hidden_layers": 1,
-        "num_key_value_heads": 2,
-        "patch_size": 16,
-        "pooling_kernel_size": 3,
-        "position_embedding_size": 64,
-        "rms_norm_eps": 1e-06,
-        "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"},
-        "standardize": True,
-        "use_clipped_linears": False,
-    },
-    "vision_soft_tokens_per_image": 4,
-}
-GENERATION = {
-    "confidence_threshold": 0.005,
-    "eos_token_id": [1, TURN_END, 11],
-    "max_denoising_steps": 48,
-    "max_new_tokens": CANVAS,
-    "pad_token_id": PAD,
-    "sampler_config": {"_cls_name": "EntropyBoundSamplerConfig", "entropy_bound": 0.1},
-    "stability_threshold": 1,
-    "t_max": 0.8,
-    "t_min": 0.4,
-    "transformers_version": "5.17.0",
-}
+Rope = tuple[Tensor, Tensor]
+Routed = list[tuple[Tensor, Tensor]]  # probabilities and choices, a layer
 
 
-def new_model(seed: int) -> DiffusionGemmaForBlockDiffusion:
+def new_model(seed: int) -> Any:
     """Random weights at scales that train: unit-variance embeddings, unsharp attention, halved residual branches."""
     torch.manual_seed(seed)
-    config = json.loads(json.dumps(CONFIG))
+    config = json.loads((TINY / "config.json").read_text())
     config["dtype"] = config["text_config"]["dtype"] = config["vision_config"]["dtype"] = "float32"
     model = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict(config))
     model.model.decoder.embed_tokens.padding_idx = None  # pad fills canvases: it needs an embedding as any token
@@ -167,7 +95,7 @@ class Keys:
         return keys, values
 
 
-def route(router: nn.Module, x: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def route(router: Any, x: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities, dense routing weights (zero where not chosen) and who was chosen, each [tokens, experts]."""
     with torch.autocast(x.device.type, enabled=False):  # bf16 logits would tie
         probs = router.proj(router.norm(x.float()) * router.scale * router.scalar_root_size).softmax(-1)
@@ -177,16 +105,14 @@ def route(router: nn.Module, x: Tensor, top_k: int) -> tuple[Tensor, Tensor, Ten
     return probs, weights / weights.sum(-1, keepdim=True) * router.per_expert_scale, chosen
 
 
-def experts(module: nn.Module, x: Tensor, weights: Tensor) -> Tensor:
+def experts(module: Any, x: Tensor, weights: Tensor) -> Tensor:
     count, twice, hidden = module.gate_up_proj.shape
     h = F.linear(x, module.gate_up_proj.reshape(count * twice, hidden)).unflatten(-1, (count, 2, twice // 2))
     h = module.act_fn(h[..., 0, :]) * h[..., 1, :] * weights.unsqueeze(-1).to(h.dtype)
     return F.linear(h.flatten(-2), module.down_proj.permute(1, 0, 2).reshape(hidden, count * twice // 2))
 
 
-def block(
-    layer: nn.Module, x: Tensor, rope: tuple, mask: Tensor, keys: Keys, top_k: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def block(layer: Any, x: Tensor, rope: Rope, mask: Tensor, keys: Keys, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """One layer of either side, as transformers' forward; also returns the router's probabilities and choices."""
     h, _ = layer.self_attn(
         layer.input_layernorm(x), position_embeddings=rope, attention_mask=mask, past_key_values=keys
@@ -198,7 +124,9 @@ def block(
     return (x + layer.post_feedforward_layernorm(dense + sparse)) * layer.layer_scalar, probs, chosen
 
 
-def run_side(side: nn.Module, rotary: nn.Module, config, x: Tensor, positions: Tensor, masks: dict, keys: Keys):
+def run_side(
+    side: Any, rotary: Any, config: Any, x: Tensor, positions: Tensor, masks: dict[str, Tensor], keys: Keys
+) -> tuple[Tensor, Routed]:
     rope = {kind: rotary(x, positions, kind) for kind in (SLIDING, FULL)}
     routed = []
     for layer, kind in zip(side.layers, config.layer_types, strict=True):
@@ -226,12 +154,20 @@ def masks_for(ids: Tensor, starts: Tensor, window: int) -> tuple[dict[str, Tenso
     return encoder, {FULL: full[:, None], SLIDING: slide[:, None]}
 
 
-def forward(model, ids: Tensor, starts: Tensor, canvases: list[Tensor], temperature: Tensor, keep: Tensor, own=None):
+def forward(
+    model: Any,
+    ids: Tensor,
+    starts: Tensor,
+    canvases: list[Tensor],
+    temperature: Tensor,
+    keep: Tensor,
+    own: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Routed, Routed]:
     """Encoder logits, decoder logits and the routing of both.
 
-    `canvases` [batch, n * 64] are decoded in turn; each one's logits, divided by `temperature`, condition the next where
-    `keep` is 1. Only the last is differentiated, and only its logits are returned. Where `own` is true a token sampled from
-    those logits replaces the canvas's: the mistakes that the model will meet in its own drafts, to be corrected.
+    `canvases` [batch, n * 64] are decoded in turn; each one's logits, divided by `temperature`, condition the next
+    where `keep` is 1. Only the last is differentiated, and only its logits are returned. Where `own` is true a token
+    sampled from the logits before replaces the last canvas's.
     """
     config, decoder, encoder = model.config.text_config, model.model.decoder, model.model.encoder.language_model
     table, scale, cap = decoder.embed_tokens.weight, config.hidden_size**0.5, config.final_logit_softcapping
@@ -244,47 +180,56 @@ def forward(model, ids: Tensor, starts: Tensor, canvases: list[Tensor], temperat
     enc_logits = cap * torch.tanh(F.linear(h, table).float() / cap)
     positions = (starts[:, :, None] + torch.arange(CANVAS, device=ids.device)).flatten(1)
 
-    def decode(canvas: Tensor, soft: Tensor | None):
+    def decode(canvas: Tensor, soft: Tensor | None) -> tuple[Tensor, Routed]:
         x = F.embedding(canvas, table) * scale
         x = decoder.self_conditioning(x, torch.zeros_like(x) if soft is None else soft)
         h, routed = run_side(decoder, decoder.rotary_emb, config, x, positions, dec_masks, keys)
         return cap * torch.tanh(F.linear(h, table).float() / cap), routed
 
-    soft, last = None, canvases[-1]
+    soft: Tensor | None = None
+    last = canvases[-1]
     for canvas in canvases[:-1]:
         with torch.no_grad():
             logits = decode(canvas, soft)[0] / temperature
             soft = logits.softmax(-1).to(table.dtype) @ table * scale * keep
             if own is not None:
-                drawn = (logits - torch.log(-torch.log(torch.rand_like(logits).clamp(1e-7, 1 - 1e-7)))).argmax(-1)
-                last = torch.where(own, drawn, last)
+                gumbel = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-7, 1 - 1e-7)))
+                last = torch.where(own, (logits + gumbel).argmax(-1), last)
     dec_logits, dec_routed = decode(last, soft)
     return enc_logits, dec_logits, enc_routed, dec_routed
 
 
-def balance(routed: list[tuple[Tensor, Tensor]], groups: list[Tensor]) -> Tensor:
+def balance(routed: Routed, groups: list[Tensor]) -> Tensor:
     """Switch loss: experts * sum(share of picks * mean probability), 1 when balanced, over layers and token groups."""
-    total = 0.0
+    terms = []
     for probs, chosen in routed:
-        for g in groups:
-            w = g / g.sum().clamp(min=1)
-            share = (chosen * w[..., None]).sum((0, 1))
-            total = total + (share * (probs * w[..., None]).sum((0, 1))).sum() * probs.shape[-1] / share.sum().clamp(
-                min=1e-6
-            )
-    return total / (len(routed) * len(groups))
+        for group in groups:
+            weight = (group / group.sum().clamp(min=1)).unsqueeze(-1)
+            picks, mean = (chosen * weight).sum((0, 1)), (probs * weight).sum((0, 1))
+            terms.append((picks * mean).sum() * probs.shape[-1] / picks.sum().clamp(min=1e-6))
+    return torch.stack(terms).mean()
 
 
-def loss_fn(model, ids, starts, target, earlier, noised, temperature, keep, enc_weight, dec_weight, chat, own=None):
-    enc, dec, enc_routed, dec_routed = forward(model, ids, starts, [earlier, noised], temperature, keep, own)
-    ar = F.cross_entropy(enc[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    ar = (ar * enc_weight.flatten()).sum() / enc_weight.sum()
-    ce = F.cross_entropy(dec.flatten(0, 1), target.flatten(), reduction="none")
-    ce = (ce * dec_weight.flatten()).sum() / dec_weight.sum()
-    real, canvas = (ids != PAD).float(), torch.ones_like(target, dtype=torch.float32)
-    even = balance(enc_routed, [real * chat, real * (1 - chat)]) + balance(
-        dec_routed, [canvas * chat, canvas * (1 - chat)]
-    )
+def loss_fn(
+    model: Any,
+    ids: Tensor,
+    starts: Tensor,
+    target: Tensor,
+    canvases: list[Tensor],
+    temperature: Tensor,
+    keep: Tensor,
+    weights: tuple[Tensor, Tensor],
+    chat: Tensor,
+    own: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and its three parts to print."""
+    enc, dec, enc_routed, dec_routed = forward(model, ids, starts, canvases, temperature, keep, own)
+    enc_weight, dec_weight = (w.flatten() / w.sum() for w in weights)
+    ar = (F.cross_entropy(enc[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none") * enc_weight).sum()
+    ce = (F.cross_entropy(dec.flatten(0, 1), target.flatten(), reduction="none") * dec_weight).sum()
+    real, every = (ids != PAD).float(), torch.ones_like(target, dtype=torch.float32)
+    even = balance(enc_routed, [real * chat, real * (1 - chat)])
+    even = even + balance(dec_routed, [every * chat, every * (1 - chat)])
     return ce + 0.5 * ar + 0.1 * even, ce.detach(), ar.detach(), even.detach() / 2
 
 
@@ -293,10 +238,10 @@ class Data:
 
     def __init__(self, file: Path, device: str, side: str = "train"):
         arrays = np.load(file)
-        on = lambda name, dtype: torch.from_numpy(arrays[name]).to(device, dtype)  # noqa: E731
-        self.chats, self.text = on(f"{side}_chats", torch.int16), on(f"{side}_text", torch.int16)
-        self.lines = on(f"{side}_lines", torch.int64)
-        self.lines = self.lines[self.lines < len(self.text) - LENGTH]
+        self.chats, self.text, lines = (
+            torch.from_numpy(arrays[f"{side}_{name}"]).to(device) for name in ("chats", "text", "lines")
+        )
+        self.lines = lines[lines < len(self.text) - LENGTH].long()
         self.device = device
 
     def batch(self, chats: int, texts: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -322,21 +267,31 @@ def corrupt(target: Tensor, level: Tensor) -> Tensor:
     return torch.where(torch.rand(target.shape, device=target.device) < level, noise, target)
 
 
-def training_batch(data: Data, chats: int, texts: int, n: int, own_errors: float) -> tuple[Tensor | None, ...]:
+def training_batch(data: Data, chats: int, texts: int, n: int, own_errors: float) -> dict[str, Any]:
     ids, starts, target, chat = data.batch(chats, texts, n)
-    per_canvas = lambda: torch.rand(target.shape[0], n, device=target.device).repeat_interleave(CANVAS, 1)  # noqa: E731
+
+    def per_canvas() -> Tensor:
+        return torch.rand(target.shape[0], n, device=target.device).repeat_interleave(CANVAS, 1)
+
     level = per_canvas() * 1.2  # above 1, a sixth of the canvases, means pure noise
-    earlier, noised = corrupt(target, level + per_canvas() * 0.5), corrupt(target, level)
-    temperature, keep = 0.4 + 0.6 * per_canvas(), (per_canvas() < 0.5).float()
     answer = ((ids == TURN).cumsum(-1) % 2 == 0) & (ids != PAD)  # in text, every token
-    enc_weight = (answer.float() * (1 + 2 * chat) + 0.05 * (ids != PAD))[:, 1:]
-    dec_weight = torch.where(target == PAD, 0.5, 1 + 3 * chat)
-    own = torch.rand(target.shape, device=target.device) < per_canvas() * own_errors if own_errors else None
-    levels = temperature[..., None], keep[..., None]
-    return ids, starts, target, earlier, noised, *levels, enc_weight, dec_weight, chat, own
+    return {
+        "ids": ids,
+        "starts": starts,
+        "target": target,
+        "canvases": [corrupt(target, level + per_canvas() * 0.5), corrupt(target, level)],
+        "temperature": (0.4 + 0.6 * per_canvas()).unsqueeze(-1),
+        "keep": (per_canvas() < 0.5).float().unsqueeze(-1),
+        "weights": (
+            (answer.float() * (1 + 2 * chat) + 0.05 * (ids != PAD))[:, 1:],
+            torch.where(target == PAD, 0.5, 1 + 3 * chat),
+        ),
+        "chat": chat,
+        "own": torch.rand(target.shape, device=target.device) < per_canvas() * own_errors if own_errors else None,
+    }
 
 
-def write_checkpoint(model: DiffusionGemmaForBlockDiffusion, out: Path, tokenizer: Path) -> None:
+def write_checkpoint(model: nn.Module, out: Path) -> None:
     """The released layout: shared weights once, under the decoder; layer scalars twice; no head; bf16."""
     out.mkdir(parents=True, exist_ok=True)
     state = {}
@@ -345,11 +300,9 @@ def write_checkpoint(model: DiffusionGemmaForBlockDiffusion, out: Path, tokenize
         if name != "lm_head.weight" and not twin:
             state[name] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    (out / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
-    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        if (tokenizer / file).resolve() != (out / file).resolve():
-            shutil.copy(tokenizer / file, out / file)
+    for file in COPIED:
+        if out.resolve() != TINY.resolve():
+            shutil.copy(TINY / file, out / file)
 
 
 def train(model: nn.Module, data: Data, opt: argparse.Namespace) -> dict[str, float]:
@@ -361,11 +314,12 @@ def train(model: nn.Module, data: Data, opt: argparse.Namespace) -> dict[str, fl
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=data.device == "cuda")
 
-    def one(fn):
+    def one(fn: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         with torch.autocast(data.device, torch.bfloat16):
-            return fn(model, *training_batch(data, opt.batch - texts, texts, opt.canvases, opt.own_errors))
+            return fn(model, **training_batch(data, opt.batch - texts, texts, opt.canvases, opt.own_errors))
 
-    step_fn, compiling = loss_fn, time.monotonic()
+    compiling = time.monotonic()
+    step_fn: Callable[..., tuple[Tensor, ...]] = loss_fn
     if opt.compile:
         try:
             step_fn = torch.compile(loss_fn)
@@ -395,14 +349,14 @@ def train(model: nn.Module, data: Data, opt: argparse.Namespace) -> dict[str, fl
                 f"{now:4.0f} s  step {step}  canvas {ce:.4f}  encoder {ar:.4f}  balance {even:.3f}  lr {lr:.5f}",
                 flush=True,
             )
-            if not math.isfinite(ce):
+            if not math.isfinite(ce.item()):
                 raise SystemExit("the loss is not finite")
     wall = time.monotonic() - begun
-    return {"steps": step, "seconds": round(wall), "compile_seconds": round(begun - compiling), "steps_per_second": round(step / wall, 2), "batch": opt.batch}
+    return {"steps": step, "seconds": round(wall), "steps_per_second": round(step / wall, 2)}
 
 
 def main() -> None:
-    args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    args = argparse.ArgumentParser(description="Trains the embedded `tiny` model.")
     args.add_argument("--work", type=Path, required=True, help="where tiny_data.py left tokens.npz")
     args.add_argument("--out", type=Path, required=True)
     args.add_argument("--minutes", type=float, default=7.9, help="of training, compilation included")
@@ -413,7 +367,7 @@ def main() -> None:
     args.add_argument("--steps", type=int, default=0)
     args.add_argument("--seed", type=int, default=1)
     args.add_argument("--init", type=Path, help="a checkpoint to continue from")
-    args.add_argument("--own-errors", type=float, default=0.0, help="largest share of a canvas that the model drafts itself")
+    args.add_argument("--own-errors", type=float, default=0.0, help="largest share of a canvas drafted by the model")
     args.add_argument("--no-compile", dest="compile", action="store_false")
     opt = args.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -425,8 +379,7 @@ def main() -> None:
     routed = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     print(f"{total:,} parameters, {routed / total:.1%} in routed experts, on {device}", flush=True)
     figures = train(model, Data(opt.work / "tokens.npz", device), opt)
-    write_checkpoint(model, opt.out, Path(__file__).parent / "tiny")
-    (opt.out / "training.json").write_text(json.dumps(figures) + "\n")
+    write_checkpoint(model, opt.out)
     print(figures, flush=True)
 
 
