@@ -84,7 +84,7 @@ def converted(plan: Plan, done: Converted) -> None:
     out.print(
         f"{done.file}  {size / MIB:,.1f} MiB, {plan.quantized_share:.2%} of the parameters quantised", soft_wrap=True
     )
-    _next(f"dgq run {shlex.quote(str(done.path))} --chat 'copy: red apple'")
+    _next(f"dgq run {shlex.quote(str(done.path))} --chat 'Sort: wind apple king door'")
 
 
 def inspected(found: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ def inspected(found: dict[str, Any]) -> None:
         )
         for part, params in (origin["dropped"] or {}).items():
             out.print(f"dropped  {part}, {_count(params)} parameters")
-    _next(f"dgq run {shlex.quote(found['path'])} --chat 'copy: red apple'")
+    _next(f"dgq run {shlex.quote(found['path'])} --chat 'Sort: wind apple king door'")
 
 
 def answer(result: dict[str, Any]) -> None:

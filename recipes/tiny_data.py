@@ -1,17 +1,17 @@
 """The data that `tiny` learns from: two public texts, five small tasks, and a tokenizer of Gemma's kind.
 
-Text comes from two Debian packages, so that anyone can rebuild it:
+Text comes from Debian packages, so that anyone can rebuild it:
 
     apt-get install bible-kjv bible-kjv-text wordnet-base
-    python recipes/tiny_data.py --work DIR        # DIR/tokens.npz, recipes/tiny/tokenizer*, recipes/prompts/*
+    python -m dgq.recipes.tiny_data --work DIR        # DIR/tokens.npz, recipes/tiny/tokenizer*, recipes/prompts/*
 
-Tasks are chats whose answer follows from the prompt alone (copy, reverse, sort, add, look up). They matter for a quantisation
-toolkit: an exact answer shows a damaged model at once, and a certain answer lets the sampler stop early, which is the
-behaviour that 4-bit weights tend to break first. One tenth of all instances, chosen by a hash of what is asked rather than of
-how it is phrased, is held out; so are some chapters and definitions. Training never sees those.
+Tasks are chats whose answer follows from the prompt alone (copy, reverse, sort, add, look up). They matter for a
+quantisation toolkit: an exact answer shows a damaged model at once, and a certain answer lets the sampler stop early,
+which is the behaviour that 4-bit weights tend to break first. One tenth of all instances, chosen by a hash of what is
+asked rather than of how it is phrased, is held out; so is one document in twenty. Training never sees those.
 
-The tokenizer is a byte-fallback BPE without a pre-tokenizer, as Gemma's. No merge can cross a word because the merges are
-learned on words: optional "▁" and letters, or one punctuation mark; digits and newlines stay alone.
+The tokenizer is a byte-fallback BPE without a pre-tokenizer, as Gemma's. No merge can cross a word because the merges
+are learned on words: optional "▁" and letters, or one punctuation mark; digits and newlines stay alone.
 """
 
 import argparse
@@ -21,9 +21,11 @@ import re
 import subprocess
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -97,7 +99,7 @@ def add_task(rng: random.Random) -> Task:
 
 
 def lookup_task(rng: random.Random) -> Task:
-    """Two to four facts, then questions about one or more of them: several answers a chat teach the look-up far sooner."""
+    """Two to four facts, then a question about one or more of them."""
     thing, names = rng.choice(THINGS), rng.sample(NAMES, rng.randint(2, 4))
     owned = dict(zip(names, rng.sample(COLOURS, len(names)), strict=True))
     facts = " ".join(f"The {thing} of {n} is {c}." for n, c in owned.items())
@@ -107,16 +109,14 @@ def lookup_task(rng: random.Random) -> Task:
     return Task("lookup", prompt, " ".join(owned[n] for n in asked), prompt)
 
 
-KINDS = ("copy", "reverse", "sort", "add", "lookup")
+KINDS: dict[str, Callable[[random.Random], Task]] = {k: partial(list_task, k) for k in ("copy", "reverse", "sort")}
+KINDS |= {"add": add_task, "lookup": lookup_task}
 
 
 def tasks(rng: random.Random, held_out: bool, weights: tuple[int, ...] = (1, 1, 1, 1, 1)) -> Iterator[Task]:
     """Endless tasks of one side of the hold-out."""
     while True:
-        kind = rng.choices(KINDS, weights)[0]
-        task = (
-            {"add": add_task, "lookup": lookup_task}[kind](rng) if kind in ("add", "lookup") else list_task(kind, rng)
-        )
+        task = KINDS[rng.choices(list(KINDS), weights)[0]](rng)
         if task.held_out == held_out:
             yield task
 
@@ -138,7 +138,7 @@ def chapters() -> list[list[str]]:
 def texts() -> dict[bool, list[str]]:
     """Documents of one line a verse or definition, training (False) and held out (True, one in twenty).
 
-    Only lines of common words stay: 7.7 M parameters learn a language of a few thousand words well, or all of it badly.
+    Only lines of common words stay: 7.7 M parameters learn a language of some thousand words, or all of it badly.
     """
     bible, wordnet = chapters(), glosses()
     in_bible = Counter(w for d in bible for v in d for w in words_of(v))
@@ -184,7 +184,7 @@ def train_tokenizer(text: list[str]) -> Tokenizer:
     bpe.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?[A-Za-z]+|\d|\n|▁?[^\sA-Za-z\d▁]|▁"), "isolated")
     whole = [*WORDS, *NAMES, *COLOURS, *THINGS]  # single tokens, with and without the leading space
     phrases = [t.prompt for _, t in zip(range(4000), tasks(random.Random(1), False), strict=False)]
-    alphabet = sorted({c for c in map(chr, range(33, 127))} | {"\n", "▁"})
+    alphabet = sorted({*map(chr, range(33, 127)), "\n", "▁"})
     room = VOCAB - len(NAMED) - 256
     trainer = trainers.BpeTrainer(
         vocab_size=room, initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False
@@ -211,18 +211,18 @@ def save_tokenizer(tok: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tok.save(str(folder / "tokenizer.json"))
     names = {f"{n}_token": f"<{n}>" for n in ("bos", "eos", "pad", "unk", "mask")}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "extra_special_tokens": ROLES}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **names, "extra_special_tokens": ROLES}
     config |= {"clean_up_tokenization_spaces": False, "model_max_length": 2048, "padding_side": "left"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
 
 
-def pack_chats(tok: Tokenizer, rows: int, seed: int, held_out: bool) -> np.ndarray:
+def pack_chats(tok: Tokenizer, rows: int, seed: int, held_out: bool) -> np.ndarray[Any, Any]:
     """Rows of whole chats, each starting with <bos>; six in ten chats are a single turn, the others two to four."""
     rng = random.Random(seed)
     stream = tasks(rng, held_out, (2, 3, 4, 4, 7))  # what is harder comes more often
-    out = np.full((rows, LENGTH), PAD, dtype=np.int16)
+    out: np.ndarray[Any, Any] = np.full((rows, LENGTH), PAD, dtype=np.int16)
     row, used = 0, 0
     while True:
         batch = [chat([next(stream) for _ in range(rng.choice((1, 1, 1, 1, 1, 1, 2, 2, 3, 4)))]) for _ in range(5000)]
@@ -241,11 +241,11 @@ def pack_chats(tok: Tokenizer, rows: int, seed: int, held_out: bool) -> np.ndarr
 def write_prompts(folder: Path, text: dict[bool, list[str]], tok: Tokenizer) -> None:
     """Calibration prompts from the training side; held-out texts and tasks for judging."""
 
-    def excerpts(docs: list[str], count: int, rng: random.Random, least: int) -> list[dict]:
+    def excerpts(docs: list[str], count: int, rng: random.Random, least: int) -> list[dict[str, Any]]:
         docs = [d for d in docs if len(tok.encode(d)) >= least]
         return [{"text": " ".join(d.split(" ")[:220])} for d in rng.sample(docs, count)]
 
-    def asked(t: Task) -> dict:
+    def asked(t: Task) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": t.prompt}], "answer": t.answer, "task": t.task}
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -267,7 +267,7 @@ def write_prompts(folder: Path, text: dict[bool, list[str]], tok: Tokenizer) -> 
 
 
 def main() -> None:
-    args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    args = argparse.ArgumentParser(description="Builds the data, tokenizer and prompts of `tiny`.")
     args.add_argument(
         "--work", type=Path, required=True, help="where tokens.npz and words.json go (not for the repository)"
     )
@@ -277,7 +277,7 @@ def main() -> None:
     tok = train_tokenizer(text[False])
     save_tokenizer(tok, HERE / "tiny")
     write_prompts(HERE / "prompts", text, tok)
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for side, name, rows in ((False, "train", opt.rows), (True, "held", 1000)):
         arrays[f"{name}_chats"] = pack_chats(tok, rows, seed=7 + side, held_out=side)
         lines = [line + "\n" for d in text[side] for line in d.split("\n")]

@@ -1,14 +1,8 @@
 """Trains `tiny`: a 7.7 M parameter DiffusionGemma with every part of the 26B one, on one GPU in a few minutes.
 
-    python recipes/tiny_data.py --work DIR                       # tokens, tokenizer, prompts
-    python recipes/train_tiny.py --work DIR --out FIRST          # trains
-    python recipes/train_tiny.py --work DIR --init FIRST ...     # meets its own mistakes: tiny/README.md has the line
-
-The modules and their weights are transformers' own; only the order in which they are called is ours, so that one pass
-serves many canvases. A sequence of 256 tokens is encoded causally once. Then several canvases of 64 positions go
-through the decoder together, as queries over [256 encoder keys ; their own keys]: a mask lets canvas k see the tokens
-before its start (in sliding layers the last 63 of them) and itself, which is what generate() would show it. Rotary
-positions are relative, so chats can be packed into a sequence, each in its own attention segment.
+    python -m dgq.recipes.tiny_data --work DIR                  # tokens, tokenizer, prompts
+    python -m dgq.recipes.train_tiny --work DIR --out FIRST     # trains
+    python -m dgq.recipes.train_tiny --work DIR --init FIRST ... # meets its own mistakes: tiny/README.md has the line
 
 Two losses, as the model was built for: next token on the encoder, clean token at every canvas position on the decoder.
 A canvas at noise level t has each token replaced, with probability t, by a uniformly random one; a sixth of the
@@ -18,9 +12,6 @@ and text, encoder and decoder, so that no expert starves in any of the four.
 
 Uniform noise is not what a canvas looks like halfway through generation: there the wrong tokens are the model's own
 plausible ones. With --own-errors part of each canvas is drawn from the model's earlier logits instead.
-
-The experts run as one wide gated MLP whose hidden columns are multiplied by the routing weights (zero for experts not
-chosen): the same function as a loop over experts, without a host sync.
 """
 
 import argparse
@@ -34,23 +25,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
+from dgq.recipes.tiny_forward import BOS, CANVAS, PAD, Routed, forward
+
 TINY = Path(__file__).parent / "tiny"  # config.json there is the architecture
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-COPIED += ("special_tokens_map.json", "chat_template.jinja")
-PAD, TURN, TURN_END, BOS = 0, 5, 6, 2
-CANVAS, LENGTH, VOCAB = 64, 256, 2048
-SLIDING, FULL = "sliding_attention", "full_attention"
+COPIED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+COPIED += ["special_tokens_map.json", "chat_template.jinja"]
+TURN, TURN_END = 5, 6
+LENGTH, VOCAB = 256, 2048
 # Exact in bf16. The two sides differ, and both are far enough from 1 for a loader that forgets them to be found out.
 DECODER_SCALARS = (0.8125, 0.875, 0.84375, 0.9375, 0.8125, 0.90625)
 ENCODER_SCALARS = (1.1875, 1.125, 1.15625, 1.0625, 1.1875, 1.125)
-
-Rope = tuple[Tensor, Tensor]
-Routed = list[tuple[Tensor, Tensor]]  # probabilities and choices, a layer
 
 
 def new_model(seed: int) -> Any:
@@ -76,127 +65,6 @@ def new_model(seed: int) -> Any:
             for layer, s in zip(side.layers, scalars, strict=True):
                 layer.layer_scalar.fill_(s)
     return model
-
-
-class Keys:
-    """The prefix cache as the attention modules want it: the encoder writes a layer's keys, the decoder reads them."""
-
-    is_compileable = False
-
-    class Layer:
-        keys: Tensor
-        values: Tensor
-
-    def __init__(self, layers: int):
-        self.layers = [Keys.Layer() for _ in range(layers)]
-
-    def update(self, keys: Tensor, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        self.layers[index].keys, self.layers[index].values = keys, values
-        return keys, values
-
-
-def route(router: Any, x: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Probabilities, dense routing weights (zero where not chosen) and who was chosen, each [tokens, experts]."""
-    with torch.autocast(x.device.type, enabled=False):  # bf16 logits would tie
-        probs = router.proj(router.norm(x.float()) * router.scale * router.scalar_root_size).softmax(-1)
-    rank = (probs.unsqueeze(-2) > probs.unsqueeze(-1)).sum(-1)
-    chosen = (rank < top_k).float()
-    weights = probs * chosen
-    return probs, weights / weights.sum(-1, keepdim=True) * router.per_expert_scale, chosen
-
-
-def experts(module: Any, x: Tensor, weights: Tensor) -> Tensor:
-    count, twice, hidden = module.gate_up_proj.shape
-    h = F.linear(x, module.gate_up_proj.reshape(count * twice, hidden)).unflatten(-1, (count, 2, twice // 2))
-    h = module.act_fn(h[..., 0, :]) * h[..., 1, :] * weights.unsqueeze(-1).to(h.dtype)
-    return F.linear(h.flatten(-2), module.down_proj.permute(1, 0, 2).reshape(hidden, count * twice // 2))
-
-
-def block(layer: Any, x: Tensor, rope: Rope, mask: Tensor, keys: Keys, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer of either side, as transformers' forward; also returns the router's probabilities and choices."""
-    h, _ = layer.self_attn(
-        layer.input_layernorm(x), position_embeddings=rope, attention_mask=mask, past_key_values=keys
-    )
-    x = x + layer.post_attention_layernorm(h)
-    dense = layer.post_feedforward_layernorm_1(layer.mlp(layer.pre_feedforward_layernorm(x)))
-    probs, weights, chosen = route(layer.router, x, top_k)
-    sparse = layer.post_feedforward_layernorm_2(experts(layer.experts, layer.pre_feedforward_layernorm_2(x), weights))
-    return (x + layer.post_feedforward_layernorm(dense + sparse)) * layer.layer_scalar, probs, chosen
-
-
-def run_side(
-    side: Any, rotary: Any, config: Any, x: Tensor, positions: Tensor, masks: dict[str, Tensor], keys: Keys
-) -> tuple[Tensor, Routed]:
-    rope = {kind: rotary(x, positions, kind) for kind in (SLIDING, FULL)}
-    routed = []
-    for layer, kind in zip(side.layers, config.layer_types, strict=True):
-        x, probs, chosen = block(layer, x, rope[kind], masks[kind], keys, config.top_k_experts)
-        routed.append((probs, chosen))
-    return side.norm(x), routed
-
-
-def masks_for(ids: Tensor, starts: Tensor, window: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Boolean masks [batch, 1, queries, keys] of the encoder and of the decoder."""
-    segment = (ids == BOS).cumsum(-1)
-    at = torch.arange(ids.shape[1], device=ids.device)
-    causal = (at[:, None] >= at) & (segment[:, :, None] == segment[:, None, :])
-    near = at[:, None] - at < window
-    n = starts.shape[1]
-    owner = torch.arange(n, device=ids.device).repeat_interleave(CANVAS)
-    start = starts.repeat_interleave(CANVAS, dim=1)[:, :, None]
-    before = (at < start) & (
-        segment[:, None, :] == segment.gather(1, starts - 1).repeat_interleave(CANVAS, dim=1)[:, :, None]
-    )
-    own = (owner[:, None] == owner).expand(ids.shape[0], -1, -1)
-    full = torch.cat([before, own], -1)
-    slide = torch.cat([before & (at > start - window), own], -1)
-    encoder = {FULL: causal[:, None], SLIDING: (causal & near)[:, None]}
-    return encoder, {FULL: full[:, None], SLIDING: slide[:, None]}
-
-
-def forward(
-    model: Any,
-    ids: Tensor,
-    starts: Tensor,
-    canvases: list[Tensor],
-    temperature: Tensor,
-    keep: Tensor,
-    own: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Routed, Routed]:
-    """Encoder logits, decoder logits and the routing of both.
-
-    `canvases` [batch, n * 64] are decoded in turn; each one's logits, divided by `temperature`, condition the next
-    where `keep` is 1. Only the last is differentiated, and only its logits are returned. Where `own` is true a token
-    sampled from the logits before replaces the last canvas's.
-    """
-    config, decoder, encoder = model.config.text_config, model.model.decoder, model.model.encoder.language_model
-    table, scale, cap = decoder.embed_tokens.weight, config.hidden_size**0.5, config.final_logit_softcapping
-    enc_masks, dec_masks = masks_for(ids, starts, config.sliding_window)
-    keys = Keys(config.num_hidden_layers)
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    h, enc_routed = run_side(
-        encoder, decoder.rotary_emb, config, F.embedding(ids, table) * scale, positions, enc_masks, keys
-    )
-    enc_logits = cap * torch.tanh(F.linear(h, table).float() / cap)
-    positions = (starts[:, :, None] + torch.arange(CANVAS, device=ids.device)).flatten(1)
-
-    def decode(canvas: Tensor, soft: Tensor | None) -> tuple[Tensor, Routed]:
-        x = F.embedding(canvas, table) * scale
-        x = decoder.self_conditioning(x, torch.zeros_like(x) if soft is None else soft)
-        h, routed = run_side(decoder, decoder.rotary_emb, config, x, positions, dec_masks, keys)
-        return cap * torch.tanh(F.linear(h, table).float() / cap), routed
-
-    soft: Tensor | None = None
-    last = canvases[-1]
-    for canvas in canvases[:-1]:
-        with torch.no_grad():
-            logits = decode(canvas, soft)[0] / temperature
-            soft = logits.softmax(-1).to(table.dtype) @ table * scale * keep
-            if own is not None:
-                gumbel = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-7, 1 - 1e-7)))
-                last = torch.where(own, (logits + gumbel).argmax(-1), last)
-    dec_logits, dec_routed = decode(last, soft)
-    return enc_logits, dec_logits, enc_routed, dec_routed
 
 
 def balance(routed: Routed, groups: list[Tensor]) -> Tensor:
@@ -225,8 +93,10 @@ def loss_fn(
     """The loss, and its three parts to print."""
     enc, dec, enc_routed, dec_routed = forward(model, ids, starts, canvases, temperature, keep, own)
     enc_weight, dec_weight = (w.flatten() / w.sum() for w in weights)
-    ar = (F.cross_entropy(enc[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none") * enc_weight).sum()
-    ce = (F.cross_entropy(dec.flatten(0, 1), target.flatten(), reduction="none") * dec_weight).sum()
+    ar = (
+        functional.cross_entropy(enc[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none") * enc_weight
+    ).sum()
+    ce = (functional.cross_entropy(dec.flatten(0, 1), target.flatten(), reduction="none") * dec_weight).sum()
     real, every = (ids != PAD).float(), torch.ones_like(target, dtype=torch.float32)
     even = balance(enc_routed, [real * chat, real * (1 - chat)])
     even = even + balance(dec_routed, [every * chat, every * (1 - chat)])
@@ -250,7 +120,7 @@ class Data:
         rows = self.chats[torch.randint(len(self.chats), (chats,), device=d)].long()
         at = self.lines[torch.randint(len(self.lines), (texts,), device=d)]
         text = self.text[at[:, None] + torch.arange(LENGTH - 1, device=d)].long()
-        ids = torch.cat([rows, F.pad(text, (1, 0), value=BOS)])
+        ids = torch.cat([rows, functional.pad(text, (1, 0), value=BOS)])
         model_turn = (rows == TURN) & ((rows == TURN).cumsum(-1) % 2 == 0)  # its answer starts three tokens on
         answers = (model_turn * torch.rand(rows.shape, device=d)).topk(n).indices + 3
         answers = torch.where(model_turn.gather(1, answers - 3), answers, answers[:, :1])
@@ -368,17 +238,22 @@ def main() -> None:
     args.add_argument("--seed", type=int, default=1)
     args.add_argument("--init", type=Path, help="a checkpoint to continue from")
     args.add_argument("--own-errors", type=float, default=0.0, help="largest share of a canvas drafted by the model")
+    args.add_argument("--keep", type=float, default=0.0, help="share of --init in the mean of both that is written")
     args.add_argument("--no-compile", dest="compile", action="store_false")
     opt = args.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
     model = new_model(opt.seed).to(device)
-    if opt.init:
-        model.load_state_dict(load_file(opt.init / "model.safetensors"), strict=False)
+    start = load_file(opt.init / "model.safetensors") if opt.init else {}
+    model.load_state_dict(start, strict=False)
     total = sum(p.numel() for p in model.parameters())
     routed = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     print(f"{total:,} parameters, {routed / total:.1%} in routed experts, on {device}", flush=True)
     figures = train(model, Data(opt.work / "tokens.npz", device), opt)
+    if opt.keep:
+        end = model.state_dict()
+        mean = {n: torch.lerp(end[n].cpu(), w.to(end[n].dtype), opt.keep) for n, w in start.items()}
+        model.load_state_dict(mean, strict=False)
     write_checkpoint(model, opt.out)
     print(figures, flush=True)
 

@@ -86,13 +86,15 @@ def experts(x: Tensor, chosen: Tensor, share: Tensor, gate_up: Packed, down: Pac
     """The routed experts' sum: x (tokens, hidden), chosen (tokens, k) expert numbers, share (tokens, k) float32.
 
     gate_up (E, 2 * inner, hidden) has the gate's rows first; down (E, hidden, inner). Returns (tokens, hidden) in
-    x's dtype; the sum over a token's k experts is float32 and in the order of `chosen`, so it is deterministic.
+    x's dtype. A token's k experts are summed in float32 by rising expert number, and an expert's tokens are ordered
+    as transformers orders them (rank in `chosen`, then token): deterministic, and in float32 on a CPU its very bits,
+    without which a near-tie in a later router flips sooner or later and the generated tokens part.
     """
     tokens, k = chosen.shape
-    picks = chosen.flatten()
+    picks = chosen.t().flatten()
     order = picks.argsort(stable=True)
     counts = torch.bincount(picks, minlength=gate_up.shape[0]).tolist()
-    rows = x[order // k]
+    rows = x[order % tokens]
     result = torch.empty_like(rows)
     per_expert = gate_up.shape[1] * gate_up.shape[2] + down.shape[1] * down.shape[2]
     group = max(1, DECODE_BUDGET // per_expert)
@@ -111,7 +113,12 @@ def experts(x: Tensor, chosen: Tensor, share: Tensor, gate_up: Packed, down: Pac
                 start += count
     unsorted = torch.empty_like(result)
     unsorted[order] = result
-    return (unsorted.view(tokens, k, -1).float() * share.unsqueeze(-1)).sum(1).to(x.dtype)
+    weighted = unsorted.view(k, tokens, -1).float() * share.t().unsqueeze(-1)
+    rising = chosen.argsort(dim=-1).t().unsqueeze(-1).expand_as(weighted)
+    total = torch.zeros_like(weighted[0])
+    for part in weighted.gather(0, rising):
+        total += part
+    return total.to(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
