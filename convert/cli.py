@@ -16,6 +16,11 @@ import click
 from dgq.quant.errors import InputError
 
 
+# Before torch is imported: OpenMP threads that spin while they wait make small products a hundred times slower as soon
+# as another process wants the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 class _OneLineErrors(click.Group):
     """Bad input ends in one line and exit code 2, whatever command it came from."""
 

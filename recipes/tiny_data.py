@@ -271,7 +271,7 @@ def main() -> None:
     args.add_argument(
         "--work", type=Path, required=True, help="where tokens.npz and words.json go (not for the repository)"
     )
-    args.add_argument("--rows", type=int, default=120_000, help="packed chat sequences")
+    args.add_argument("--rows", type=int, default=110_000, help="packed chat sequences")
     opt = args.parse_args()
     text = texts()
     tok = train_tokenizer(text[False])

@@ -238,22 +238,17 @@ def main() -> None:
     args.add_argument("--seed", type=int, default=1)
     args.add_argument("--init", type=Path, help="a checkpoint to continue from")
     args.add_argument("--own-errors", type=float, default=0.0, help="largest share of a canvas drafted by the model")
-    args.add_argument("--keep", type=float, default=0.0, help="share of --init in the mean of both that is written")
     args.add_argument("--no-compile", dest="compile", action="store_false")
     opt = args.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
     model = new_model(opt.seed).to(device)
-    start = load_file(opt.init / "model.safetensors") if opt.init else {}
-    model.load_state_dict(start, strict=False)
+    if opt.init:  # what it lacks is tied to what it has
+        model.load_state_dict(load_file(opt.init / "model.safetensors"), strict=False)
     total = sum(p.numel() for p in model.parameters())
     routed = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     print(f"{total:,} parameters, {routed / total:.1%} in routed experts, on {device}", flush=True)
     figures = train(model, Data(opt.work / "tokens.npz", device), opt)
-    if opt.keep:
-        end = model.state_dict()
-        mean = {n: torch.lerp(end[n].cpu(), w.to(end[n].dtype), opt.keep) for n, w in start.items()}
-        model.load_state_dict(mean, strict=False)
     write_checkpoint(model, opt.out)
     print(figures, flush=True)
 
