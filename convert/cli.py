@@ -15,7 +15,6 @@ import click
 
 from dgq.quant.errors import InputError
 
-
 # Before torch is imported: OpenMP threads that spin while they wait make small products a hundred times slower as soon
 # as another process wants the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
