@@ -61,7 +61,7 @@ def plan(plan: Plan) -> None:
     out.print(_groups("part", plan.by_part(), plan.nbytes))
     out.print(_groups("scheme", plan.by_scheme(), plan.nbytes))
     out.print(
-        f"{len(plan.tensors)} tensors, {plan.nbytes / MIB:,.0f} MiB ({plan.nbytes / GB:.2f} GB),"
+        f"{len(plan.tensors)} tensors, {plan.nbytes / MIB:,.0f} MiB ({_size(plan.nbytes)}),"
         f" {8 * plan.nbytes / plan.params:.2f} bits a weight;"
         f" {plan.quantized_share:.2%} of {_count(plan.params)} parameters quantised"
     )
@@ -71,7 +71,7 @@ def plan(plan: Plan) -> None:
             f"{fallbacks / plan.params:.0%} of the parameters lie in rows that no K-quant fits and take the fallback"
             f" ({', '.join(f'{a} -> {b}' for a, b in plan.recipe.fallback.items())})"
         )
-    vram = "   ".join(f"{n // 1024}K: {size / GB:.1f} GB" for n, size in plan.vram().items())
+    vram = "   ".join(f"{n // 1024}K: {_size(size)}" for n, size in plan.vram().items())
     out.print(f"VRAM to run it, by context (estimate: weights, 16-bit KV cache, one step's working memory)   {vram}")
     notices(plan)
     target = shlex.quote(f"{where.name}-{plan.recipe.label}")
@@ -96,7 +96,9 @@ def inspected(found: dict[str, Any]) -> None:
     out.print(f"{len(found['tensors'])} text tensors, {found['bytes'] / MIB:,.1f} MiB, {share}")
     out.print("model    " + "  ".join(f"{key} {value}" for key, value in model.items()))
     out.print("sampler  " + "  ".join(f"{key} {value}" for key, value in sampler.items()))
-    if origin is None:
+    if origin is None and found["kind"] == "safetensors":
+        out.print("origin   a checkpoint, not an artifact: there is no dgq.json")
+    elif origin is None:
         out.print("origin   no dgq.json: not made by dgq, or the file without its directory")
     else:
         source = origin["source"] or {}
@@ -140,6 +142,10 @@ def _count(n: int) -> str:
         if n >= size:
             return f"{n / size:.2f} {unit}"
     return str(n)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / GB:.2f} GB" if nbytes >= GB else f"{nbytes / 10**6:.1f} MB"
 
 
 def _next(command: str) -> None:
