@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 a check failed, 2 bad input or usage, 130 interrupted.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,20 @@ class _OneLineErrors(click.Group):
         except InputError as error:
             click.echo(f"dgq: error: {error}", err=True)
             sys.exit(2)
+        except BrokenPipeError:  # whoever read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        except OSError as error:
+            click.echo(f"dgq: error: {error}", err=True)
+            sys.exit(2)
         except KeyboardInterrupt:
             click.echo("dgq: interrupted", err=True)
             sys.exit(130)
+
+
+def _stop(number: int, frame: object) -> None:
+    """SIGTERM and SIGHUP unwind the program, so that a partial artifact is removed."""
+    sys.exit(128 + number)
 
 
 @click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -101,6 +113,8 @@ def convert(
     from dgq.convert.source import open_source
     from dgq.quant.imatrix import read_imatrix
 
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
     pipeline.check_target(out)
     planned = make_plan(open_source(src, revision), find_recipe(to, recipe))
     weights = read_imatrix(imatrix) if imatrix else None
@@ -115,13 +129,14 @@ def convert(
 
 @main.command()
 @click.argument("artifact")
+@_REVISION
 @_JSON
-def inspect(artifact: str, as_json: bool) -> None:
+def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
     """Show what an artifact (or a checkpoint) holds and where it came from. Reads headers only."""
     from dgq.convert import show
     from dgq.convert.inspect import inspect_artifact
 
-    found = inspect_artifact(artifact)
+    found = inspect_artifact(artifact, revision)
     show.print_json(found) if as_json else show.inspected(found)
 
 
@@ -131,7 +146,9 @@ def inspect(artifact: str, as_json: bool) -> None:
 @click.option("--chat", is_flag=True, help="Put PROMPT through the chat template, as a user's turn.")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="[default: the model's generation_config]")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps a canvas at most. [default: generation_config]")
-@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same text.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="The same seed gives the same text."
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option(
     "--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="Of activations. [auto: bf16 on CUDA]"
@@ -154,7 +171,11 @@ def run(
     from dgq.convert import show
     from dgq.convert.generate import generate_text
 
-    text = sys.stdin.read() if prompt == "-" else prompt
+    try:
+        text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt
+        text.encode()
+    except UnicodeError:
+        raise InputError("PROMPT is not valid UTF-8") from None
     answer = generate_text(
         model, text, revision=revision, chat=chat, max_new_tokens=max_new_tokens, steps=steps, seed=seed, device=device,
         dtype=dtype, draw=not as_json and sys.stdout.isatty(),

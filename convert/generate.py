@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dgq.convert.hub import TINY
 from dgq.convert.source import open_source
 from dgq.quant.errors import InputError
 from dgq.runtime.artifact import Artifact, open_artifact
@@ -15,12 +16,19 @@ from dgq.runtime.artifact import Artifact, open_artifact
 
 def open_model(asked: str, revision: str | None = None) -> Artifact:
     """An artifact (directory or .gguf) or a BF16 source, checked as `convert` checks it."""
-    path = Path(asked)
-    if path.is_file() or (path.is_dir() and any(path.glob("*.gguf"))):
-        return open_artifact(path)
+    if is_artifact(asked):
+        return open_artifact(asked)
     source = open_source(asked, revision)
     source.check_copies()
     return Artifact("safetensors", source.path, source.path, source.config, source.generation, source)
+
+
+def is_artifact(asked: str) -> bool:
+    """A file, or a directory with a .gguf and no safetensors. All else is a source; `tiny` is the embedded one."""
+    path = Path(asked)
+    if asked == TINY or not path.is_dir():
+        return asked != TINY and path.is_file()
+    return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
 
 
 def generate_text(

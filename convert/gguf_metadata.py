@@ -115,9 +115,13 @@ def _tokenizer(source: Source) -> dict[str, KV]:
 
     path = source.path / "tokenizer.json"
     raw = read_json(path)
+    read_json(source.path / "tokenizer_config.json")  # without it, nothing says which tokens are control tokens
     tokens = _tokens(raw, source.config.vocab, str(path))
-    special = gguf.SpecialVocab(source.path, load_merges=True)
     control = _all_special_ids(source)
+    try:
+        special = gguf.SpecialVocab(source.path, load_merges=True)
+    except Exception as error:  # whatever a broken tokenizer leads the package into
+        raise _unreadable(source, error) from None
     keys = {
         "tokenizer.ggml.model": KV("gemma4", "string"),
         "tokenizer.ggml.tokens": KV([token or f"[PAD{i}]" for i, token in enumerate(tokens)], "[string]"),
@@ -140,7 +144,10 @@ def _tokens(raw: dict[str, Any], vocab: int, path: str) -> list[str | None]:
     model = raw.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE" or not isinstance(model.get("vocab"), dict):
         raise InputError(f"{path}: not a BPE tokenizer as Gemma's is; GGUF needs that kind")
-    added = {token["content"]: token["id"] for token in raw.get("added_tokens", ())}
+    try:
+        added = {str(token["content"]): token["id"] for token in raw.get("added_tokens") or ()}
+    except (TypeError, KeyError):
+        raise InputError(f"{path}: added_tokens is no list of objects with content and id") from None
     tokens: list[str | None] = [None] * vocab
     for token, number in {**model["vocab"], **added}.items():
         if type(number) is not int or not 0 <= number < vocab:
@@ -168,4 +175,8 @@ def _all_special_ids(source: Source) -> frozenset[int]:
     try:
         return frozenset(AutoTokenizer.from_pretrained(str(source.path), local_files_only=True).all_special_ids)
     except Exception as error:  # whatever a broken tokenizer leads the library into
-        raise InputError(f"{source.path}: tokenizer files not loadable ({type(error).__name__}: {error})") from None
+        raise _unreadable(source, error) from None
+
+
+def _unreadable(source: Source, error: Exception) -> InputError:
+    return InputError(f"{source.path}: tokenizer files not loadable ({type(error).__name__}: {error})")

@@ -5,29 +5,33 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from dgq.convert.generate import open_model
+from dgq.convert.generate import is_artifact
 from dgq.convert.provenance import FILE
-from dgq.quant.hf_dir import read_json
-from dgq.runtime.artifact import Artifact, GGUFWeights
+from dgq.convert.source import Source, open_source
+from dgq.quant.errors import InputError
+from dgq.quant.hf_dir import FLOATS, read_json
+from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.names import gguf_name
 
 
-def inspect_artifact(asked: str) -> dict[str, Any]:
-    """Open it as the runtime would (so it is checked against its config) and describe it."""
-    artifact = open_model(asked)
-    schemes = _schemes(artifact)
+def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
+    """Check it against its config, from headers alone, and describe it. Of a Hub id only headers are fetched."""
+    opened: Artifact | Source = (
+        open_artifact(asked) if is_artifact(asked) else open_source(asked, revision, weights=False)
+    )
+    rows = _artifact_rows(opened) if isinstance(opened, Artifact) else _source_rows(opened)
     tensors, params, nbytes = Counter[str](), Counter[str](), Counter[str]()
-    for _, scheme, numel, size in schemes:
+    for _, scheme, numel, size in rows:
         tensors[scheme] += 1
         params[scheme] += numel
         nbytes[scheme] += size
     total = params.total()
     below = sum(numel for name, numel in params.items() if name not in ("bf16", "f16", "f32"))
-    config, generation = artifact.config, artifact.generation
+    config, generation = opened.config, opened.generation
     return {
         "path": asked,
-        "kind": artifact.kind,
-        "file": artifact.file.name,
+        "kind": opened.kind if isinstance(opened, Artifact) else "safetensors",
+        "file": opened.file.name if isinstance(opened, Artifact) else opened.where.name,
         "params": total,
         "bytes": nbytes.total(),
         "quantized_share": round(below / total, 6),
@@ -43,24 +47,33 @@ def inspect_artifact(asked: str) -> dict[str, Any]:
             "context": config.context,
         },
         "sampler": vars(generation.sampler) | {"eos_ids": list(generation.eos_ids)},
-        "provenance": _provenance(artifact),
-        "tensors": {name: scheme for name, scheme, _, _ in schemes},
+        "provenance": _provenance(opened) if isinstance(opened, Artifact) else None,
+        "tensors": {name: scheme for name, scheme, _, _ in rows},
     }
 
 
-def _schemes(artifact: Artifact) -> list[tuple[str, str, int, int]]:
-    """(name in the file, scheme, elements, bytes) of every text tensor."""
+Row = tuple[str, str, int, int]  # name in the file, scheme, elements, bytes
+
+
+def _artifact_rows(artifact: Artifact) -> list[Row]:
     rows = []
     for name in artifact.weights:
         packed = artifact.weights[name]
-        own = (gguf_name(name) or name) if isinstance(artifact.weights, GGUFWeights) else name
-        rows.append((own, packed.scheme.name, packed.numel, packed.nbytes))
+        rows.append((gguf_name(name) or name, packed.scheme.name, packed.numel, packed.nbytes))
     return rows
 
 
+def _source_rows(source: Source) -> list[Row]:
+    return [(name, FLOATS[spec.dtype], spec.numel, spec.stop - spec.start) for name, spec in source.text.items()]
+
+
 def _provenance(artifact: Artifact) -> dict[str, Any] | None:
-    file = (artifact.path if artifact.path.is_dir() else artifact.path.parent) / FILE
+    """What dgq.json beside the file says of it; None without one, or if it does not list this file."""
+    file = artifact.file.parent / FILE
     if not file.is_file():
         return None
     document = read_json(file)
-    return {key: document.get(key) for key in ("dgq", "recipe", "effort", "source", "imatrix", "dropped")}
+    kept = {key: document.get(key) for key in ("dgq", "recipe", "effort", "source", "imatrix", "dropped", "files")}
+    if not all(isinstance(kept[key] or {}, dict) for key in ("source", "imatrix", "dropped", "files")):
+        raise InputError(f"{file}: damaged (source, imatrix, dropped and files must be objects)")
+    return kept if artifact.file.name in (kept.pop("files") or {}) else None

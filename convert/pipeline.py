@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,10 +70,10 @@ def convert(
     source = plan.source
     if imatrix is not None:
         _check_imatrix(plan, imatrix)
+    keys = metadata(plan, provenance.dgq_version(), imatrix)  # before the weights are read: it may refuse the tokenizer
     with staged(out, plan.nbytes + HEADER_ALLOWANCE) as partial, ThreadPoolExecutor(threads) as pool:
         source.check_copies()
         file = partial / f"{source.where.name}-{plan.recipe.label}.gguf"
-        keys = metadata(plan, provenance.dgq_version(), imatrix)
         writer = GGUFWriter(file, GGUF_ARCH, keys, {t.name: (t.shape, t.scheme) for t in plan.tensors})
         for tensor in plan.tensors:
             jobs = _jobs(plan, tensor, imatrix)
@@ -83,6 +84,7 @@ def convert(
         for name in COPIED:
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, partial / name)
+        progress(0, "hashing")
         sources = _hashes(pool, source.files)
         document = provenance.document(plan, effort, imatrix, sources, _hashes(pool, sorted(partial.iterdir())))
         (partial / provenance.FILE).write_text(provenance.text(document), "utf-8")
@@ -124,7 +126,12 @@ def _job(
         if largest > tensor.scheme.max_abs:
             limit = f"{tensor.scheme.name} holds {tensor.scheme.max_abs:.6g} at most"
             raise InputError(f"{where} holds a weight of {largest:.4g}, {limit}; the checkpoint is damaged")
-        return Packed(tensor.scheme, tuple(values.shape), tensor.scheme.quantize(values, importance))
+        packed = Packed(tensor.scheme, tuple(values.shape), tensor.scheme.quantize(values, importance))
+        if importance is not None and not torch.isfinite(packed.dequantize()).all():
+            raise InputError(
+                f"{where}: the imatrix's importance overflows {tensor.scheme.name}; the imatrix is damaged"
+            )
+        return packed
 
     return job
 
@@ -158,7 +165,7 @@ def _check_imatrix(plan: Plan, imatrix: Imatrix) -> None:
 
 def check_target(out: Path) -> None:
     """InputError if `out` exists: dgq never writes into, or over, somebody's directory."""
-    if out.exists() or out.is_symlink():
+    if os.path.lexists(out):
         raise InputError(f"{out}: exists already; choose another -o or remove it")
 
 
@@ -166,20 +173,25 @@ def check_target(out: Path) -> None:
 def staged(out: Path, nbytes: int) -> Iterator[Path]:
     """A directory beside `out` to write into; renamed to `out` at the end, removed (with new parents) on failure."""
     check_target(out)
-    missing = [parent for parent in out.absolute().parents if not parent.exists()]
-    partial = out.absolute().parent / f".{out.name}.partial-{os.getpid()}"
+    parent = out.absolute().parent
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    partial: Path | None = None
     try:
-        partial.mkdir(parents=True)
+        parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.partial-", dir=parent))
         free = shutil.disk_usage(partial).free
         if free < nbytes:
             raise InputError(f"{out}: needs {nbytes / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free")
         yield partial
+        partial.chmod(0o755)
+        check_target(out)
         partial.rename(out)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
         with suppress(OSError):
-            for parent in missing:
-                parent.rmdir()
+            for folder in missing:
+                folder.rmdir()
         if isinstance(error, OSError):
             raise InputError(f"{out}: cannot be written ({error})") from None
         raise

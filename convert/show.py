@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from dgq.convert.plan import Plan
 
 MIB, GB = 1 << 20, 10**9
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, markup=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def print_json(data: dict[str, Any]) -> None:
@@ -30,7 +30,7 @@ def print_json(data: dict[str, Any]) -> None:
 def bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
     """A progress bar over bytes on stderr; silent where stderr is no terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

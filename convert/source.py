@@ -69,9 +69,13 @@ class Source(Mapping[str, Packed]):
     def check_copies(self) -> None:
         """Compare each copy of a tied weight with its original, byte by byte; InputError if one differs."""
         for copy, original in self.copies.items():
+            kinds = [self._dir.specs[name].dtype for name in (copy, original)]
+            if kinds[0] != kinds[1]:
+                file = self._dir.specs[copy].file
+                raise InputError(f"{file}: {copy} is {kinds[0]}, but {original}, which it is tied to, is {kinds[1]}")
             a, b = (self._dir[name].parts[""].flatten().view(torch.uint8) for name in (copy, original))
-            pairs = zip(a.split(COMPARE_BYTES), b.split(COMPARE_BYTES), strict=False)
-            if a.numel() != b.numel() or not all(torch.equal(x, y) for x, y in pairs):
+            pairs = zip(a.split(COMPARE_BYTES), b.split(COMPARE_BYTES), strict=True)
+            if not all(torch.equal(x, y) for x, y in pairs):
                 raise InputError(
                     f"{self._dir.specs[copy].file}: {copy} differs from {original}, which it should be tied to;"
                     " this is no plain fine-tune of DiffusionGemma"
@@ -86,7 +90,7 @@ def open_source(asked: str, revision: str | None = None, *, weights: bool = True
     where = locate(asked, revision, weights=weights)
     config_file = where.path / "config.json"
     raw = read_json(config_file)
-    if "quantization_config" in raw:
+    if raw.get("quantization_config") is not None:
         said = raw["quantization_config"]
         method = said.get("quant_method") if isinstance(said, dict) else said
         raise InputError(

@@ -79,6 +79,55 @@ class GGUFWriter:
             )
 
 
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a scalar, by GGUF type
+_STRING, _ARRAY = 8, 9
+
+
+def _check_header(path: Path) -> None:
+    """Walk the key-values before the gguf package does, which believes every length it reads: a lying one would
+    have it loop for hours. ValueError if a string or an array reaches beyond the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+
+        def number(count: int) -> int:
+            data = file.read(count)
+            if len(data) < count:
+                raise ValueError("the header reaches beyond the end of the file")
+            return int.from_bytes(data, "little")
+
+        def skip(count: int) -> None:
+            if count > size - file.tell():
+                raise ValueError(f"the header announces {count} bytes at byte {file.tell()} of {size}")
+            file.seek(count, os.SEEK_CUR)
+
+        def value(kind: int) -> None:
+            if kind in _SIZES:
+                skip(_SIZES[kind])
+            elif kind == _STRING:
+                skip(number(8))
+            elif kind == _ARRAY:
+                element, count = number(4), number(8)
+                if element in _SIZES:
+                    skip(count * _SIZES[element])
+                elif element == _STRING and 8 * count <= size:
+                    for _ in range(count):
+                        skip(number(8))
+                else:
+                    raise ValueError(f"an array of {count} elements of type {element}")
+            else:
+                raise ValueError(f"value type {kind} is unknown")
+
+        if file.read(4) != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        number(4)
+        tensors, keys = number(8), number(8)
+        if 24 * tensors + 12 * keys > size:
+            raise ValueError(f"{tensors} tensors and {keys} keys in {size} bytes")
+        for _ in range(keys):
+            skip(number(8))
+            value(number(4))
+
+
 class GGUFReader(Mapping[str, Packed]):
     """A GGUF file: `.metadata` (key -> plain Python value) and a mapping tensor name -> Packed, mapped, not loaded."""
 
@@ -88,7 +137,8 @@ class GGUFReader(Mapping[str, Packed]):
         self.path = path
         try:
             if not path.is_file():
-                raise InputError(f"{path}: no such file")
+                raise InputError(f"{path}: no such file" if not path.exists() else f"{path}: is no file")
+            _check_header(path)
             reader = gguf.GGUFReader(path, "c")  # copy-on-write: torch wants writable memory
             self.metadata: dict[str, Any] = {key: field.contents() for key, field in reader.fields.items()}
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}

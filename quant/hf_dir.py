@@ -99,6 +99,8 @@ def _spec(path: Path, name: str, entry: Any, base: int) -> Spec:
 def read_index(path: Path) -> dict[str, Spec]:
     """All tensors of a directory: by its index if it has one, else of its single file."""
     index = path / INDEX
+    if index.is_file() and (path / SINGLE).is_file():
+        raise InputError(f"{path}: holds both {SINGLE} and {INDEX}; one of them is stale, remove it")
     if not index.is_file():
         if not (path / SINGLE).is_file():
             raise InputError(f"{path}: holds neither {SINGLE} nor {INDEX}; is this a checkpoint directory?")

@@ -17,6 +17,8 @@ import torch
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFReader
 
+MAX_IMPORTANCE = 1e20  # mean squares; ggml multiplies them by squared weights in float32, which end at 3e38
+
 
 @dataclass(frozen=True)
 class Imatrix:
@@ -44,10 +46,19 @@ def read_imatrix(path: Path) -> Imatrix:
         counts = reader[f"{name}.counts"].dequantize().reshape(-1, 1)
         if sums.dim() > 2 or counts.numel() != (sums.shape[0] if sums.dim() == 2 else 1):
             raise InputError(f"{path}: {name} has {counts.numel()} counts for sums of shape {list(sums.shape)}")
-        if not torch.isfinite(sums).all() or (sums < 0).any():
-            raise InputError(f"{path}: {name}.in_sum2 holds values that are negative or not finite")
-        mean = torch.where(counts > 0, sums.reshape(len(counts), -1) / counts.clamp(min=1e-30), 1.0)
+        for kind, values in (("in_sum2", sums), ("counts", counts)):
+            if not (torch.isfinite(values) & (values >= 0)).all():
+                raise InputError(f"{path}: {name}.{kind} holds values that are negative or not finite")
+        sums = sums.reshape(len(counts), -1)
+        if ((sums == 0).all(-1, keepdim=True) & (counts > 0)).any():
+            raise InputError(f"{path}: {name} has tokens but an importance of 0 in every column")
+        mean = torch.where(counts > 0, sums / counts.clamp(min=1e-30), 1.0)
+        if (mean > MAX_IMPORTANCE).any():
+            raise InputError(f"{path}: {name} has an importance of {float(mean.max()):.3g}, beyond {MAX_IMPORTANCE:g}")
         weights[name] = mean if len(counts) > 1 else mean[0]
     if not weights:
         raise InputError(f"{path}: holds no importance entries")
-    return Imatrix(str(path), tuple(meta.get("imatrix.datasets", ())), int(meta.get("imatrix.chunk_count", 0)), weights)
+    datasets, chunks = meta.get("imatrix.datasets", []), meta.get("imatrix.chunk_count", 0)
+    if not (isinstance(datasets, list) and all(isinstance(one, str) for one in datasets) and isinstance(chunks, int)):
+        raise InputError(f"{path}: imatrix.datasets is no list of names, or imatrix.chunk_count no number")
+    return Imatrix(str(path), tuple(datasets), chunks, weights)

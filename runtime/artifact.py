@@ -10,6 +10,8 @@ tensors are held against them, by name and shape. Bytes are read when `load()` b
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,6 +98,10 @@ def open_artifact(path: Path | str) -> Artifact:
             raise InputError(f"{path}: expected a directory or a .gguf file")
         return _open_gguf(path)
     ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1 and not (path / "config.json").is_file():
+        raise InputError(
+            f"{path}: has no config.json; name the file, {ggufs[0].name}, to open it without its directory"
+        )
     shards = any(path.glob("*.safetensors"))
     if len(ggufs) > 1 and not shards:
         raise InputError(f"{path}: holds {len(ggufs)} .gguf files ({ggufs[0].name}, {ggufs[1].name}, …); name one")
@@ -104,7 +110,9 @@ def open_artifact(path: Path | str) -> Artifact:
     config = ModelConfig.from_file(path / "config.json")
     generation = GenerationConfig.from_file(path / "generation_config.json", config)
     if not shards:
-        return Artifact("gguf", path, ggufs[0], config, generation, GGUFWeights(GGUFReader(ggufs[0]), config))
+        reader = GGUFReader(ggufs[0])
+        _check_agreement(config, ModelConfig.from_gguf(reader.metadata, str(ggufs[0])), path, ggufs[0])
+        return Artifact("gguf", path, ggufs[0], config, generation, GGUFWeights(reader, config))
     return Artifact("safetensors", path, path, config, generation, HFDir(path))
 
 
@@ -113,6 +121,17 @@ def _open_gguf(path: Path) -> Artifact:
     config = ModelConfig.from_gguf(reader.metadata, str(path))
     generation = GenerationConfig.from_gguf(reader.metadata, config, str(path))
     return Artifact("gguf", path, path, config, generation, GGUFWeights(reader, config))
+
+
+def _check_agreement(ours: ModelConfig, files: ModelConfig, path: Path, file: Path) -> None:
+    """config.json and the .gguf's own metadata say the same of the model (floats to float32's precision)."""
+    for field in dataclasses.fields(ModelConfig):
+        a, b = getattr(ours, field.name), getattr(files, field.name)
+        same = math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) else a == b
+        if not same and field.name not in ("eos_ids", "pad_id", "rope_partial"):  # not in the metadata, or not as such
+            raise InputError(
+                f"{path / 'config.json'}: {field.name} is {a}, but {file.name} says {b}; one is not the other's"
+            )
 
 
 def _check_rope(reader: GGUFReader, config: ModelConfig) -> None:

@@ -170,9 +170,15 @@ def _layers_from_json(text: Fields) -> tuple[LayerConfig, ...]:
             LayerConfig(True, head_dim, kv_heads) if kind == "sliding_attention" else LayerConfig(False, *shape)
             for kind in kinds
         )
+    strays = [key for key in per_layer.raw if key not in map(str, range(n))]
+    if strays:
+        raise InputError(f"{text.source}: per_layer_config has an entry {strays[0]!r} for {n} layers")
     layers = []
     for i, kind in enumerate(kinds):
         own = per_layer.section(str(i), {})
+        for key in own.raw:
+            if key not in ("head_dim", "num_key_value_heads"):
+                own.expect(key, text.raw.get(key))
         shape = own.count("head_dim", head_dim), own.count("num_key_value_heads", kv_heads)
         layers.append(LayerConfig(kind == "sliding_attention", *shape))
     return tuple(layers)
@@ -210,9 +216,9 @@ def _checked(config: ModelConfig, source: str) -> ModelConfig:
         bad = layer.kv_heads < 1 or config.heads % layer.kv_heads != 0
         faults.append((bad, f"layer {i}: {config.heads} heads do not divide over {layer.kv_heads} key-value heads"))
         faults.append((layer.head_dim % 2 == 1, f"layer {i}: head_dim {layer.head_dim} is odd, RoPE turns pairs"))
-        if not layer.is_sliding:
-            same = layer.head_dim == config.layers[-1].head_dim
-            faults.append((not same, f"layer {i}: full layers of different head_dim"))
+        first = next(other for other in config.layers if other.is_sliding == layer.is_sliding)
+        kind = "sliding" if layer.is_sliding else "full"
+        faults.append((layer.head_dim != first.head_dim, f"layer {i}: {kind} layers of different head_dim"))
     for wrong, text in faults:
         if wrong:
             raise InputError(f"{source}: {text}")

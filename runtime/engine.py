@@ -116,7 +116,10 @@ def _denoise(
     conditioning: Tensor | None = None
     for left in range(sampler.steps, 0, -1):
         took += ~done
-        new = decide(canvas, model.decode(canvas, cache, conditioning), left, sampler, generator)
+        logits = model.decode(canvas, cache, conditioning)
+        if logits.sum().isnan():
+            model.refuse_weights()
+        new = decide(canvas, logits, left, sampler, generator)
         argmax = torch.where(done[:, None], argmax, new.argmax)
         canvas = torch.where(done[:, None], canvas, new.canvas)
         # cast as transformers does, to the embedding's dtype; a done row's no longer matters

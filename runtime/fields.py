@@ -42,10 +42,10 @@ class Fields:
     def positive(self, key: str, default: float | None = None) -> float:
         """A finite number above zero."""
         value = self.raw.get(self._prefix + key)
-        number = self.get(key, int) * 1.0 if isinstance(value, int) else self.get(key, float, default)
-        if not 0 < number < float("inf"):
-            raise InputError(f"{self._name(key)} is {value}, expected a number above 0")
-        return number
+        number = self.get(key, int) if isinstance(value, int) else self.get(key, float, default)
+        if not 0 < number < 1e300:  # also of an int beyond what a float holds
+            raise InputError(f"{self._name(key)} is {_short(value)}, expected a number above 0")
+        return float(number)
 
     def ids(self, key: str) -> tuple[int, ...]:
         """Token ids, written as one number or a list; () if absent."""

@@ -12,10 +12,12 @@ The weights are any mapping canonical name -> Packed, so a BF16 checkpoint, a .g
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from dgq.quant.errors import InputError
 from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.attention import decoder_mask, encoder_mask, rope_frequencies, rope_tables
@@ -52,7 +54,7 @@ class Model:
         name in it. Vision tensors are passed over. keep_decoded: see KEEP_DECODED, 0 = decode at every use."""
         text = {name: weight.shape for name, weight in weights.items() if not name.startswith(VISION)}
         check_tensors(text, expected_tensors(config), source)
-        self.config = config
+        self.config, self._source = config, source
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         self.weights = self._load(weights, keep_decoded)
@@ -111,6 +113,14 @@ class Model:
         x = self._conditioned(embed(canvas, self.table, self.dtype), self_conditioning_logits)
         x = self._run(x, positions, masks, cache, self._decoder_scalars)
         return head(rms_norm(x, self._final_norm, self.config.norm_eps), self.table, self.config.softcap)
+
+    def refuse_weights(self) -> NoReturn:
+        """After logits that are not a number: InputError naming the first weight that holds such a value."""
+        for name, weight in self.weights.items():
+            pieces = [weight] if len(weight.shape) < 3 else [weight[e] for e in range(weight.shape[0])]
+            if not all(bool(piece.dequantize(torch.float32).isfinite().all()) for piece in pieces):
+                raise InputError(f"{self._source}: {name} holds values that are not finite; the file is damaged")
+        raise InputError(f"{self._source}: the logits are not a number, though every weight is; try --dtype fp32")
 
     def _conditioned(self, x: Tensor, logits: Tensor | None) -> Tensor:
         if logits is not None:

@@ -83,15 +83,16 @@ class GenerationConfig:
         )
         tokens = metadata["tokenizer.ggml.tokens"]
         more = [tokens.index(token) for token in GGUF_END_TOKENS if token in tokens]
-        return _checked(cls(sampler, tuple(dict.fromkeys((*config.eos_ids, *more))), config.pad_id), config, source)
+        eos = tuple(dict.fromkeys((*config.eos_ids, *more)))
+        return _checked(cls(sampler, eos, config.pad_id, config.canvas), config, source)
 
 
 def _checked(generation: GenerationConfig, config: ModelConfig, source: str) -> GenerationConfig:
     sampler = generation.sampler
     if sampler.t_max <= sampler.t_min:
         raise InputError(f"{source}: t_max {sampler.t_max} is not above t_min {sampler.t_min}")
-    if sampler.stability < 0:
-        raise InputError(f"{source}: stability_threshold is {sampler.stability}, expected 0 or more")
+    if not 0 <= sampler.stability <= 10_000:
+        raise InputError(f"{source}: stability_threshold is {sampler.stability}, expected 0 to 10,000")
     for key, ids in (("eos_token_id", generation.eos_ids), ("pad_token_id", (generation.pad_id,))):
         for token in ids:
             if not 0 <= token < config.vocab:

@@ -65,10 +65,14 @@ class Tokenizer:
                 specials |= _named_tokens(settings)
         template = settings.get("chat_template")
         if isinstance(template, list):  # several named ones
-            template = next((one["template"] for one in template if one.get("name") == "default"), None)
+            named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+            template = named[0].get("template") if named else None
         if (path / "chat_template.jinja").is_file():
-            template = (path / "chat_template.jinja").read_text(encoding="utf-8")
-        return cls(backend, specials, template, str(path))
+            try:
+                template = (path / "chat_template.jinja").read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise InputError(f"{path / 'chat_template.jinja'}: is not UTF-8 text") from None
+        return cls(backend, specials, _template(template, str(path)), str(path))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], source: str) -> Tokenizer:
@@ -79,8 +83,9 @@ class Tokenizer:
         lists: dict[str, list[Any]] = {}
         for key in ("tokens", "token_type", "merges"):
             value = metadata.get(f"tokenizer.ggml.{key}")
-            if not isinstance(value, list):
-                raise InputError(f"{source}: tokenizer.ggml.{key} is missing")
+            element = int if key == "token_type" else str
+            if not isinstance(value, list) or not all(isinstance(one, element) for one in value):
+                raise InputError(f"{source}: tokenizer.ggml.{key} is missing, or no list of {element.__name__}")
             lists[key] = value
         tokens: list[str] = lists["tokens"]
         specials = {}
@@ -91,7 +96,7 @@ class Tokenizer:
                     raise InputError(f"{source}: tokenizer.ggml.{key}_token_id {index} is outside the vocabulary")
                 specials[f"{name}_token"] = tokens[index]
         backend = _rebuild(tokens, lists["token_type"], lists["merges"], specials.get("unk_token"), source)
-        return cls(backend, specials, metadata.get("tokenizer.chat_template"), source)
+        return cls(backend, specials, _template(metadata.get("tokenizer.chat_template"), source), source)
 
     def encode(self, text: str) -> list[int]:
         """Raw text, with <bos> in front unless it is there already."""
@@ -112,8 +117,9 @@ class Tokenizer:
         given = {"tools": None, "documents": None, "add_generation_prompt": True, **self._specials, **variables}
         try:
             return _environment().from_string(self._template).render(messages=list(messages), **given)
-        except jinja2.TemplateError as error:
-            raise InputError(f"{self._source}: the chat template refuses these messages: {error}") from None
+        except Exception as error:  # a template is somebody's program: it may divide by zero as well
+            what = f"{type(error).__name__}: {error}"
+            raise InputError(f"{self._source}: the chat template refuses these messages ({what})") from None
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         """Text of the ids; control tokens (<bos>, <turn|>, …) only if keep_special."""
@@ -162,6 +168,12 @@ def _rebuild(
     ]
     backend.add_tokens(added)
     return backend
+
+
+def _template(template: Any, source: str) -> str | None:
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{source}: the chat template is a {type(template).__name__}, not text")
+    return template
 
 
 def _named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

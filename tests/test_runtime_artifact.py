@@ -101,7 +101,12 @@ def test_changed_ggufs(tmp_path, change, words):
 def test_a_gguf_that_contradicts_its_directory(gguf_dir):
     text = (gguf_dir / "config.json").read_text()
     (gguf_dir / "config.json").write_text(text.replace('"intermediate_size": 160', '"intermediate_size": 192'))
-    with pytest.raises(InputError, match=r"Q4_K_M\.gguf: tensor blk\.0\.ffn_gate\.weight has shape"):
+    with pytest.raises(InputError, match=r"config\.json: intermediate is 192, but tinyA-Q4_K_M\.gguf says 160"):
+        open_artifact(gguf_dir)
+    (gguf_dir / "config.json").write_text(
+        text.replace('"final_logit_softcapping": 30.0', '"final_logit_softcapping": 3.0')
+    )
+    with pytest.raises(InputError, match=r"config\.json: softcap is 3\.0, but"):
         open_artifact(gguf_dir)
 
 
@@ -120,7 +125,7 @@ def test_paths_that_are_no_artifact(gguf_dir, tmp_path_factory):
         open_artifact(gguf_dir)
     (gguf_dir / "other.gguf").unlink()
     (gguf_dir / "config.json").unlink()
-    with pytest.raises(InputError, match=r"config\.json: no such file"):
+    with pytest.raises(InputError, match=r"has no config\.json; name the file, tinyA-Q4_K_M\.gguf"):
         open_artifact(gguf_dir)
 
 

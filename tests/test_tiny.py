@@ -155,7 +155,7 @@ def test_no_layer_scalar_can_go_unnoticed(side: str, artifact: Artifact, model: 
     changed = Model(artifact.config, Changed(artifact.weights, side), "cpu", torch.float32)
     whole, hurt = loss(artifact, model, 1.0), loss(artifact, changed, 1.0)
     print(f"loss at noise 1: {whole:.3f}, with {side} scalars at 1 {hurt:.3f}")
-    assert hurt > 1.02 * whole
+    assert hurt > 1.04 * whole
 
 
 def test_self_conditioning_cannot_go_unnoticed(
