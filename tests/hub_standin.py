@@ -17,7 +17,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextmanager
 def serve(repo: str, folder: Path, status: int = 200) -> Iterator[str]:
-    """The endpoint's URL while it serves `folder` as `repo` at COMMIT. A status other than 200 answers everything."""
+    """The endpoint's URL while it serves `folder` as `repo` at COMMIT. A status other than 200 answers everything.
+
+    The branch and the tag v1 lead to COMMIT once; after that they have moved away (404): who pins does not notice.
+    """
+    asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -34,7 +38,10 @@ def serve(repo: str, folder: Path, status: int = 200) -> Iterator[str]:
             if path.startswith(f"/api/models/{repo}/tree/"):
                 entries = [{"type": "file", "path": n, "size": (folder / n).stat().st_size, "oid": n} for n in names]
                 return self.reply(200, json.dumps(entries).encode(), body)
-            if path in (f"/api/models/{repo}", *(f"/api/models/{repo}/revision/{r}" for r in ("main", "v1", COMMIT))):
+            named = path in (f"/api/models/{repo}", f"/api/models/{repo}/revision/v1")
+            moved = named and path in asked
+            asked.append(path)
+            if path == f"/api/models/{repo}/revision/{COMMIT}" or (named and not moved):
                 info: dict[str, Any] = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
                 return self.reply(200, json.dumps(info).encode(), body)
             name = path.rsplit("/", 1)[-1]
