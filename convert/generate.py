@@ -25,10 +25,10 @@ def open_model(asked: str, revision: str | None = None) -> Artifact:
 
 def is_artifact(asked: str) -> bool:
     """A file, or a directory with a .gguf and no safetensors. All else is a source; `tiny` is the embedded one."""
+    if asked == TINY:
+        return False
     path = Path(asked)
-    if asked == TINY or not path.is_dir():
-        return asked != TINY and path.is_file()
-    return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors"))
+    return path.is_file() or (any(path.glob("*.gguf")) and not any(path.glob("*.safetensors")))
 
 
 def generate_text(
