@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ class _OneLineErrors(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # here and not at exit, where a full disk would end in a traceback
+            return result
         except InputError as error:
             click.echo(f"dgq: error: {error}", err=True)
             sys.exit(2)
@@ -34,6 +37,8 @@ class _OneLineErrors(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except OSError as error:
+            with suppress(OSError):
+                sys.stdout.close()  # what could not be written is lost; closing drops it
             click.echo(f"dgq: error: {error}", err=True)
             sys.exit(2)
         except KeyboardInterrupt:

@@ -16,8 +16,8 @@ from dgq.quant.gguf_file import KV
 from dgq.quant.hf_dir import read_json
 from dgq.quant.imatrix import Imatrix
 from dgq.runtime.config import GGUF_ARCH
+from dgq.runtime.tokenizer import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # llama.cpp's token types
 VISIBLE = frozenset(
     ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
 )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from dgq.convert.generate import is_artifact
+from dgq.convert.plan import tally
 from dgq.convert.provenance import FILE
 from dgq.convert.source import Source, open_source
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import FLOATS, read_json
+from dgq.quant.schemes import SCHEMES
 from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.names import gguf_name
 
@@ -20,22 +21,18 @@ def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
         open_artifact(asked) if is_artifact(asked) else open_source(asked, revision, weights=False)
     )
     rows = _artifact_rows(opened) if isinstance(opened, Artifact) else _source_rows(opened)
-    tensors, params, nbytes = Counter[str](), Counter[str](), Counter[str]()
-    for _, scheme, numel, size in rows:
-        tensors[scheme] += 1
-        params[scheme] += numel
-        nbytes[scheme] += size
-    total = params.total()
-    below = sum(numel for name, numel in params.items() if name not in ("bf16", "f16", "f32"))
+    schemes = tally((scheme, numel, nbytes) for _, scheme, numel, nbytes in rows)
+    params = sum(group["params"] for group in schemes.values())
+    below = sum(group["params"] for name, group in schemes.items() if SCHEMES[name].bits < 16)
     config, generation = opened.config, opened.generation
     return {
         "path": asked,
         "kind": opened.kind if isinstance(opened, Artifact) else "safetensors",
         "file": opened.file.name if isinstance(opened, Artifact) else opened.where.name,
-        "params": total,
-        "bytes": nbytes.total(),
-        "quantized_share": round(below / total, 6),
-        "by_scheme": {s: {"tensors": tensors[s], "params": params[s], "bytes": n} for s, n in nbytes.most_common()},
+        "params": params,
+        "bytes": sum(group["bytes"] for group in schemes.values()),
+        "quantized_share": round(below / params, 6),
+        "by_scheme": schemes,
         "model": {
             "layers": len(config.layers),
             "hidden": config.hidden,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,21 +105,10 @@ class Plan:
 
     def by_scheme(self) -> dict[str, dict[str, int]]:
         """scheme -> tensors, params, bytes; largest first."""
-        return self._grouped(lambda tensor: tensor.scheme.name)
+        return tally((tensor.scheme.name, tensor.numel, tensor.nbytes) for tensor in self.tensors)
 
     def by_part(self) -> dict[str, dict[str, int]]:
-        return self._grouped(lambda tensor: tensor.part)
-
-    def _grouped(self, key: Any) -> dict[str, dict[str, int]]:
-        tensors: Counter[str] = Counter()
-        params: Counter[str] = Counter()
-        nbytes: Counter[str] = Counter()
-        for tensor in self.tensors:
-            group = key(tensor)
-            tensors[group] += 1
-            params[group] += tensor.numel
-            nbytes[group] += tensor.nbytes
-        return {g: {"tensors": tensors[g], "params": params[g], "bytes": n} for g, n in nbytes.most_common()}
+        return tally((tensor.part, tensor.numel, tensor.nbytes) for tensor in self.tensors)
 
     def vram(self) -> dict[int, int]:
         """Context length -> estimated bytes on the GPU: weights, KV cache in 16 bit, working memory of one step."""
@@ -146,6 +136,16 @@ class Plan:
                 t.name: {"shape": list(t.shape), "scheme": t.scheme.name, "bytes": t.nbytes} for t in self.tensors
             },
         }
+
+
+def tally(rows: Iterable[tuple[str, int, int]]) -> dict[str, dict[str, int]]:
+    """(group, elements, bytes) of each tensor -> group -> its tensors, params and bytes; most bytes first."""
+    tensors, params, nbytes = Counter[str](), Counter[str](), Counter[str]()
+    for group, numel, size in rows:
+        tensors[group] += 1
+        params[group] += numel
+        nbytes[group] += size
+    return {g: {"tensors": tensors[g], "params": params[g], "bytes": n} for g, n in nbytes.most_common()}
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:

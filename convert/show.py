@@ -81,9 +81,7 @@ def plan(plan: Plan) -> None:
 def converted(plan: Plan, done: Converted) -> None:
     """What `dgq convert` made."""
     size = done.file.stat().st_size
-    out.print(
-        f"{done.file}  {size / MIB:,.1f} MiB, {plan.quantized_share:.2%} of the parameters quantised", soft_wrap=True
-    )
+    out.print(f"{done.file}  {size / MIB:,.1f} MiB, {plan.quantized_share:.2%} of the parameters quantised")
     _next(f"dgq run {shlex.quote(str(done.path))} --chat 'Sort: wind apple king door'")
 
 
@@ -105,8 +103,7 @@ def inspected(found: dict[str, Any]) -> None:
         where = f"{source['repository']} @ {source['revision']}" if source.get("repository") else source.get("name")
         imatrix = f", imatrix {origin['imatrix']['name']}" if origin["imatrix"] else ", no imatrix"
         out.print(
-            f"origin   {where}, recipe {origin['recipe']}, effort {origin['effort']}{imatrix}, dgq {origin['dgq']}",
-            soft_wrap=True,
+            f"origin   {where}, recipe {origin['recipe']}, effort {origin['effort']}{imatrix}, dgq {origin['dgq']}"
         )
         for part, params in (origin["dropped"] or {}).items():
             out.print(f"dropped  {part}, {_count(params)} parameters")

@@ -39,7 +39,6 @@ class Source(Mapping[str, Packed]):
     where: Located
     config: ModelConfig
     generation: GenerationConfig
-    raw_config: dict[str, Any]
     text: dict[str, Spec]
     vision: dict[str, Spec]
     copies: dict[str, str]
@@ -113,7 +112,6 @@ def open_source(asked: str, revision: str | None = None, *, weights: bool = True
         where,
         config,
         generation,
-        raw,
         {n: specs[n] for n in text},
         {n: specs[n] for n in vision},
         copies,

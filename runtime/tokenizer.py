@@ -27,8 +27,8 @@ from tokenizers import AddedToken, decoders, models, normalizers
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_json
 
-# GGUF token types (llama.h, enum llama_token_attr's predecessor): what a token is for.
-CONTROL, USER_DEFINED = 3, 4
+# GGUF token types (llama.h, enum llama_token_type): what a token is for.
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 
 # The chat's own markers, <|turn>, <turn|>, <|"|>, <|image|>: a .gguf may type them NORMAL, and no merge builds them.
 _MARKER = re.compile(r"<\|.+>|<.+\|>")

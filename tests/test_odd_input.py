@@ -186,6 +186,14 @@ def test_prompts_that_are_no_text(source: Path) -> None:
     assert CliRunner().invoke(main, ["run", str(source), "hi", "--seed", "9" * 30]).exit_code == 2
 
 
+def test_output_that_cannot_be_written_to(artifact: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "dgq.convert.cli", "inspect", str(artifact)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("dgq: error: "), done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+
+
 def test_dgq_json_that_is_damaged(artifact: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(artifact, tmp_path / "copy")
     (copy / "dgq.json").write_text('{"source": "x"}')
