@@ -4,6 +4,7 @@ signals, templates that misbehave. Always one line and exit code 2, and nothing 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -188,8 +189,9 @@ def test_prompts_that_are_no_text(source: Path) -> None:
 
 def test_output_that_cannot_be_written_to(artifact: Path) -> None:
     with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "dgq.convert.cli", "inspect", str(artifact)]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "dgq.convert.cli", "run", str(artifact), "hi", "--steps", "1"]  # few bytes
+        buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)
     assert done.returncode == 2 and done.stderr.startswith("dgq: error: "), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
 
