@@ -11,7 +11,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -61,9 +61,18 @@ def main() -> None:
 
 
 _SOURCE = click.argument("src")
-_TO = click.option("--to", "to", type=click.Choice(["gguf"]), required=True, help="Format of the artifact.")
-_RECIPE = click.option("--recipe", help="Recipe name or .toml file. [default: q4_k_m]")
+_TO = click.option(
+    "--to", "to", type=click.Choice(["nvfp4", "bnb4", "gguf"]), required=True, help="Format of the artifact."
+)
+_RECIPE = click.option("--recipe", help="Recipe name or .toml file. [default: nvfp4, bnb4, q4_k_m]")
 _REVISION = click.option("--revision", help="Branch, tag or commit of a Hub source. [default: its main branch]")
+_DEVICE = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="[auto: a GPU if any]",
+)
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, and nothing for people.")
 
 
@@ -98,6 +107,13 @@ def plan(src: str, to: str, recipe: str | None, revision: str | None, as_json: b
     show_default=True,
     help="stock: exactly the bytes of the format's own quantiser.",
 )
+@click.option(
+    "--input-scale",
+    default="calibrate",
+    show_default=True,
+    help="Of W4A4 NVFP4: 'calibrate' on the prompts that ship with dgq, or one number for all experts.",
+)
+@_DEVICE
 @click.option("--threads", type=click.IntRange(1, 1024), help="Slices quantised at once. [default: CPU cores]")
 @_JSON
 def convert(
@@ -108,11 +124,15 @@ def convert(
     revision: str | None,
     imatrix: Path | None,
     effort: str,
+    input_scale: str,
+    device: str,
     threads: int | None,
     as_json: bool,
 ) -> None:
     """Quantise SRC into the directory given with -o."""
     from dgq.convert import pipeline, show
+    from dgq.convert.device import chosen_device
+    from dgq.convert.input_scales import find_input_scales
     from dgq.convert.plan import make_plan
     from dgq.convert.recipes import find_recipe
     from dgq.convert.source import open_source
@@ -121,14 +141,17 @@ def convert(
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     pipeline.check_target(out)
+    device = chosen_device(device)
     planned = make_plan(open_source(src, revision), find_recipe(to, recipe))
     weights = read_imatrix(imatrix) if imatrix else None
     if not as_json:
         show.notices(planned)
+    scales = find_input_scales(planned, input_scale, device)
     with show.bar("converting", planned.nbytes) as advance:
         done = pipeline.convert(
-            planned, out, imatrix=weights, effort=effort, threads=threads or os.cpu_count() or 1, progress=advance
-        )
+            planned, out, imatrix=weights, effort=effort, threads=threads or os.cpu_count() or 1, progress=advance,
+            device=device, scales=scales,
+        )  # fmt: skip
     show.print_json({"output": str(done.file), **done.document}) if as_json else show.converted(planned, done)
 
 
@@ -154,9 +177,21 @@ def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="The same seed gives the same text."
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@_DEVICE
 @click.option(
     "--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="Of activations. [auto: bf16 on CUDA]"
+)
+@click.option(
+    "--activations",
+    type=click.Choice(["nvfp4"]),
+    help="Round the experts' inputs as a W4A4 kernel does; for NVFP4 artifacts with input scales.",
+)
+@click.option(
+    "--rng",
+    type=click.Choice(["counter", "torch"]),
+    default="counter",
+    show_default=True,
+    help="counter: the same text on every device. torch: transformers' random stream.",
 )
 @_REVISION
 @_JSON
@@ -169,6 +204,8 @@ def run(
     seed: int,
     device: str,
     dtype: str,
+    activations: str | None,
+    rng: Literal["counter", "torch"],
     revision: str | None,
     as_json: bool,
 ) -> None:
@@ -183,7 +220,7 @@ def run(
         raise InputError("PROMPT is not valid UTF-8") from None
     answer = generate_text(
         model, text, revision=revision, chat=chat, max_new_tokens=max_new_tokens, steps=steps, seed=seed, device=device,
-        dtype=dtype, draw=not as_json and sys.stdout.isatty(),
+        dtype=dtype, activations=activations, rng=rng, draw=not as_json and sys.stdout.isatty(),
     )  # fmt: skip
     show.print_json(answer) if as_json else show.answer(answer)
 

@@ -6,12 +6,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dgq.convert.device import chosen_device
 from dgq.convert.hub import TINY
 from dgq.convert.source import open_source
-from dgq.quant.errors import InputError
+from dgq.quant.hf_dir import read_json
 from dgq.runtime.artifact import Artifact, open_artifact
+from dgq.runtime.quantization import quantization
+
+if TYPE_CHECKING:
+    from dgq.runtime.engine import Rng
 
 
 def open_model(asked: str, revision: str | None = None) -> Artifact:
@@ -24,11 +29,17 @@ def open_model(asked: str, revision: str | None = None) -> Artifact:
 
 
 def is_artifact(asked: str) -> bool:
-    """A file, or a directory with a .gguf and no safetensors. All else is a source; `tiny` is the embedded one."""
+    """A file, a directory with a .gguf and no safetensors, or one that says it is quantised. All else is a source;
+    `tiny` is the embedded one."""
     if asked == TINY:
         return False
     path = Path(asked)
-    return path.is_file() or (any(path.glob("*.gguf")) and not any(path.glob("*.safetensors")))
+    if path.is_file():
+        return True
+    if not any(path.glob("*.safetensors")):
+        return any(path.glob("*.gguf"))
+    config = path / "config.json"
+    return config.is_file() and quantization(path, read_json(config)) is not None
 
 
 def generate_text(
@@ -42,6 +53,8 @@ def generate_text(
     seed: int,
     device: str,
     dtype: str,
+    activations: str | None,
+    rng: Rng,
     draw: bool,
 ) -> dict[str, Any]:
     """Answer one prompt: text, token ids, steps of each canvas, whether it stopped early, and times in seconds."""
@@ -49,18 +62,16 @@ def generate_text(
 
     from dgq.runtime.engine import generate
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device is visible to torch; use --device cpu")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = chosen_device(device)
     artifact = open_model(asked, revision)
     tokenizer = artifact.tokenizer
     ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
     began = time.perf_counter()
-    model = artifact.load(device, {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
+    precision = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    model = artifact.load(device, precision, activations)
     loaded = time.perf_counter()
     with _drawing(tokenizer, artifact, draw) as on_step:
-        result = generate(model, [ids], artifact.generation, max_new_tokens, seed, steps, on_step)
+        result = generate(model, [ids], artifact.generation, max_new_tokens, seed, steps, on_step, rng=rng)
     ended = time.perf_counter()
     return {
         "text": tokenizer.decode(result.tokens[0]),

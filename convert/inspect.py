@@ -9,10 +9,11 @@ from dgq.convert.plan import tally
 from dgq.convert.provenance import FILE
 from dgq.convert.source import Source, open_source
 from dgq.quant.errors import InputError
-from dgq.quant.hf_dir import FLOATS, read_json
+from dgq.quant.hf_dir import read_json
 from dgq.quant.schemes import SCHEMES
 from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.names import gguf_name
+from dgq.runtime.weights import GGUFWeights, Weights
 
 
 def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
@@ -20,8 +21,8 @@ def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
     opened: Artifact | Source = (
         open_artifact(asked) if is_artifact(asked) else open_source(asked, revision, weights=False)
     )
-    rows = _artifact_rows(opened) if isinstance(opened, Artifact) else _source_rows(opened)
-    schemes = tally((scheme, numel, nbytes) for _, scheme, numel, nbytes in rows)
+    rows = _rows(opened.weights if isinstance(opened, Artifact) else opened)
+    schemes = tally((scheme, numel, nbytes) for _, scheme, numel, nbytes, _ in rows)
     params = sum(group["params"] for group in schemes.values())
     below = sum(group["params"] for name, group in schemes.items() if SCHEMES[name].bits < 16)
     config, generation = opened.config, opened.generation
@@ -45,32 +46,31 @@ def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
         },
         "sampler": vars(generation.sampler) | {"eos_ids": list(generation.eos_ids)},
         "provenance": _provenance(opened) if isinstance(opened, Artifact) else None,
-        "tensors": {name: scheme for name, scheme, _, _ in rows},
+        "stored_tensors": sum(row[-1] for row in rows),
+        "tensors": {row[0]: row[1] for row in rows},
     }
 
 
-Row = tuple[str, str, int, int]  # name in the file, scheme, elements, bytes
+Row = tuple[str, str, int, int, int]  # name in the file, scheme, elements, bytes, tensors
 
 
-def _artifact_rows(artifact: Artifact) -> list[Row]:
-    rows = []
-    for name in artifact.weights:
-        packed = artifact.weights[name]
-        rows.append((gguf_name(name) or name, packed.scheme.name, packed.numel, packed.nbytes))
-    return rows
-
-
-def _source_rows(source: Source) -> list[Row]:
-    return [(name, FLOATS[spec.dtype], spec.numel, spec.stop - spec.start) for name, spec in source.text.items()]
+def _rows(weights: Weights) -> list[Row]:
+    gguf = isinstance(weights, GGUFWeights)
+    return [
+        ((gguf_name(name) or name) if gguf else name, stored.scheme, stored.numel, stored.nbytes, stored.tensors)
+        for name, stored in weights.everything().items()
+    ]
 
 
 def _provenance(artifact: Artifact) -> dict[str, Any] | None:
-    """What dgq.json beside the file says of it; None without one, or if it does not list this file."""
-    file = artifact.file.parent / FILE
+    """What dgq.json beside the weights says of them; None without one, or if it does not list their files."""
+    file = artifact.weights.files[0].parent / FILE
     if not file.is_file():
         return None
     document = read_json(file)
-    kept = {key: document.get(key) for key in ("dgq", "recipe", "effort", "source", "imatrix", "dropped", "files")}
-    if not all(isinstance(kept[key] or {}, dict) for key in ("source", "imatrix", "dropped", "files")):
-        raise InputError(f"{file}: damaged (source, imatrix, dropped and files must be objects)")
-    return kept if artifact.file.name in (kept.pop("files") or {}) else None
+    objects = ("source", "imatrix", "input_scales", "dropped", "files")
+    kept = {key: document.get(key) for key in ("dgq", "recipe", "effort", *objects)}
+    if not all(isinstance(kept[key] or {}, dict) for key in objects):
+        raise InputError(f"{file}: damaged ({', '.join(objects)} must be objects)")
+    listed = kept.pop("files") or {}
+    return kept if all(weights.name in listed for weights in artifact.weights.files) else None

@@ -2,23 +2,28 @@
 
     Source (headers) + Recipe  ->  Plan  ->  shown by `dgq plan`, carried out by `dgq convert`
 
-The GGUF order is llama-quantize's: tensors outside the layers alphabetically, then layer by layer alphabetically.
+A planned tensor is one weight. In a .gguf it is one tensor under another name; in a safetensors directory it keeps
+its name, and a quantised one becomes several tensors, as the format's layout says. The GGUF order is llama-quantize's:
+tensors outside the layers alphabetically, then layer by layer alphabetically.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from dgq.convert.source import Source
+from dgq.quant.bnb import BitsAndBytes
 from dgq.quant.errors import InputError
+from dgq.quant.hf_writer import entry_bytes
+from dgq.quant.modelopt import Modelopt
 from dgq.quant.recipe import Recipe, layer_of
-from dgq.quant.types import Scheme
+from dgq.quant.types import Entry, Layout, Scheme
 from dgq.runtime.config import ModelConfig
-from dgq.runtime.names import ROPE_FREQS, gguf_name
+from dgq.runtime.names import ROPE_FREQS, VISION, gguf_name
 
 MIB = 1 << 20
 CONTEXTS = (4096, 32768, 131072, 262144)
@@ -26,12 +31,14 @@ CONTEXTS = (4096, 32768, 131072, 262144)
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the artifact. source: its canonical name; None for what dgq generates (rope_freqs.weight)."""
+    """One weight of the artifact. source: its canonical name; None for what dgq generates (rope_freqs.weight).
+    entries: the tensors it becomes in a safetensors directory; empty for a .gguf, where it is one."""
 
     name: str
     source: str | None
     shape: tuple[int, ...]
     scheme: Scheme
+    entries: Mapping[str, Entry] = field(default_factory=dict)
 
     @property
     def numel(self) -> int:
@@ -39,15 +46,15 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        return self.scheme.nbytes(self.shape)
+        return sum(map(entry_bytes, self.entries.values())) if self.entries else self.scheme.nbytes(self.shape)
 
     @property
     def part(self) -> str:
         """Which part of the model the tensor belongs to, for tables."""
-        for pattern, part in PARTS:
-            if pattern in self.name:
-                return part
-        return "norms and scalars"
+        if self.name.startswith(VISION):
+            return "vision"
+        known = gguf_name(self.name) or self.name
+        return next((part for pattern, part in PARTS if pattern in known), "norms and scalars")
 
 
 PARTS = (
@@ -94,14 +101,31 @@ class Plan:
 
     @property
     def quantized_share(self) -> float:
-        """Share of the text model's parameters stored in fewer than 16 bits."""
+        """Share of the artifact's parameters stored in fewer than 16 bits."""
         return self.quantized_params / self.params
+
+    @property
+    def layout(self) -> Layout:
+        """How the recipe's format stores quantised weights; for safetensors formats."""
+        return layout_of(self.recipe)
+
+    @property
+    def stored(self) -> int:
+        """Tensors in the artifact's files."""
+        return sum(max(1, len(tensor.entries)) for tensor in self.tensors)
 
     @property
     def dropped(self) -> dict[str, int]:
         """Parameters of the source that the artifact's format has no place for."""
         vision = sum(spec.numel for spec in self.source.vision.values())
-        return {"vision": vision} if vision else {}
+        return {"vision": vision} if vision and self.recipe.format == "gguf" else {}
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know: of the source, and of what the artifact makes of it."""
+        rounded = [t.name for t in self.weights if t.scheme.name == "bf16" and self.source.dtype(t.name) != "BF16"]
+        more = (f"{len(rounded)} tensors that are not BF16 are rounded to it ({rounded[0]}, …)",) if rounded else ()
+        return self.source.notices + (more if self.recipe.format != "gguf" else ())
 
     def by_scheme(self) -> dict[str, dict[str, int]]:
         """scheme -> tensors, params, bytes; largest first."""
@@ -127,13 +151,20 @@ class Plan:
             "params": self.params,
             "quantized_share": round(self.quantized_share, 6),
             "bits_per_weight": round(8 * self.nbytes / self.params, 4),
+            "stored_tensors": self.stored,
             "dropped": self.dropped,
             "by_scheme": self.by_scheme(),
             "by_part": self.by_part(),
             "vram_by_context": self.vram(),
-            "notices": list(self.source.notices),
+            "notices": list(self.notices),
             "tensors": {
-                t.name: {"shape": list(t.shape), "scheme": t.scheme.name, "bytes": t.nbytes} for t in self.tensors
+                t.name: {
+                    "shape": list(t.shape),
+                    "scheme": t.scheme.name,
+                    "bytes": t.nbytes,
+                    "stored": max(1, len(t.entries)),
+                }
+                for t in self.tensors
             },
         }
 
@@ -156,15 +187,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             f"{source.path}: recipe {recipe.name} does not cover models with exactly {config.experts} experts"
             " (llama-quantize treats them as Mixtral)"
         )
-    sources: dict[str, str | None] = {name: hf for hf in source.text if (name := gguf_name(hf)) is not None}
-    shapes = {name: source.text[hf].shape for name, hf in sources.items() if hf is not None}
-    sources[ROPE_FREQS] = None
-    shapes[ROPE_FREQS] = (rope_freqs_length(config),)
-    ordered = sorted(sources, key=lambda name: (-1 if (layer := layer_of(name)) is None else layer, name))
-    schemes = recipe.assign({name: shapes[name] for name in ordered}, len(config.layers))
-    plan = Plan(
-        source, recipe, tuple(PlannedTensor(name, sources[name], shapes[name], schemes[name]) for name in ordered)
-    )
+    tensors = _gguf_tensors(source, recipe) if recipe.format == "gguf" else _directory_tensors(source, recipe)
+    plan = Plan(source, recipe, tensors)
     if plan.quantized_share < 1 - recipe.max_16bit_share:
         worst = max((t for t in plan.weights if t.scheme.bits >= 16), key=lambda t: t.numel)
         raise InputError(
@@ -172,6 +196,37 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             f" 16 bits or more ({worst.name} the largest), and allows {recipe.max_16bit_share:.1%}"
         )
     return plan
+
+
+def _gguf_tensors(source: Source, recipe: Recipe) -> tuple[PlannedTensor, ...]:
+    config = source.config
+    sources: dict[str, str | None] = {name: hf for hf in source.text if (name := gguf_name(hf)) is not None}
+    shapes = {name: source.text[hf].shape for name, hf in sources.items() if hf is not None}
+    sources[ROPE_FREQS] = None
+    shapes[ROPE_FREQS] = (rope_freqs_length(config),)
+    ordered = sorted(sources, key=lambda name: (-1 if (layer := layer_of(name)) is None else layer, name))
+    schemes = recipe.assign({name: shapes[name] for name in ordered}, len(config.layers))
+    return tuple(PlannedTensor(name, sources[name], shapes[name], schemes[name]) for name in ordered)
+
+
+def _directory_tensors(source: Source, recipe: Recipe) -> tuple[PlannedTensor, ...]:
+    layout = layout_of(recipe)
+    shapes = {name: spec.shape for name, spec in (source.text | source.vision).items()}
+    schemes = recipe.assign(shapes, len(source.config.layers))
+    tensors = []
+    for name, shape in shapes.items():
+        quantised = schemes[name].bits < 16
+        if quantised and not (name in source.text and layout.holds(name, shape)):
+            raise InputError(f"recipe {recipe.name}: {recipe.format} has no place for {name} {list(shape)} quantised")
+        entries = layout.entries(name, shape) if quantised else {name: ("BF16", shape)}
+        tensors.append(PlannedTensor(name, name, shape, schemes[name], entries))
+    return tuple(tensors)
+
+
+def layout_of(recipe: Recipe) -> Layout:
+    if recipe.format == "nvfp4":
+        return Modelopt(activations=recipe.activations is not None)
+    return BitsAndBytes(double=any(rule.scheme == "nf4_dq" for rule in recipe.rule))
 
 
 def rope_freqs_length(config: ModelConfig) -> int:

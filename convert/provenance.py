@@ -33,9 +33,14 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def document(
-    plan: Plan, effort: str, imatrix: Imatrix | None, sources: dict[str, Any], files: dict[str, Any]
+    plan: Plan,
+    effort: str,
+    imatrix: Imatrix | None,
+    input_scales: dict[str, Any] | None,
+    sources: dict[str, Any],
+    files: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of dgq.json. sources, files: file name -> {"bytes", "sha256"}."""
+    """The content of dgq.json. sources, files: file name -> {"bytes", "sha256"}; input_scales: how they were found."""
     where = plan.source.where
     content: dict[str, Any] = {
         "dgq": dgq_version(),
@@ -43,12 +48,13 @@ def document(
         "recipe": plan.recipe.name,
         "effort": effort,
         "source": {"name": where.name, "repository": where.repo, "revision": where.revision, "files": sources},
-        "notices": list(plan.source.notices),
+        "notices": list(plan.notices),
         "params": plan.params,
         "quantized_params": plan.quantized_params,
         "quantized_share": round(plan.quantized_share, 6),
         "dropped": plan.dropped,
         "imatrix": None,
+        "input_scales": input_scales,
         "tensors": {tensor.name: tensor.scheme.name for tensor in plan.tensors},
         "files": files,
     }

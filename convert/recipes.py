@@ -8,7 +8,7 @@ from pathlib import Path
 from dgq.quant.errors import InputError
 from dgq.quant.recipe import Recipe, load_recipe
 
-DEFAULTS = {"gguf": "q4_k_m"}
+DEFAULTS = {"gguf": "q4_k_m", "nvfp4": "nvfp4", "bnb4": "bnb4"}
 
 
 def find_recipe(to: str, name: str | None = None) -> Recipe:

@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -45,12 +53,28 @@ def bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
         yield advance
 
 
+@contextmanager
+def count_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over counted steps on stderr; silent where stderr is no terminal."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield advance
+
+
+def note(line: str) -> None:
+    err.print(f"note: {line}", style="yellow")
+
+
 def notices(plan: Plan) -> None:
-    for line in plan.source.notices:
-        err.print(f"note: {line}", style="yellow")
+    for line in plan.notices:
+        note(line)
     for part, params in plan.dropped.items():
-        text = f"note: a {plan.recipe.label} file has no place for {part}: {_count(params)} parameters are dropped"
-        err.print(text, style="yellow")
+        note(f"a {plan.recipe.label} file has no place for {part}: {_count(params)} parameters are dropped")
 
 
 def plan(plan: Plan) -> None:
@@ -61,7 +85,7 @@ def plan(plan: Plan) -> None:
     out.print(_groups("part", plan.by_part(), plan.nbytes))
     out.print(_groups("scheme", plan.by_scheme(), plan.nbytes))
     out.print(
-        f"{len(plan.tensors)} tensors, {plan.nbytes / MIB:,.0f} MiB ({_size(plan.nbytes)}),"
+        f"{plan.stored:,} tensors, {plan.nbytes / MIB:,.0f} MiB ({_size(plan.nbytes)}),"
         f" {8 * plan.nbytes / plan.params:.2f} bits a weight;"
         f" {plan.quantized_share:.2%} of {_count(plan.params)} parameters quantised"
     )
@@ -80,9 +104,18 @@ def plan(plan: Plan) -> None:
 
 def converted(plan: Plan, done: Converted) -> None:
     """What `dgq convert` made."""
-    size = done.file.stat().st_size
+    size = sum(file.stat().st_size for file in done.path.iterdir())
+    if "input_scales" in done.document and (scales := done.document["input_scales"]):
+        out.print(f"input scales {scales['method']}: {_scales(scales)}")
     out.print(f"{done.file}  {size / MIB:,.1f} MiB, {plan.quantized_share:.2%} of the parameters quantised")
     _next(f"dgq run {shlex.quote(str(done.path))} --chat 'Sort: wind apple king door'")
+
+
+def _scales(scales: dict[str, Any]) -> str:
+    if scales["method"] != "calibrated":
+        return f"{scales['value']:.6g} everywhere"
+    amax = {side: max(values.values()) for side, values in scales["amax"].items()}
+    return ", ".join(f"{side} activations up to {value:.4g}" for side, value in amax.items())
 
 
 def inspected(found: dict[str, Any]) -> None:
@@ -91,7 +124,7 @@ def inspected(found: dict[str, Any]) -> None:
     out.print(f"{found['path']}: {found['kind']}, {found['file']}", style="bold")
     out.print(_groups("scheme", found["by_scheme"], found["bytes"]))
     share = f"{found['quantized_share']:.2%} of {_count(found['params'])} parameters quantised"
-    out.print(f"{len(found['tensors'])} text tensors, {found['bytes'] / MIB:,.1f} MiB, {share}")
+    out.print(f"{found['stored_tensors']:,} tensors, {found['bytes'] / MIB:,.1f} MiB, {share}")
     out.print("model    " + "  ".join(f"{key} {value}" for key, value in model.items()))
     out.print("sampler  " + "  ".join(f"{key} {value}" for key, value in sampler.items()))
     if origin is None and found["kind"] == "safetensors":
@@ -105,6 +138,8 @@ def inspected(found: dict[str, Any]) -> None:
         out.print(
             f"origin   {where}, recipe {origin['recipe']}, effort {origin['effort']}{imatrix}, dgq {origin['dgq']}"
         )
+        if origin["input_scales"]:
+            out.print(f"scales   {origin['input_scales']['method']}: {_scales(origin['input_scales'])}")
         for part, params in (origin["dropped"] or {}).items():
             out.print(f"dropped  {part}, {_count(params)} parameters")
     _next(f"dgq run {shlex.quote(found['path'])} --chat 'Sort: wind apple king door'")

@@ -18,20 +18,23 @@ from typing import Any
 import torch
 
 from dgq.convert.hub import Located, locate, remote_specs
-from dgq.convert.vision import expected_vision
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import FLOATS, HFDir, read_json
 from dgq.quant.types import Packed, Spec
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER, check_tensors, expected_tensors
+from dgq.runtime.quantization import quantization
 from dgq.runtime.settings import GenerationConfig
+from dgq.runtime.vision import expected_vision
+from dgq.runtime.weights import Stored, Weights
 
 COMPARE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
-class Source(Mapping[str, Packed]):
-    """A checked checkpoint: a mapping canonical text tensor name -> Packed (mapped, not loaded).
+class Source(Weights):
+    """A checked checkpoint: a mapping canonical text tensor name -> Packed (mapped, not loaded). Vision tensors can be
+    asked for by name and are not iterated over.
 
     text, vision: header entries; copies: name of a duplicate -> canonical name; notices: lines to show the user.
     """
@@ -46,7 +49,7 @@ class Source(Mapping[str, Packed]):
     _dir: HFDir
 
     def __getitem__(self, name: str) -> Packed:
-        if name not in self.text:
+        if name not in self.text and name not in self.vision:
             raise KeyError(name)
         return self._dir[name]
 
@@ -59,6 +62,17 @@ class Source(Mapping[str, Packed]):
     @property
     def path(self) -> Path:
         return self.where.path
+
+    def dtype(self, name: str) -> str:
+        """The safetensors dtype of a tensor."""
+        return self._dir.specs[name].dtype
+
+    def file(self, name: str) -> Path:
+        return self._dir.specs[name].file
+
+    def everything(self) -> dict[str, Stored]:
+        specs = self.text | self.vision
+        return {name: Stored(FLOATS[spec.dtype], spec.numel, spec.stop - spec.start) for name, spec in specs.items()}
 
     @property
     def files(self) -> list[Path]:
@@ -89,12 +103,8 @@ def open_source(asked: str, revision: str | None = None, *, weights: bool = True
     where = locate(asked, revision, weights=weights)
     config_file = where.path / "config.json"
     raw = read_json(config_file)
-    if raw.get("quantization_config") is not None:
-        said = raw["quantization_config"]
-        method = said.get("quant_method") if isinstance(said, dict) else said
-        raise InputError(
-            f"{config_file}: already quantised (quant_method {method!r}); convert from the BF16 checkpoint"
-        )
+    if (said := quantization(where.path, raw)) is not None:
+        raise InputError(f"{said.source}: already quantised ({said.method!r}); convert from the BF16 checkpoint")
     config = ModelConfig.from_json(raw, str(config_file))
     generation = GenerationConfig.from_file(where.path / "generation_config.json", config)
     remote = None if weights or where.repo is None else remote_specs(where.repo, str(where.revision))

@@ -19,6 +19,8 @@ class Dense:
     name: str
     dtype: torch.dtype
     block: int = 1
+    matrices: bool = False
+    shared: frozenset[str] = frozenset()
 
     @property
     def bits(self) -> float:

@@ -1,9 +1,9 @@
-"""ggml's block formats: Q4_K, Q5_0, Q6_K, Q8_0. Encoded by ggml's own C code, decoded here in torch.
+"""ggml's block formats: Q4_K, Q5_0, Q6_K, Q8_0. Encoded by ggml's own C code on the CPU, decoded here in torch.
 
 Encoding calls `ggml_quantize_chunk` of libggml-base (package libggml-python, MIT), because "the exact bytes of
-llama-quantize" is a promise about that code's float arithmetic: no rewriting keeps it (a published torch version
-differs in 4 % of Q4_K bytes). Decoding is ours, so that the runtime can do it on any device; in float32 it gives
-ggml's `dequantize_row_*` values bit for bit.
+llama-quantize" is a promise about that code's float arithmetic. Weights on another device are encoded there, by
+ggml_encode.py: the same arithmetic in torch, held to the same bytes. Decoding is torch on any device; in float32 it
+gives ggml's `dequantize_row_*` values bit for bit.
 
 Layouts (ggml-common.h), little endian, one block after the other along a row:
 
@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 
+from dgq.quant import ggml_encode
 from dgq.quant.errors import InputError
 
 
@@ -48,6 +49,11 @@ def _quantize_chunk() -> Callable[..., int]:
     function.restype = ctypes.c_size_t
     function.argtypes = [ctypes.c_int, pointer, pointer, i64, i64, i64, pointer]
     return function
+
+
+def _c_encodes(weight: torch.Tensor) -> bool:
+    """On the CPU one core's C is faster than torch; elsewhere the weight would have to come here and go back."""
+    return weight.device.type == "cpu"
 
 
 def _f16(block_bytes: torch.Tensor) -> torch.Tensor:
@@ -99,6 +105,8 @@ class GGMLScheme:
     block_bytes: int
     decode: Callable[[torch.Tensor], torch.Tensor]  # uint8 (…, block_bytes) -> float32 (…, block)
     max_abs: float = 65504.0  # a block's scale is a half; beyond it ggml writes infinities, or zeros without a word
+    matrices: bool = False
+    shared: frozenset[str] = frozenset()
 
     @property
     def bits(self) -> float:
@@ -111,18 +119,26 @@ class GGMLScheme:
         """weight (…, in), any float dtype -> uint8 blocks, the bytes llama-quantize writes.
 
         importance float32: (in,) weighs the columns of every row, (E, in) those of each expert of an (E, out, in)
-        weight. Raises ValueError if `in` is no multiple of the block. Pure and thread-safe; releases the GIL.
+        weight. Raises ValueError if `in` is no multiple of the block. Pure and thread-safe; releases the GIL. The bytes
+        lie on the weight's device.
         """
         columns = weight.shape[-1]
         if columns % self.block:
             raise ValueError(f"rows of {columns} are no multiple of {self.name}'s block of {self.block}")
-        out = torch.empty(*weight.shape[:-1], columns // self.block * self.block_bytes, dtype=torch.uint8)
+        bytes_shape = (*weight.shape[:-1], columns // self.block * self.block_bytes)
+        out = torch.empty(bytes_shape, dtype=torch.uint8, device=weight.device)
+        fill = self._encode if _c_encodes(weight) else self._encode_there
         if importance is None or importance.dim() == 1:
-            self._encode(weight, out, importance)
+            fill(weight, out, importance)
         else:
             for expert, packed, weights in zip(weight, out, importance, strict=True):
-                self._encode(expert, packed, weights)
+                fill(expert, packed, weights)
         return {"": out}
+
+    def _encode_there(self, weight: torch.Tensor, out: torch.Tensor, importance: torch.Tensor | None) -> None:
+        if weight.numel():
+            rows = weight.reshape(-1, weight.shape[-1])
+            out.copy_(ggml_encode.encode(self.name, rows, importance).view(out.shape))
 
     def _encode(self, weight: torch.Tensor, out: torch.Tensor, importance: torch.Tensor | None) -> None:
         columns = weight.shape[-1]

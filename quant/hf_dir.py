@@ -28,8 +28,17 @@ from dgq.quant.types import Packed, Spec
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
-ITEMSIZE = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
-ITEMSIZE |= {f"{kind}{bits}": bits // 8 for kind in "IU" for bits in (8, 16, 32, 64)}
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": getattr(torch, f"uint{bits}") for bits in (8, 16, 32, 64)},
+}
 FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}  # safetensors dtype -> scheme
 
 
@@ -86,13 +95,12 @@ def _spec(path: Path, name: str, entry: Any, base: int) -> Spec:
         natural = False
     if not natural:
         raise InputError(f"{path}: {name} has a malformed header entry {str(entry)[:80]}")
-    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(f"{path}: {name} has dtype {str(dtype)[:20]!r}, which dgq does not know")
     spec = Spec(name, shape, dtype, path, base + start, base + stop)
-    if spec.numel * ITEMSIZE[dtype] != stop - start:
-        raise InputError(
-            f"{path}: {name} {dtype} {list(shape)} takes {spec.numel * ITEMSIZE[dtype]} bytes, not {stop - start}"
-        )
+    nbytes = spec.numel * DTYPES[dtype].itemsize
+    if nbytes != stop - start:
+        raise InputError(f"{path}: {name} {dtype} {list(shape)} takes {nbytes} bytes, not {stop - start}")
     return spec
 
 
@@ -150,10 +158,21 @@ class HFDir(Mapping[str, Packed]):
         spec = self.specs[name]
         if spec.dtype not in FLOATS:
             raise InputError(f"{spec.file}: {name} has dtype {spec.dtype}; expected BF16, F16 or F32")
+        return Packed(SCHEMES[FLOATS[spec.dtype]], spec.shape, {"": self.tensor(name)})
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Any tensor, as it lies on disk: a view of the mapped file (a copy where the file does not align it)."""
+        spec = self.specs[name]
+        dtype = DTYPES[spec.dtype]
+        if not spec.numel:
+            return torch.empty(spec.shape, dtype=dtype)
         if spec.file not in self._files:
             self._files[spec.file] = np.memmap(spec.file, dtype=np.uint8, mode="c")
-        scheme = SCHEMES[FLOATS[spec.dtype]]
         raw = torch.from_numpy(self._files[spec.file][spec.start : spec.stop])
-        if spec.start % ITEMSIZE[spec.dtype]:
+        if spec.start % dtype.itemsize:
             raw = raw.clone()
-        return Packed(scheme, spec.shape, {"": raw.view(scheme.dtype).view(spec.shape)})  # type: ignore[attr-defined]
+        return raw.view(dtype).view(spec.shape)
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.specs[name].file

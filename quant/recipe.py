@@ -13,11 +13,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dgq.quant.errors import InputError
 from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Scheme
+
+# What each format can store. 16 bits is BF16 where transformers reads it.
+FORMAT_SCHEMES = {
+    "gguf": {"bf16", "f16", "f32", "q4_k", "q5_0", "q6_k", "q8_0"},
+    "nvfp4": {"bf16", "nvfp4"},
+    "bnb4": {"bf16", "nf4", "nf4_dq"},
+}
 
 
 class _Strict(BaseModel):
@@ -48,14 +55,29 @@ class Recipe(_Strict):
     """An artifact's policy: rules for tensors, a fallback for rows that don't fit a scheme's block."""
 
     name: str
-    format: Literal["gguf"]
+    format: Literal["gguf", "nvfp4", "bnb4"]
     label: str
-    file_type: int
     description: str
+    file_type: int = 0  # general.file_type of a .gguf
+    activations: Literal["nvfp4"] | None = None  # W4A4: input scales are stored beside the weights
     max_16bit_share: float = Field(ge=0, le=1)
     refuse_experts: tuple[int, ...] = ()
     rule: tuple[Rule, ...]
     fallback: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _schemes_of_the_format(self) -> Recipe:
+        named = {r.scheme for r in self.rule} | {r.more_bits for r in self.rule if r.more_bits}
+        named |= set(self.fallback) | set(self.fallback.values())
+        if wrong := sorted(named - FORMAT_SCHEMES[self.format]):
+            raise ValueError(
+                f"{self.format} has no scheme {wrong[0]!r} (it has {', '.join(sorted(FORMAT_SCHEMES[self.format]))})"
+            )
+        if {"nf4", "nf4_dq"} <= named:
+            raise ValueError("an artifact is either nf4 or nf4_dq throughout: its config.json says which, once")
+        if self.activations and self.format != "nvfp4":
+            raise ValueError(f"{self.format} has no place for activations {self.activations!r}")
+        return self
 
     def assign(self, shapes: Mapping[str, tuple[int, ...]], layers: int) -> dict[str, Scheme]:
         """name -> scheme for every tensor; shapes in the artifact's order, `layers` the model's layer count.
@@ -86,7 +108,9 @@ class Recipe(_Strict):
         for candidate in (scheme, self.fallback.get(scheme)):
             if candidate is not None and shape[-1] % SCHEMES[candidate].block == 0:
                 return SCHEMES[candidate]
-        raise InputError(f"recipe {self.name}: rows of {shape[-1]} in {name} fit neither {scheme} nor a fallback of it")
+        block = f"{scheme}'s block of {SCHEMES[scheme].block}"
+        more = ", nor does a fallback of it fit" if scheme in self.fallback else ""
+        raise InputError(f"recipe {self.name}: rows of {shape[-1]} in {name} are no multiple of {block}{more}")
 
 
 def use_more_bits(index: int, count: int) -> bool:
@@ -116,7 +140,4 @@ def load_recipe(path: Path) -> Recipe:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: {where}: {first['msg']}") from None
-    for scheme in {**recipe.fallback, **{v: v for v in recipe.fallback.values()}}:
-        if scheme not in SCHEMES:
-            raise InputError(f"{path}: fallback: unknown scheme {scheme!r} (dgq has {', '.join(SCHEMES)})")
     return recipe

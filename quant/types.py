@@ -3,6 +3,7 @@
     Spec      a tensor that was announced by a file's header and not yet read
     Scheme    how a block of weights becomes bits and back: two pure functions and a block size
     Packed    a quantised weight: which scheme, which shape, which bytes
+    Layout    the tensors on disk that a format makes of one quantised weight
 
 One weight's way through dgq:
 
@@ -17,7 +18,7 @@ the same bytes as each expert alone, and `packed[e]` is a view of one expert's b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -49,7 +50,8 @@ class Scheme(Protocol):
     """One way to store a weight. Pure functions on tensors: no names, no state.
 
     block: elements along the last axis that share scales; bits: stored bits per weight, scales included;
-    max_abs: the largest weight it can hold.
+    max_abs: the largest weight it can hold; matrices: whether a matrix's rows are quantised together (else each row
+    is on its own); shared: parts that belong to the whole weight and are not sliced with it.
     """
 
     @property
@@ -60,6 +62,10 @@ class Scheme(Protocol):
     def bits(self) -> float: ...
     @property
     def max_abs(self) -> float: ...
+    @property
+    def matrices(self) -> bool: ...
+    @property
+    def shared(self) -> frozenset[str]: ...
 
     def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """weight (…, in) of any float dtype -> parts. importance (in,) or (E, in) float32 weighs the columns."""
@@ -78,8 +84,9 @@ class Scheme(Protocol):
 class Packed:
     """A quantised weight. parts maps an on-disk suffix ("" = the tensor itself) to a tensor.
 
-    Every part keeps the weight's leading axes, so that row and expert slices of the parts are the slices of
-    the weight: for a ggml scheme parts[""] is uint8 (…, rows, bytes of a row).
+    Every part but the scheme's shared ones keeps the weight's leading axes, so that row and expert slices of the
+    parts are the slices of the weight: for a ggml scheme parts[""] is uint8 (…, rows, bytes of a row). One part is
+    no part of the weight: "input_scale" float32 (…, rows, 1), the scale to round the weight's INPUT with (W4A4).
     """
 
     scheme: Scheme
@@ -92,8 +99,9 @@ class Packed:
 
     def __getitem__(self, index: int | slice | torch.Tensor) -> Packed:
         """Slice along the first axis (an expert, a range of rows, or rows picked by an index tensor)."""
-        parts = {suffix: part[index] for suffix, part in self.parts.items()}
-        lead = next(iter(parts.values())).shape[: len(self.shape) - 1 - isinstance(index, int)]
+        shared = self.scheme.shared
+        parts = {suffix: part if suffix in shared else part[index] for suffix, part in self.parts.items()}
+        lead = parts[""].shape[: len(self.shape) - 1 - isinstance(index, int)]
         return Packed(self.scheme, (*lead, self.shape[-1]), parts)
 
     def to(self, device: torch.device | str) -> Packed:
@@ -105,4 +113,49 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.numel() * part.element_size() for part in self.parts.values())
+        """Bytes in memory; axes that are only expanded count once."""
+        return sum(
+            part.element_size() * math.prod(n for n, step in zip(part.shape, part.stride(), strict=True) if step)
+            for part in self.parts.values()
+        )
+
+
+Entry = tuple[str, tuple[int, ...]]
+"""A tensor on disk: its safetensors dtype and its shape."""
+
+
+class Layout(Protocol):
+    """What a safetensors format makes of a quantised weight: which tensors, and back.
+
+    scheme: of the quantised weights; slices: what their slices are quantised with, which split() completes. name,
+    shape: a weight's canonical name and shape.
+    """
+
+    @property
+    def scheme(self) -> Scheme: ...
+    @property
+    def slices(self) -> Scheme: ...
+
+    def holds(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether the format has a place for this weight quantised; the others below are for such weights only."""
+        ...
+
+    def entries(self, name: str, shape: tuple[int, ...]) -> dict[str, Entry]:
+        """Name -> dtype and shape of every tensor on disk."""
+        ...
+
+    def split(self, name: str, shape: tuple[int, ...], piece: Packed, start: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The next bytes of those tensors: piece is the weight's slice from `start`; slices come in order."""
+        ...
+
+    def join(self, name: str, shape: tuple[int, ...], stored: Stored) -> Packed:
+        """Read the tensors back, checked."""
+        ...
+
+
+class Stored(Protocol):
+    """An opened directory, as a layout sees it."""
+
+    def __contains__(self, name: object) -> bool: ...
+    def tensor(self, name: str) -> torch.Tensor: ...
+    def file(self, name: str) -> Path: ...

@@ -1,6 +1,7 @@
-"""Open whatever dgq runs: a checkpoint directory, a GGUF directory, or a bare .gguf.
+"""Open whatever dgq runs: a checkpoint directory, an artifact directory, or a bare .gguf.
 
     DIR/config.json, *.safetensors, tokenizer     kind "safetensors"     config and tokenizer from their files
+    the same, quantised as its config.json says   kind "nvfp4", "bnb4"   modelopt's layout, bitsandbytes' layout
     DIR/config.json, one *.gguf, tokenizer        kind "gguf"            the same, weights from the .gguf
     file.gguf                                     kind "gguf"            everything from its metadata
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +22,12 @@ import torch
 
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFReader
-from dgq.quant.hf_dir import HFDir
-from dgq.quant.types import Packed
+from dgq.quant.hf_dir import HFDir, read_json
 from dgq.runtime.config import ModelConfig
-from dgq.runtime.names import ROPE_FREQS, check_tensors, expected_tensors, gguf_name, hf_name
+from dgq.runtime.quantization import quantization
 from dgq.runtime.settings import GenerationConfig
+from dgq.runtime.vision import expected_vision
+from dgq.runtime.weights import DirWeights, GGUFWeights, Weights
 
 if TYPE_CHECKING:
     from dgq.runtime.model import Model
@@ -42,7 +43,7 @@ class Artifact:
     file: Path
     config: ModelConfig
     generation: GenerationConfig
-    weights: Mapping[str, Packed]
+    weights: Weights
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -54,38 +55,13 @@ class Artifact:
         assert isinstance(self.weights, GGUFWeights)
         return Tokenizer.from_gguf(self.weights.reader.metadata, str(self.path))
 
-    def load(self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Model:
-        """The model on a device; dtype as for Model. InputError if tensors don't fit the config."""
+    def load(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, activations: str | None = None
+    ) -> Model:
+        """The model on a device; dtype and activations as for Model. InputError for values no quantiser writes."""
         from dgq.runtime.model import Model
 
-        return Model(self.config, self.weights, device, dtype, source=str(self.file))
-
-
-class GGUFWeights(Mapping[str, Packed]):
-    """A .gguf's tensors under their canonical names, checked against the config when made."""
-
-    def __init__(self, reader: GGUFReader, config: ModelConfig) -> None:
-        """InputError naming the .gguf's own tensor: missing, unknown, renamed, mis-shaped, or another RoPE."""
-        self.reader = reader
-        self._names: dict[str, str] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for own in reader:
-            if own != ROPE_FREQS:
-                name = hf_name(own) or own  # an unknown name stays as it is, and check_tensors refuses it
-                self._names[name] = own
-                shapes[name] = reader.shape(own)
-        expected = expected_tensors(config)
-        check_tensors(shapes, expected, str(reader.path), shown=lambda name: gguf_name(name) or name)
-        _check_rope(reader, config)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, name: str) -> Packed:
-        return self.reader[self._names[name]]
+        return Model(self.config, self.weights, device, dtype, source=str(self.file), activations=activations)
 
 
 def open_artifact(path: Path | str) -> Artifact:
@@ -107,13 +83,18 @@ def open_artifact(path: Path | str) -> Artifact:
         raise InputError(f"{path}: holds {len(ggufs)} .gguf files ({ggufs[0].name}, {ggufs[1].name}, …); name one")
     if not ggufs and not shards:
         raise InputError(f"{path}: holds neither safetensors nor a .gguf")
-    config = ModelConfig.from_file(path / "config.json")
+    raw = read_json(path / "config.json")
+    config = ModelConfig.from_json(raw, str(path / "config.json"))
     generation = GenerationConfig.from_file(path / "generation_config.json", config)
     if not shards:
         reader = GGUFReader(ggufs[0])
         _check_agreement(config, ModelConfig.from_gguf(reader.metadata, str(ggufs[0])), path, ggufs[0])
         return Artifact("gguf", path, ggufs[0], config, generation, GGUFWeights(reader, config))
-    return Artifact("safetensors", path, path, config, generation, HFDir(path))
+    said = quantization(path, raw)
+    layout = None if said is None else said.layout()
+    vision = expected_vision(raw, config.hidden, str(path / "config.json"))
+    weights = DirWeights(HFDir(path), config, layout, vision)
+    return Artifact("safetensors" if said is None else said.kind, path, path, config, generation, weights)
 
 
 def _open_gguf(path: Path) -> Artifact:
@@ -132,17 +113,3 @@ def _check_agreement(ours: ModelConfig, files: ModelConfig, path: Path, file: Pa
             raise InputError(
                 f"{path / 'config.json'}: {field.name} is {a}, but {file.name} says {b}; one is not the other's"
             )
-
-
-def _check_rope(reader: GGUFReader, config: ModelConfig) -> None:
-    """rope_freqs.weight divides full layers' frequencies: 1 for angles that turn, 1e30 for those that stand still."""
-    half = config.layers[-1].head_dim // 2
-    if ROPE_FREQS not in reader:
-        raise InputError(f"{reader.path}: tensor {ROPE_FREQS} is missing")
-    factors = reader[ROPE_FREQS].dequantize().flatten()
-    turning = int((factors == 1).sum())
-    if len(factors) != half or turning != config.rope_angles or not bool((factors[turning:] >= 1e29).all()):
-        raise InputError(
-            f"{reader.path}: tensor {ROPE_FREQS} lets {turning} of {len(factors)} angles turn, the config says "
-            f"{config.rope_angles} of {half}"
-        )

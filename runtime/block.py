@@ -17,14 +17,23 @@ from dgq.quant.types import Packed
 from dgq.runtime.attention import attend, rotate
 from dgq.runtime.cache import Cache
 from dgq.runtime.config import ModelConfig
-from dgq.runtime.layers import experts, gated_mlp, linear, rms_norm
+from dgq.runtime.layers import Observer, experts, gated_mlp, linear, rms_norm
+from dgq.runtime.names import DECODER
 
 
 class Layer:
-    """Layer `index` of the model. weights: the layer's tensors by their name below "layers.N."."""
+    """Layer `index` of the model. weights: the layer's tensors by their name below "layers.N."; observe: see Model."""
 
-    def __init__(self, config: ModelConfig, index: int, weights: Mapping[str, Packed], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        weights: Mapping[str, Packed],
+        dtype: torch.dtype,
+        observe: Observer | None = None,
+    ) -> None:
         self.index, self.shape = index, config.layers[index]
+        self._observe = observe
         self._config = config
         self._weights = weights
         self._norms = {name: w.dequantize(torch.float32) for name, w in weights.items() if "norm" in name}
@@ -62,7 +71,12 @@ class Layer:
         rows = x.reshape(-1, x.shape[-1])
         chosen, share = self._route(rows)
         gate_up, down = self._weights["experts.gate_up_proj"], self._weights["experts.down_proj"]
-        return experts(self._norm(rows, "pre_feedforward_layernorm_2"), chosen, share, gate_up, down).view_as(x)
+        rows = self._norm(rows, "pre_feedforward_layernorm_2")
+        return experts(rows, chosen, share, gate_up, down, self._watch).view_as(x)
+
+    def _watch(self, name: str, expert: int, rows: Tensor) -> None:
+        if self._observe is not None:
+            self._observe(f"{DECODER}layers.{self.index}.experts.{name}", expert, rows)
 
     def _route(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's experts: residual (tokens, hidden) -> numbers and shares (float32), both (tokens, top_k)."""

@@ -83,6 +83,15 @@ class Cache:
         self.length += new
         self.real = real
 
+    def keep(self, rows: Tensor) -> None:
+        """Drop the rows of the batch that are not in rows, int64 and rising."""
+        self.rows = len(rows)
+        # one layer at a time: the old buffer and the new one are both there only for it
+        for layer, buffer in enumerate(self._buffers):
+            self._buffers[layer] = buffer[:, rows]
+        if self.real is not None:
+            self.real = self.real[rows]
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated, slack included."""

@@ -4,15 +4,23 @@
                          ^                                                                       │
                          └──────────────────────────── encode ───────────────────────────────────┘ then canvas 2 …
 
-A batch's rows share every pass. A row whose canvas is done keeps it while the others go on; a row that met an
-end-of-sequence token is finished, its tail becomes padding tokens, and it stays in the batch so that the random
-stream of the others does not depend on it in another way than in transformers.
+A batch's rows share every pass. A row whose canvas is done keeps it while the others finish theirs. A row that met an
+end-of-sequence token is finished: its tail becomes padding tokens, and it leaves at the block's end,
+
+    prompt 0   ##### | canvas | canvas <eos>|
+    prompt 1      ## | canv<eos>            :
+    prompt 2   ### # | canvas | canvas | canvas | …       alone in the batch from here on
+
+unless the random stream is torch's, whose other rows would draw something else without it.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,11 +28,14 @@ from torch import Tensor
 from dgq.quant.errors import InputError
 from dgq.runtime.cache import Cache
 from dgq.runtime.model import Model
-from dgq.runtime.sampler import Stopper, decide, random_tokens
+from dgq.runtime.rng import CounterRandom, Random, TorchRandom
+from dgq.runtime.sampler import Stopper, decide
 from dgq.runtime.settings import GenerationConfig, SamplerConfig
 
 # Prompt tokens encoded at once: bounds the attention scores and masks of a long prompt.
 PREFILL = 512
+
+Rng = Literal["counter", "torch"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,7 @@ class Step:
     canvas: Tensor  # (rows, canvas) the argmax, which is what would be committed now
     accepted: Tensor  # (rows, canvas) bool: positions the sampler keeps for the next step
     entropy: Tensor  # (rows,) mean over the canvas, nats
+    rows: tuple[int, ...] = (0,)  # which prompts these are; finished ones may have left
 
 
 @dataclass(frozen=True)
@@ -64,39 +76,49 @@ def generate(
     seed: int | None = None,
     steps: int | None = None,
     on_step: Callable[[Step], None] | None = None,
+    *,
+    rng: Rng = "counter",
+    rows: Sequence[int] | None = None,
 ) -> Result:
     """Answer every prompt of a batch (shorter ones are padded on the left).
 
-    max_new_tokens and steps (a canvas) default to the generation config's; seed None draws one. The same seed gives
-    the same tokens on the same device; CPU and CUDA have different streams. InputError for prompts that are empty,
-    outside the vocabulary, or too long for the context.
+    max_new_tokens and steps (a canvas) default to the generation config's; seed None draws one. InputError for
+    prompts that are empty, outside the vocabulary, or too long for the context.
+
+    rng "counter": a row's random tokens depend on the seed and the row's number only, not on device or batch. rows
+    are those numbers, 0, 1, … unless given: a prompt alone with rows=[3] gets what it gets as the fourth of a batch.
+    "torch": transformers' draws from torch's generator, which on a CPU give its tokens; CUDA's stream is another.
     """
     sampler = generation.sampler if steps is None else replace(generation.sampler, steps=steps)
     wanted = generation.max_new_tokens if max_new_tokens is None else max_new_tokens
-    length = model.config.canvas
     _check(model, prompt_ids, wanted, sampler.steps)
-    blocks = -(-wanted // length)
-    generator = torch.Generator(model.device)
-    generator.manual_seed(generator.seed() if seed is None else seed)
-    cache = _prefill(model, prompt_ids, generation.pad_id, blocks)
+    random = _random(model, len(prompt_ids), rng, seed, rows)
     eos = torch.tensor(generation.eos_ids, device=model.device)
+    blocks = -(-wanted // model.config.canvas)
+    cache = _prefill(model, prompt_ids, generation.pad_id, blocks)
 
-    finished = torch.zeros(len(prompt_ids), dtype=torch.bool, device=model.device)
+    here = torch.arange(len(prompt_ids), device=model.device)  # the batch's rows
+    finished = torch.zeros_like(here, dtype=torch.bool)
     committed: list[Tensor] = []
     used: list[list[int]] = [[] for _ in prompt_ids]
     for block in range(blocks):
-        if committed:
-            model.encode(committed[-1], cache)
-        canvas, took = _denoise(model, cache, sampler, generator, block, on_step)
-        for counts, count, over in zip(used, took.tolist(), finished.tolist(), strict=True):
+        canvas, took = _denoise(model, cache, sampler, random, here, block, on_step)
+        for row, count, over in zip(here.tolist(), took.tolist(), finished.tolist(), strict=True):
             if not over:
-                counts.append(count)
+                used[row].append(count)
         is_eos = torch.isin(canvas, eos)
         after = is_eos.cumsum(-1) - is_eos.int() > 0
-        committed.append(canvas.masked_fill(after | finished[:, None], generation.pad_id))
+        canvas = canvas.masked_fill(after | finished[:, None], generation.pad_id)
         finished = finished | is_eos.any(-1)
-        if finished.all():
+        committed.append(canvas.new_full((len(prompt_ids), canvas.shape[1]), generation.pad_id))
+        committed[-1][here] = canvas
+        if finished.all() or block == blocks - 1:
             break
+        if random.independent and finished.any():
+            stay = (~finished).nonzero().flatten()
+            cache.keep(stay)
+            here, canvas, finished = here[stay], canvas[stay], finished[stay]
+        model.encode(canvas, cache)
     return _result(torch.cat(committed, dim=1).cpu(), used, generation.eos_ids, wanted, sampler.steps)
 
 
@@ -104,33 +126,54 @@ def _denoise(
     model: Model,
     cache: Cache,
     sampler: SamplerConfig,
-    generator: torch.Generator,
+    random: Random,
+    rows: Tensor,
     block: int,
     on_step: Callable[[Step], None] | None,
 ) -> tuple[Tensor, Tensor]:
     """One canvas from noise to argmax: (rows, canvas) ids and (rows,) steps taken."""
-    canvas = random_tokens(cache.rows, model.config.canvas, model.config.vocab, generator)
-    done = torch.zeros(cache.rows, dtype=torch.bool, device=model.device)
-    took = torch.zeros(cache.rows, dtype=torch.long, device=model.device)
+    canvas = random.canvas(rows, block)
+    done = torch.zeros_like(rows, dtype=torch.bool)
+    took = torch.zeros_like(rows)
     stopper, argmax = Stopper(sampler), canvas
     conditioning: Tensor | None = None
-    for left in range(sampler.steps, 0, -1):
+    for step in range(1, sampler.steps + 1):
         took += ~done
         logits = model.decode(canvas, cache, conditioning)
         if logits.sum().isnan():
             model.refuse_weights()
-        new = decide(canvas, logits, left, sampler, generator)
+        draw = partial(random.draw, rows=rows, block=block, step=step)
+        new = decide(logits, sampler.steps + 1 - step, sampler, draw)
         argmax = torch.where(done[:, None], argmax, new.argmax)
         canvas = torch.where(done[:, None], canvas, new.canvas)
         # cast as transformers does, to the embedding's dtype; a done row's no longer matters
         conditioning = new.logits.to(model.dtype)
         done = done | stopper.done(argmax, new.entropy)
         if on_step is not None:
-            step = sampler.steps - left + 1
-            on_step(Step(block, step, sampler.steps, argmax, new.accepted, new.entropy.mean(-1)))
+            entropy = new.entropy.mean(-1)
+            on_step(Step(block, step, sampler.steps, argmax, new.accepted, entropy, tuple(rows.tolist())))
         if done.all():
             break
     return argmax, took
+
+
+def _random(model: Model, count: int, rng: Rng, seed: int | None, rows: Sequence[int] | None) -> Random:
+    if rng not in get_args(Rng):
+        raise InputError(f"rng is {rng!r}, expected one of {', '.join(get_args(Rng))}")
+    seed = secrets.randbits(63) if seed is None else seed
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise InputError(f"seed {seed} does not fit 64 bits")
+    length, vocab = model.config.canvas, model.config.vocab
+    if rng == "torch":
+        if rows is not None:
+            raise InputError("rows number the stream of rng=counter; rng=torch has no numbers")
+        return TorchRandom(seed, length, vocab, model.device)
+    numbers = range(count) if rows is None else rows
+    if len(numbers) != count:
+        raise InputError(f"rows has {len(numbers)} numbers for {count} prompts")
+    if not all(0 <= number < 1 << 32 for number in numbers):
+        raise InputError(f"rows holds a number outside 0 to {(1 << 32) - 1}")
+    return CounterRandom(seed, numbers, length, vocab, model.device)
 
 
 def _prefill(model: Model, prompts: Sequence[Sequence[int]], pad_id: int, blocks: int) -> Cache:

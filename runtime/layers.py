@@ -17,21 +17,32 @@ device, where the weights must be too. These are the slow and exact ones, agains
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dgq.quant.nvfp4 import round_activations
 from dgq.quant.types import Packed
 
 # Elements decoded at once: 268 MB in float32, 16 experts of the 26B. Large enough that a small model is one piece.
 DECODE_BUDGET = 1 << 26
 
 
+# Sees what goes into a product: the weight's name, the expert, rows (tokens, in).
+Observer = Callable[[str, int, Tensor], None]
+
+
 def linear(x: Tensor, weight: Packed) -> Tensor:
     """x (…, in) @ weight (out, in)^T -> (…, out)."""
-    return functional.linear(x, weight.dequantize(x.dtype))
+    return functional.linear(rounded(x, weight), weight.dequantize(x.dtype))
+
+
+def rounded(x: Tensor, weight: Packed) -> Tensor:
+    """x (…, in) as a W4A4 product with weight (out, in) sees it: in NVFP4 if the weight carries an input scale."""
+    scale = weight.parts.get("input_scale")
+    return x if scale is None else round_activations(x, scale[:1])
 
 
 def gated_mlp(x: Tensor, gate: Packed, up: Packed, down: Packed) -> Tensor:
@@ -82,7 +93,9 @@ def _row_chunks(table: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
         yield rows, table[rows].dequantize(dtype)
 
 
-def experts(x: Tensor, chosen: Tensor, share: Tensor, gate_up: Packed, down: Packed) -> Tensor:
+def experts(
+    x: Tensor, chosen: Tensor, share: Tensor, gate_up: Packed, down: Packed, observe: Observer | None = None
+) -> Tensor:
     """The routed experts' sum: x (tokens, hidden), chosen (tokens, k) expert numbers, share (tokens, k) float32.
 
     gate_up (E, 2 * inner, hidden) has the gate's rows first; down (E, hidden, inner). Returns (tokens, hidden) in
@@ -108,8 +121,13 @@ def experts(x: Tensor, chosen: Tensor, share: Tensor, gate_up: Packed, down: Pac
         for i, count in enumerate(hit):
             if count:
                 own = slice(start, start + count)
-                gate, up = functional.linear(rows[own], w_in[i]).chunk(2, dim=-1)
-                result[own] = functional.linear(_gelu(gate) * up, w_out[i])
+                expert = first + i
+                gate, up = functional.linear(rounded(rows[own], gate_up[expert]), w_in[i]).chunk(2, dim=-1)
+                inner = _gelu(gate) * up
+                result[own] = functional.linear(rounded(inner, down[expert]), w_out[i])
+                if observe is not None:
+                    observe("gate_up_proj", expert, rows[own])
+                    observe("down_proj", expert, inner)
                 start += count
     unsorted = torch.empty_like(result)
     unsorted[order] = result

@@ -24,7 +24,7 @@ from dgq.runtime.attention import decoder_mask, encoder_mask, rope_frequencies, 
 from dgq.runtime.block import Layer
 from dgq.runtime.cache import Cache
 from dgq.runtime.config import LayerConfig, ModelConfig
-from dgq.runtime.layers import embed, gated_mlp, head, rms_norm, soft_embed
+from dgq.runtime.layers import Observer, embed, gated_mlp, head, rms_norm, soft_embed
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER, VISION, check_tensors, expected_tensors
 
 # Models whose weights, decoded, stay below this many bytes are decoded once instead of at every use. The 26B is far
@@ -49,17 +49,24 @@ class Model:
         dtype: torch.dtype | None = None,
         source: str = "weights",
         keep_decoded: int = KEEP_DECODED,
+        activations: str | None = None,
+        observe: Observer | None = None,
     ) -> None:
         """Check and move the weights. InputError for a missing, unknown or mis-shaped tensor; source is the file's
-        name in it. Vision tensors are passed over. keep_decoded: see KEEP_DECODED, 0 = decode at every use."""
-        text = {name: weight.shape for name, weight in weights.items() if not name.startswith(VISION)}
-        check_tensors(text, expected_tensors(config), source)
+        name in it. Vision tensors are passed over. keep_decoded: see KEEP_DECODED, 0 = decode at every use.
+
+        activations: None, or "nvfp4" to round the inputs of weights that carry an input scale, as W4A4 kernels do.
+        observe: called with what goes into each expert's products: weight name, expert, rows (tokens, in).
+        """
+        expected = expected_tensors(config)
+        # names now, shapes when each weight was read: reading can be expensive
+        check_tensors({n: expected.get(n, ()) for n in weights if not n.startswith(VISION)}, expected, source)
         self.config, self._source = config, source
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        self.weights = self._load(weights, keep_decoded)
+        self.weights = self._load(weights, keep_decoded, activations)
         layers = range(len(config.layers))
-        self.layers = [Layer(config, i, self._below(f"{DECODER}layers.{i}."), self.dtype) for i in layers]
+        self.layers = [Layer(config, i, self._below(f"{DECODER}layers.{i}."), self.dtype, observe) for i in layers]
         self._decoder_scalars = [self._vector(f"{DECODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
         self._encoder_scalars = [self._vector(f"{ENCODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
         self._final_norm = self._vector(DECODER + "norm.weight", torch.float32)
@@ -143,17 +150,25 @@ class Model:
         """A sliding and a full layer: all of a kind share one mask."""
         return list({layer.is_sliding: (i, layer) for i, layer in enumerate(self.config.layers)}.values())
 
-    def _load(self, weights: Mapping[str, Packed], keep_decoded: int) -> dict[str, Packed]:
-        loaded = {name: weights[name].to(self.device) for name in expected_tensors(self.config)}
-        elements = sum(torch.Size(weight.shape).numel() for weight in loaded.values())
+    def _load(self, weights: Mapping[str, Packed], keep_decoded: int, activations: str | None) -> dict[str, Packed]:
+        shapes = expected_tensors(self.config)
+        loaded: dict[str, Packed] = {}
+        for name, shape in shapes.items():
+            weight = weights[name]
+            check_tensors({name: weight.shape}, {name: shape}, self._source)
+            kept = {k: v for k, v in weight.parts.items() if k != "input_scale" or activations}
+            loaded[name] = Packed(weight.scheme, weight.shape, kept).to(self.device)
+        if activations and not any("input_scale" in weight.parts for weight in loaded.values()):
+            raise InputError(f"{self._source}: holds no input scales, which --activations {activations} needs (W4A4)")
+        elements = sum(weight.numel for weight in loaded.values())
         if elements * self.dtype.itemsize > keep_decoded:
             return loaded
-        plain = SCHEMES[_PLAIN[self.dtype]]
-        return {
-            # vectors keep their precision: norms are computed in float32 whatever the dtype
-            name: Packed(plain, w.shape, {"": w.dequantize(self.dtype)}) if len(w.shape) > 1 else w
-            for name, w in loaded.items()
-        }
+        # vectors keep their precision: norms are computed in float32 whatever the dtype
+        return {name: self._decoded(w) if len(w.shape) > 1 else w for name, w in loaded.items()}
+
+    def _decoded(self, weight: Packed) -> Packed:
+        scale = {k: v for k, v in weight.parts.items() if k == "input_scale"}
+        return Packed(SCHEMES[_PLAIN[self.dtype]], weight.shape, {"": weight.dequantize(self.dtype)} | scale)
 
     def _below(self, prefix: str) -> dict[str, Packed]:
         return {name[len(prefix) :]: weight for name, weight in self.weights.items() if name.startswith(prefix)}

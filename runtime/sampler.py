@@ -1,21 +1,19 @@
 """One denoising step's decisions: which tokens to keep, which to scramble again, when to stop.
 
-    logits / temperature ── softmax ── multinomial ── sampled canvas
+    logits / temperature ── softmax ── draw (rng.py) ── sampled and fresh tokens
                                └─ entropy of each position, ascending:  .00 .01 .02 .06 | .09 .8 2.1
                                   accept while the sum of those before  0   .00 .01 .03 | .09+…  > bound
-    next canvas = sampled where accepted, uniformly random elsewhere
+    next canvas = sampled where accepted, fresh (uniformly random) elsewhere
 
 The entropies' sum without the last bounds what the accepted positions can know about each other (arXiv 2505.24857):
 positions that are all but certain may be fixed together. A canvas is done when its argmax has not changed for
 `stability` steps and the mean entropy is below `confidence`; what is committed is the argmax, not the sample.
-
-Random numbers are drawn in one order (canvas; then per step the multinomial, then the fresh tokens of ALL positions),
-which is transformers' order: on a CPU the same seed gives its tokens.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +33,6 @@ class Decision:
     logits: Tensor  # scaled by the temperature: the next step's self-conditioning
 
 
-def random_tokens(rows: int, length: int, vocab: int, generator: torch.Generator) -> Tensor:
-    """(rows, length) ids, uniform over the vocabulary, on the generator's device."""
-    return torch.randint(0, vocab, (rows, length), generator=generator, device=generator.device)
-
-
 def temperature(left: int, config: SamplerConfig, device: torch.device) -> Tensor:
     """The divisor with `left` steps to go, this one included: from t_max down to nearly t_min.
 
@@ -51,20 +44,20 @@ def temperature(left: int, config: SamplerConfig, device: torch.device) -> Tenso
 
 def accept(entropy: Tensor, bound: float) -> Tensor:
     """Mask (rows, canvas) of the positions with the least entropy whose sum, without the largest, is within bound."""
-    ascending, order = entropy.sort(dim=-1)
+    ascending, order = entropy.sort(dim=-1, stable=True)
     within = ascending.cumsum(-1) - ascending <= bound
     return torch.zeros_like(within).scatter(-1, order, within)
 
 
-def decide(canvas: Tensor, logits: Tensor, left: int, config: SamplerConfig, generator: torch.Generator) -> Decision:
-    """One step on raw logits (rows, canvas, vocab) float32, `left` steps to go. Draws twice from the generator."""
+def decide(
+    logits: Tensor, left: int, config: SamplerConfig, draw: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Decision:
+    """One step on raw logits (rows, canvas, vocab) float32, `left` steps to go. draw: Random.draw of this step."""
     logits = logits / temperature(left, config, logits.device)
-    rows, length, vocab = logits.shape
     probabilities = logits.softmax(-1)
-    sampled = torch.multinomial(probabilities.view(-1, vocab), 1, generator=generator).view(rows, length)
+    sampled, fresh = draw(probabilities)
     entropy = -(logits.log_softmax(-1) * probabilities).sum(-1)
     accepted = accept(entropy, config.entropy_bound)
-    fresh = random_tokens(rows, length, vocab, generator)
     return Decision(torch.where(accepted, sampled, fresh), logits.argmax(-1), accepted, entropy, logits)
 
 

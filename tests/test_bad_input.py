@@ -181,7 +181,7 @@ HEADERS: dict[Callable[[Path], None], tuple[str, ...]] = {
     wrong_shape: (".safetensors", EXPERTS, "[4, 96, 64]", "[4, 64, 96]"),
     wrong_dtype: (".safetensors", EXPERTS, "I8"),
     already_fp8: (".safetensors", EXPERTS, "F8_E4M3"),
-    already_quantised: ("config.json", "already quantised", "modelopt"),
+    already_quantised: ("config.json", "modelopt"),
     unknown_model_type: ("config.json", "model_type", "llama"),
     broken_config: ("config.json", "JSON"),
     config_is_a_list: ("config.json", "list"),
@@ -289,14 +289,19 @@ def test_a_full_disk_is_noticed_before_it_fills(tmp_path: Path, monkeypatch: pyt
 
 def test_recipes(tmp_path: Path) -> None:
     source = str(write_micro(tmp_path / "source"))
-    assert "unknown recipe 'q9'; dgq has q4_k_m" in error_of("plan", source, "--to", "gguf", "--recipe", "q9")
+    line = error_of("plan", source, "--to", "gguf", "--recipe", "q9")
+    assert "unknown recipe 'q9'; dgq has bnb4, bnb4-dq, nvfp4, nvfp4-w4a16, q4_k_m" in line
+    assert "recipe nvfp4 makes nvfp4, not bnb4" in error_of("plan", source, "--to", "bnb4", "--recipe", "nvfp4")
     recipe = tmp_path / "mine.toml"
     assert "mine.toml: no such recipe" in error_of("plan", source, "--to", "gguf", "--recipe", str(recipe))
     text = (Path(__file__).parent.parent / "recipes" / "q4_k_m.toml").read_text()
     for old, new, expected in (
         ('scheme = "f32"', 'scheme = "q9"', "unknown scheme 'q9'"),
         ("max_dims = 1", "max_dimensions = 1", "max_dimensions"),
-        ('format = "gguf"', 'format = "bnb4"', "format"),
+        ('format = "gguf"', 'format = "safetensors"', "format"),
+        ('format = "gguf"', 'format = "nvfp4"', "nvfp4 has no scheme 'f32' (it has bf16, nvfp4)"),
+        ('scheme = "q6_k"', 'scheme = "nf4"', "gguf has no scheme 'nf4'"),
+        ("file_type = 15", 'activations = "nvfp4"', "gguf has no place for activations"),
         ("[[rule]]", "[rule]", "TOML"),
         ('q4_k = "q5_0"', 'q4_k = "q6_k"', "rows of 160"),
         ('scheme = "q4_k"\n\n# Rows', 'scheme = "f32"\n\n# Rows', "of the parameters in 16 bits or more"),

@@ -1,4 +1,5 @@
-"""The plan for the real 26B checkpoint, from headers alone, against the types llama-quantize gave it."""
+"""The plans for the real 26B checkpoint, from headers alone, against the types llama-quantize gave it, and against the
+figures of NVIDIA's publication and of bitsandbytes' packing."""
 
 from __future__ import annotations
 
@@ -7,15 +8,19 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from micro import micro_config, write_micro
 from sparse26b import REAL, write_sparse_26b
+
+from dgq.convert.cli import main
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """`dgq plan --json` in a process of its own, with what it cost."""
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_sparse_26b(tmp_path_factory.mktemp("real") / "diffusiongemma-26B-A4B-it")
     sizes = {
         shard["file"]: shard["payload_bytes"] for shard in json.loads((REAL / "tensors.json").read_text())["shards"]
@@ -23,7 +28,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for file, payload in sizes.items():
         header = int.from_bytes((path / file).open("rb").read(8), "little")
         assert (path / file).stat().st_size == 8 + header + payload
-    command = [sys.executable, "-m", "dgq.convert.cli", "plan", str(path), "--to", "gguf", "--json"]
+    return path
+
+
+def plan(path: Path, *options: str) -> dict[str, Any]:
+    """`dgq plan --json` in a process of its own, with what it cost."""
+    command = [sys.executable, "-m", "dgq.convert.cli", "plan", str(path), *options, "--json"]
     output = path.parent / "plan.json"
     with output.open("w") as stdout:
         process = subprocess.Popen(command, stdout=stdout)
@@ -31,6 +41,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert status == 0
     print(f"plan of 26B: peak {usage.ru_maxrss / 1024:.0f} MiB, {usage.ru_utime + usage.ru_stime:.1f} s of CPU")
     return {"plan": json.loads(output.read_text()), "peak_mib": usage.ru_maxrss / 1024}
+
+
+@pytest.fixture(scope="module")
+def measured(checkpoint: Path) -> dict[str, Any]:
+    return plan(checkpoint, "--to", "gguf")
 
 
 def test_all_692_types(measured: dict[str, Any]) -> None:
@@ -51,3 +66,64 @@ def test_size_and_share(measured: dict[str, Any]) -> None:
 
 def test_memory_stays_far_below_the_checkpoint(measured: dict[str, Any]) -> None:
     assert measured["peak_mib"] < 500
+
+
+@pytest.mark.parametrize(("recipe", "tensors"), [("nvfp4", 46_080), ("nvfp4-w4a16", 34_560)])
+def test_nvfp4(checkpoint: Path, recipe: str, tensors: int) -> None:
+    """NVIDIA's published checkpoint: 18.82 GB, its experts in 46,080 tensors."""
+    found = plan(checkpoint, "--to", "nvfp4", "--recipe", recipe)
+    planned = found["plan"]
+    experts = {name: t for name, t in planned["tensors"].items() if ".experts." in name}
+    assert len(experts) == 60 and {t["scheme"] for t in experts.values()} == {"nvfp4"}
+    assert sum(t["stored"] for t in experts.values()) == tensors
+    assert planned["stored_tensors"] == tensors + 1047 - 60, "everything else as it is, vision too"
+    assert {t["scheme"] for name, t in planned["tensors"].items() if ".experts." not in name} == {"bf16"}
+    elements = 22_837_985_280
+    scalars = 11_520 * (8 if recipe == "nvfp4" else 4)
+    assert planned["bytes"] == elements // 2 + elements // 16 + scalars + 2 * (25_823_781_228 - elements)
+    assert 18.80e9 < planned["bytes"] < 18.84e9
+    assert planned["quantized_share"] == pytest.approx(0.8844, abs=1e-4) and planned["dropped"] == {}
+    assert found["peak_mib"] < 500
+
+
+@pytest.mark.parametrize(("recipe", "gigabytes"), [("bnb4", 16.43), ("bnb4-dq", 15.28)])
+def test_bnb4(checkpoint: Path, recipe: str, gigabytes: float) -> None:
+    found = plan(checkpoint, "--to", "bnb4", "--recipe", recipe)
+    planned = found["plan"]
+    assert round(planned["bytes"] / 1e9, 2) == gigabytes
+    assert round(100 * planned["quantized_share"], 2) == 94.88
+    kept = {name for name, t in planned["tensors"].items() if t["scheme"] == "bf16" and len(t["shape"]) > 1}
+    assert all("router" in name or "embed" in name or "vision" in name for name in kept)
+    assert found["peak_mib"] < 500
+
+
+def test_shards_of_five_gigabytes(checkpoint: Path) -> None:
+    """No file above 5 GB, every weight's tensors in one file."""
+    from dgq.convert.plan import make_plan
+    from dgq.convert.recipes import find_recipe
+    from dgq.convert.source import open_source
+    from dgq.quant.hf_writer import entry_bytes, shards
+
+    planned = make_plan(open_source(str(checkpoint)), find_recipe("nvfp4"))
+    files = shards(tensor.entries for tensor in planned.tensors)
+    sizes = [sum(map(entry_bytes, entries.values())) for entries in files]
+    assert len(files) == 4 and max(sizes) <= 5e9 and sum(sizes) == planned.nbytes
+    for tensor in planned.tensors:
+        assert sum(not entries.keys().isdisjoint(tensor.entries) for entries in files) == 1
+
+
+def test_rows_that_do_not_fit(tmp_path: Path) -> None:
+    """tinyA's experts are 96 wide and its MLP 160: blocks of 64 do not divide that, and nothing falls back in silence."""
+    result = CliRunner().invoke(main, ["plan", str(REAL.parent / "tinyA"), "--to", "bnb4"])
+    assert result.exit_code == 2 and result.stdout == ""
+    assert (
+        "rows of 160 in model.decoder.layers.0.mlp.down_proj.weight are no multiple of nf4's block of 64"
+        in result.stderr
+    )
+    config = micro_config()
+    config["text_config"]["intermediate_size"] = 128
+    result = CliRunner().invoke(main, ["plan", str(write_micro(tmp_path / "micro", config)), "--to", "bnb4"])
+    assert result.exit_code == 2 and result.stdout == ""
+    assert (
+        "rows of 96 in model.decoder.layers.0.experts.down_proj are no multiple of nf4's block of 64" in result.stderr
+    )

@@ -1,4 +1,7 @@
-"""The sampler's rules on small numbers, and generate()'s bookkeeping. Tokens are compared in test_runtime_parity."""
+"""The sampler's rules on small numbers, and generate()'s bookkeeping.
+
+Tokens are compared with transformers' in test_runtime_parity, batches with single runs in test_batches.
+"""
 
 import math
 from dataclasses import replace
@@ -10,7 +13,8 @@ import torch
 from dgq.quant.errors import InputError
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.engine import generate
-from dgq.runtime.sampler import Stopper, accept, decide, random_tokens, temperature
+from dgq.runtime.rng import CounterRandom, TorchRandom
+from dgq.runtime.sampler import Stopper, accept, decide, temperature
 from dgq.runtime.settings import SamplerConfig
 
 TINY_A = Path(__file__).parent / "golden" / "tinyA"
@@ -35,13 +39,20 @@ def test_accept_counts_all_but_the_largest():
     assert accept(entropy, 0.15).tolist()[0] == [True] * 4
 
 
-def test_decide():
+def randoms(vocab, length):
+    """One row's stream of either kind."""
+    cpu = torch.device("cpu")
+    return [CounterRandom(0, [0], length, vocab, cpu), TorchRandom(0, length, vocab, cpu)]
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["counter", "torch"])
+def test_decide(kind):
     logits = torch.full((1, 3, 8), -20.0)
     logits[0, 0, 5] = logits[0, 2, 1] = 20.0
     logits[0, 1] = 0.0
-    generator = torch.Generator().manual_seed(0)
+    random = randoms(8, 3)[kind]
     config = SamplerConfig(steps=2, t_min=0.4, t_max=0.8)
-    decision = decide(torch.zeros(1, 3, dtype=torch.long), logits, 1, config, generator)
+    decision = decide(logits, 1, config, lambda p: random.draw(p, torch.tensor([0]), 0, 2))
     torch.testing.assert_close(decision.logits, logits / 0.6)
     assert decision.entropy[0].tolist() == pytest.approx([0.0, math.log(8), 0.0], abs=1e-5)
     assert decision.argmax[0, 0] == 5 and decision.argmax[0, 2] == 1
@@ -50,12 +61,21 @@ def test_decide():
 
 
 def test_rejected_positions_get_fresh_tokens():
-    logits = torch.zeros(1, 64, 1000)
-    generator = torch.Generator().manual_seed(0)
-    canvas = random_tokens(1, 64, 1000, generator)
-    decision = decide(canvas, logits, 1, SamplerConfig(), generator)
+    sampled, fresh = torch.full((1, 64), 3), torch.full((1, 64), 5)
+    decision = decide(torch.zeros(1, 64, 1000), 1, SamplerConfig(), lambda p: (sampled, fresh))
     assert int(decision.accepted.sum()) == 1
-    assert int((decision.canvas == canvas).sum()) <= 2
+    assert torch.equal(decision.canvas, torch.where(decision.accepted, sampled, fresh))
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["counter", "torch"])
+def test_noise_is_new_every_time(kind):
+    rows, random = torch.tensor([0]), randoms(1000, 64)[kind]
+    uniform = torch.full((1, 64, 1000), 1e-3)
+    drawn = [random.canvas(rows, 0), *random.draw(uniform, rows, 0, 1), *random.draw(uniform, rows, 0, 2)]
+    for tokens in drawn:
+        assert tokens.shape == (1, 64) and tokens.min() >= 0 and tokens.max() < 1000 and len(tokens.unique()) > 50
+    for i, tokens in enumerate(drawn):
+        assert all(int((tokens == other).sum()) <= 3 for other in drawn[:i])
 
 
 def test_stopper():
@@ -91,12 +111,30 @@ def test_result_is_cut(tiny):
 
 def test_same_seed_same_tokens(tiny):
     model, generation = tiny
-    one, two, other = (generate(model, [[9, 8]], generation, 32, seed=s, steps=2).canvases for s in (4, 4, 5))
-    assert torch.equal(one, two) and not torch.equal(one, other)
+    for rng in ("counter", "torch"):
+        settings = {"steps": 2, "rng": rng}
+        one, two, other, drawn, again = (
+            generate(model, [[9, 8]], generation, 32, seed=s, **settings).canvases for s in (4, 4, 5, None, None)
+        )
+        assert torch.equal(one, two) and not torch.equal(one, other) and not torch.equal(drawn, again)
     torch.manual_seed(0)
     state = torch.random.get_rng_state()
-    generate(model, [[9, 8]], generation, 32, steps=1)  # an own generator: the caller's stream stays
+    generate(model, [[9, 8]], generation, 32, steps=1, rng="torch")  # an own generator: the caller's stream stays
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_every_draw_has_its_own_place(tiny, monkeypatch):
+    """Step 0 is the noise; nothing is counted twice."""
+    model, generation = tiny
+    counted, stock = [], CounterRandom.words
+
+    def words(self, rows, block, step):
+        counted.append((block, step))
+        return stock(self, rows, block, step)
+
+    monkeypatch.setattr(CounterRandom, "words", words)
+    generate(model, [[5]], replace(generation, eos_ids=()), 64, seed=0, steps=2)
+    assert counted == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
 def test_on_step(tiny):
@@ -117,6 +155,13 @@ def test_on_step(tiny):
         ([[-1]], {}, "token -1"),
         ([[5]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[5]], {"steps": 0}, "steps is 0"),
+        ([[5]], {"rng": "philox"}, "rng is 'philox', expected one of counter, torch"),
+        ([[5]], {"seed": 1 << 64}, "seed 18446744073709551616 does not fit"),
+        ([[5]], {"seed": -(1 << 63) - 1}, "does not fit"),
+        ([[5]], {"rows": [0, 1]}, "rows has 2 numbers for 1 prompts"),
+        ([[5], [6]], {"rows": [0, -1]}, "outside 0 to 4294967295"),
+        ([[5]], {"rows": [1 << 32]}, "outside 0 to 4294967295"),
+        ([[5]], {"rows": [3], "rng": "torch"}, "rng=torch has no numbers"),
         ([[5] * 2000], {"max_new_tokens": 33}, "2000 tokens and 64 new ones"),
     ],
 )
@@ -130,8 +175,9 @@ def test_bad_requests(tiny, rows, settings, words):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_generate_on_cuda(tiny, dtype):
-    """Left padding, several blocks, an own stream: the same seed gives the same tokens."""
+    """Left padding, several blocks, either stream: the same seed gives the same tokens."""
     generation = replace(tiny[1], eos_ids=())
     model = open_artifact(TINY_A).load("cuda", dtype)
-    runs = [generate(model, [[5, 6, 7], [8] * 40], generation, 96, seed=3, steps=4) for _ in range(2)]
-    assert runs[0].tokens == runs[1].tokens and len(runs[0].tokens[1]) == 96
+    for rng in ("counter", "torch"):
+        runs = [generate(model, [[5, 6, 7], [8] * 40], generation, 96, seed=3, steps=4, rng=rng) for _ in range(2)]
+        assert runs[0].tokens == runs[1].tokens and len(runs[0].tokens[1]) == 96

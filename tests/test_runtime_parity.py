@@ -107,7 +107,7 @@ def both(pair, rows, seed, eos, steps, blocks, bound=0.1, stability=1):
     sampler = SamplerConfig(steps=steps, entropy_bound=bound, stability=stability, confidence=CONFIDENCE[name])
     pad = artifact.generation.pad_id
     tokens = blocks * artifact.config.canvas
-    result = generate(model, rows, GenerationConfig(sampler, eos, pad), tokens, seed=seed)
+    result = generate(model, rows, GenerationConfig(sampler, eos, pad), tokens, seed=seed, rng="torch")
     expected, per_forward = oracle_generate(
         oracle, rows, pad, seed, max_new_tokens=tokens, max_denoising_steps=steps, entropy_bound=bound, t_min=0.4,
         t_max=0.8, stability_threshold=stability, confidence_threshold=CONFIDENCE[name], eos_token_id=list(eos),
@@ -148,8 +148,10 @@ def test_tokens_under_other_settings(pair, bound, stability):
 
 def test_some_canvases_stopped_early(pair):
     """The tests above would say little if nothing ever stopped, or everything at once."""
-    rows = asked(pair, 3, 3)
-    result, _ = both(pair, rows, 4, eos=(1,), steps=16, blocks=3)
+    name, model, artifact, _ = pair
+    sampler = SamplerConfig(steps=16, confidence=CONFIDENCE[name])
+    settings = GenerationConfig(sampler, (1,), artifact.generation.pad_id)
+    result = generate(model, asked(pair, 3, 3), settings, 3 * artifact.config.canvas, seed=4, rng="torch")
     early = [flag for row in result.stopped_early for flag in row]
     assert any(early)
     assert len({count for row in result.steps for count in row}) > 1

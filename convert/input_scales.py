@@ -1,0 +1,53 @@
+"""--input-scale: where a W4A4 artifact's input scales come from, decided before anything is written."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from dgq.convert import show
+from dgq.convert.calibrate import input_scales
+from dgq.convert.pipeline import InputScales
+from dgq.convert.plan import Plan
+from dgq.quant.errors import InputError
+
+HEADROOM = 1.2  # of the weights' bytes: what a calibration on a GPU needs besides them, at least
+
+
+def find_input_scales(plan: Plan, asked: str, device: str) -> InputScales | None:
+    """asked: "calibrate" or a positive number, the same for every expert. None for recipes without activations.
+
+    A model that does not fit the GPU is calibrated on the CPU, and the user told so.
+    """
+    if plan.recipe.activations is None:
+        if asked != "calibrate":
+            raise InputError(f"--input-scale: recipe {plan.recipe.name} stores no input scales")
+        return None
+    if asked == "calibrate":
+        where = _where(plan, device)
+        with show.count_bar("calibrating input scales") as advance:
+            values, about = input_scales(plan.source, where, advance)
+        return InputScales(values, about)
+    try:
+        scale = float(torch.tensor(float(asked)))
+    except ValueError:
+        scale = math.nan
+    if not 0 < scale < math.inf:
+        raise InputError(f"--input-scale {asked!r}: expected 'calibrate' or a number above 0 that a float32 holds")
+    names = [tensor.name for tensor in plan.tensors if tensor.scheme.name == "nvfp4"]
+    return InputScales(dict.fromkeys(names, scale), {"method": "given", "value": scale})
+
+
+def _where(plan: Plan, device: str) -> str:
+    if device == "cpu":
+        return device
+    need = HEADROOM * sum(math.prod(spec.shape) * 2 for spec in plan.source.text.values())
+    free = torch.cuda.mem_get_info()[0]
+    if need <= free:
+        return device
+    show.note(
+        f"the BF16 model needs {need / 1e9:.0f} GB of GPU memory and {free / 1e9:.0f} GB are free: input scales are"
+        " calibrated on the CPU"
+    )
+    return "cpu"

@@ -1,0 +1,93 @@
+"""What a safetensors directory says of its own quantisation, and the layout it means.
+
+    config.json "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4" | "W4A16_NVFP4", …}
+                                       {"quant_method": "bitsandbytes", "load_in_4bit": true, …}
+    hf_quant_config.json: {"quantization": {"quant_algo": …}}          modelopt's older place; alone, or in agreement
+
+Whatever else it says is refused by name: a directory in a layout that dgq does not read must never be opened as if
+it were another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dgq.quant.bnb import BitsAndBytes
+from dgq.quant.errors import InputError
+from dgq.quant.hf_dir import read_json
+from dgq.quant.modelopt import HF_QUANT_CONFIG, W4A4, W4A16, Modelopt
+from dgq.quant.nf4 import BLOCK
+
+OPENS = "dgq opens modelopt's NVFP4 and bitsandbytes' 4-bit"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """method: quant_method, "modelopt" for a directory with hf_quant_config.json alone. raw: what was said; source:
+    the file that says it."""
+
+    method: str
+    raw: Mapping[str, Any]
+    source: Path
+
+    @property
+    def kind(self) -> str:
+        """ "nvfp4" or "bnb4": the format's name."""
+        return "nvfp4" if isinstance(self.layout(), Modelopt) else "bnb4"
+
+    def layout(self) -> Modelopt | BitsAndBytes:
+        """InputError, naming the method, for layouts that dgq does not read."""
+        if self.method == "modelopt":
+            return self._modelopt()
+        if self.method == "bitsandbytes":
+            return self._bitsandbytes()
+        hint = ""
+        if self.method == "compressed-tensors":
+            hint = (
+                " (weight_packed, weight_global_scale and the like: llm-compressor's layout, even where it holds NVFP4)"
+            )
+        raise InputError(f"{self.source}: quantised as {self.method!r}{hint}, which dgq does not open; {OPENS}")
+
+    def _modelopt(self) -> Modelopt:
+        algo = self.raw.get("quant_algo")
+        if algo not in (W4A4, W4A16):
+            raise InputError(f"{self.source}: modelopt's quant_algo {str(algo)[:40]!r} is not opened; {OPENS}")
+        size = self.raw.get("group_size", 16)
+        if size != 16:
+            raise InputError(f"{self.source}: group_size {str(size)[:40]}, NVFP4 has 16")
+        return Modelopt(activations=algo == W4A4)
+
+    def _bitsandbytes(self) -> BitsAndBytes:
+        kind, four = self.raw.get("bnb_4bit_quant_type", "fp4"), self.raw.get("load_in_4bit")
+        if four is not True or kind != "nf4":
+            said = f"load_in_4bit {str(four)[:20]}, bnb_4bit_quant_type {str(kind)[:20]!r}"
+            raise InputError(f"{self.source}: bitsandbytes with {said} is not opened; dgq reads NF4")
+        size = self.raw.get("bnb_4bit_blocksize", BLOCK)
+        if size != BLOCK:
+            raise InputError(
+                f"{self.source}: bitsandbytes with blocks of {str(size)[:20]} is not opened; dgq reads {BLOCK}"
+            )
+        return BitsAndBytes(double=self.raw.get("bnb_4bit_use_double_quant") is True)
+
+
+def quantization(path: Path, config: Mapping[str, Any]) -> Quantization | None:
+    """How the directory `path`, whose config.json is `config`, says it is quantised; None if it does not."""
+    said = config.get("quantization_config")
+    older = path / HF_QUANT_CONFIG
+    other: Any = read_json(older).get("quantization") if older.is_file() else None
+    if older.is_file() and not isinstance(other, dict):
+        raise InputError(f"{older}: has no object `quantization`; fetch the file again")
+    if said is None:
+        return None if other is None else Quantization("modelopt", other, older)
+    file = path / "config.json"
+    if not isinstance(said, dict) or not isinstance(said.get("quant_method"), str):
+        raise InputError(f"{file}: quantization_config has no quant_method, a text; fetch the file again")
+    if other is not None and other.get("quant_algo") != said.get("quant_algo"):
+        raise InputError(
+            f"{older}: quant_algo is {str(other.get('quant_algo'))[:40]!r}, but config.json says"
+            f" {str(said.get('quant_algo'))[:40]!r}; one of them is stale"
+        )
+    return Quantization(said["quant_method"], said, file)

@@ -1,0 +1,154 @@
+"""An artifact's weights under their canonical names, whatever the files call them: checked when opened, read on use.
+
+    GGUFWeights   blk.7.attn_output.weight                      one tensor a weight
+    DirWeights    model.decoder.layers.7.self_attn.o_proj.weight   one tensor, or those of the directory's layout
+
+Both map a canonical name to a Packed and know each weight's scheme and bytes without reading it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dgq.quant.bnb import STATE
+from dgq.quant.errors import InputError
+from dgq.quant.gguf_file import GGUFReader
+from dgq.quant.hf_dir import FLOATS, HFDir
+from dgq.quant.types import Entry, Layout, Packed
+from dgq.runtime.config import ModelConfig
+from dgq.runtime.names import ROPE_FREQS, check_tensors, expected_tensors, gguf_name, hf_name
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight as its file holds it: the scheme's name, elements, bytes, and how many tensors."""
+
+    scheme: str
+    numel: int
+    nbytes: int
+    tensors: int = 1
+
+
+class Weights(Mapping[str, Packed]):
+    """The text weights, canonical name -> Packed, and what is known of all weights before reading."""
+
+    @abstractmethod
+    def everything(self) -> dict[str, Stored]:
+        """Every weight of the files by canonical name, the vision part's too."""
+
+    @property
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The files that hold them."""
+
+
+class GGUFWeights(Weights):
+    """A .gguf's tensors under their canonical names, checked against the config when made."""
+
+    def __init__(self, reader: GGUFReader, config: ModelConfig) -> None:
+        """InputError naming the .gguf's own tensor: missing, unknown, renamed, mis-shaped, or another RoPE."""
+        self.reader = reader
+        self._names: dict[str, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for own in reader:
+            if own != ROPE_FREQS:
+                name = hf_name(own) or own  # an unknown name stays as it is, and check_tensors refuses it
+                self._names[name] = own
+                shapes[name] = reader.shape(own)
+        expected = expected_tensors(config)
+        check_tensors(shapes, expected, str(reader.path), shown=lambda name: gguf_name(name) or name)
+        _check_rope(reader, config)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> Packed:
+        return self.reader[self._names[name]]
+
+    def everything(self) -> dict[str, Stored]:
+        return {name: Stored(packed.scheme.name, packed.numel, packed.nbytes) for name, packed in self.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.reader.path]
+
+
+def _check_rope(reader: GGUFReader, config: ModelConfig) -> None:
+    """rope_freqs.weight divides full layers' frequencies: 1 for angles that turn, 1e30 for those that stand still."""
+    half = config.layers[-1].head_dim // 2
+    if ROPE_FREQS not in reader:
+        raise InputError(f"{reader.path}: tensor {ROPE_FREQS} is missing")
+    factors = reader[ROPE_FREQS].dequantize().flatten()
+    turning = int((factors == 1).sum())
+    if len(factors) != half or turning != config.rope_angles or not bool((factors[turning:] >= 1e29).all()):
+        raise InputError(
+            f"{reader.path}: tensor {ROPE_FREQS} lets {turning} of {len(factors)} angles turn, the config says "
+            f"{config.rope_angles} of {half}"
+        )
+
+
+class DirWeights(Weights):
+    """A safetensors directory's text weights. layout: how its quantised ones are stored; None: there are none."""
+
+    def __init__(
+        self, directory: HFDir, config: ModelConfig, layout: Layout | None, vision: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """InputError naming file and tensor: missing, unknown, mis-shaped, or of another dtype than the layout's.
+
+        vision: the tensors of the vision part, which must be there too.
+        """
+        self._dir, self._layout, self._vision = directory, layout, tuple(vision)
+        self.shapes = expected_tensors(config)
+        specs = directory.specs
+        self._quantised: dict[str, dict[str, Entry]] = {}
+        expected = dict(vision)
+        for name, shape in self.shapes.items():
+            plain = name in specs and specs[name].dtype in FLOATS
+            if layout is None or plain or not layout.holds(name, shape):
+                expected[name] = shape
+            else:
+                self._quantised[name] = layout.entries(name, shape)
+                expected |= {entry: size for entry, (_, size) in self._quantised[name].items()}
+        # a quant_state is a text, whose length is its writer's affair
+        expected |= {name: specs[name].shape for name in expected if name.endswith(STATE) and name in specs}
+        found = {name: spec.shape for name, spec in specs.items()}
+        check_tensors(found, expected, str(directory.path), file=lambda name: str(directory.file(name)))
+        dtypes = {entry: {kind} for entries in self._quantised.values() for entry, (kind, _) in entries.items()}
+        for name in expected:
+            allowed = dtypes.get(name, set(FLOATS))
+            if specs[name].dtype not in allowed:
+                said = f"{name} has dtype {specs[name].dtype}, expected {' or '.join(sorted(allowed))}"
+                raise InputError(f"{directory.file(name)}: {said}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, name: str) -> Packed:
+        if self._layout is not None and name in self._quantised:
+            return self._layout.join(name, self.shapes[name], self._dir)
+        return self._dir[name]
+
+    def everything(self) -> dict[str, Stored]:
+        return {name: self._stored(name) for name in (*self.shapes, *self._vision)}
+
+    def _stored(self, name: str) -> Stored:
+        entries = self._quantised.get(name)
+        specs = [self._dir.specs[entry] for entry in entries or (name,)]
+        nbytes = sum(spec.stop - spec.start for spec in specs)
+        if entries and self._layout:
+            return Stored(self._layout.scheme.name, math.prod(self.shapes[name]), nbytes, len(specs))
+        return Stored(FLOATS[specs[0].dtype], specs[0].numel, nbytes)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({spec.file for spec in self._dir.specs.values()})

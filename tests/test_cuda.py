@@ -1,0 +1,90 @@
+"""What must be the same on a GPU: bytes of every scheme and artifact, and the tokens of the counter's random stream.
+
+Skipped without CUDA. Schemes are held against their own CPU bytes here, which the other tests hold against ggml,
+modelopt and bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from kinds import KINDS, block
+
+from dgq.convert.cli import main
+from dgq.quant.schemes import SCHEMES
+from dgq.runtime.artifact import open_artifact
+from dgq.runtime.engine import generate
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+TINY = Path(__file__).parent.parent / "recipes" / "tiny"
+FORMATS = {"nvfp4": "nvfp4", "nvfp4-w4a16": "nvfp4", "bnb4": "bnb4", "bnb4-dq": "bnb4", "q4_k_m": "gguf"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", ["nvfp4", "nf4", "nf4_dq", "q4_k", "q5_0", "q6_k", "q8_0"])
+def test_bytes_of_a_scheme(scheme: str, kind: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.stack([block(kind, 48, 768, generator) for _ in range(3)]).float()
+    if kind == "huge":
+        weight *= 1e-32 if scheme[0] == "q" else 1e-8
+    expected = SCHEMES[scheme].quantize(weight)
+    found = SCHEMES[scheme].quantize(weight.cuda())
+    assert found.keys() == expected.keys()
+    for name, part in found.items():
+        assert part.is_cuda and part.shape == expected[name].shape
+        raw = [p.cpu().contiguous().flatten().view(torch.uint8) for p in (part, expected[name])]
+        assert torch.equal(*raw), f"{int((raw[0] != raw[1]).sum())} of {len(raw[0])} bytes of {name!r} differ"
+    decoded = SCHEMES[scheme].dequantize(found).cpu()
+    assert torch.equal(decoded, SCHEMES[scheme].dequantize(expected))
+
+
+@pytest.mark.parametrize("recipe", FORMATS)
+def test_files_of_an_artifact(recipe: str, tmp_path: Path) -> None:
+    """Every file of `tiny` converted on the GPU is the CPU's (input scales given: a calibration adds up elsewhere)."""
+    digests = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        arguments = ["convert", "tiny", "--to", FORMATS[recipe], "--recipe", recipe, "-o", str(out), "--device", device]
+        arguments += ["--input-scale", "0.02"] if recipe == "nvfp4" else []
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+        digests.append({file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in out.iterdir()})
+    assert digests[0] == digests[1]
+
+
+def test_calibrated_input_scales_agree(tmp_path: Path) -> None:
+    scales = []
+    for device in ("cpu", "cuda"):
+        arguments = ["convert", "tiny", "--to", "nvfp4", "-o", str(tmp_path / device), "--device", device, "--json"]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+        scales.append(json.loads(result.stdout)["input_scales"]["amax"])
+    for side in ("encoder", "decoder"):
+        for name, value in scales[0][side].items():
+            assert scales[1][side][name] == pytest.approx(value, rel=1e-3), (side, name)
+
+
+@pytest.mark.parametrize("recipe", [None, *FORMATS])
+def test_tokens_are_the_cpus(recipe: str | None, tmp_path: Path) -> None:
+    """rng=counter in float32: a batch of tasks of different lengths, and each format."""
+    path = TINY
+    if recipe:
+        path = tmp_path / "out"
+        arguments = ["convert", "tiny", "--to", FORMATS[recipe], "--recipe", recipe, "-o", str(path)]
+        assert CliRunner().invoke(main, arguments).exit_code == 0
+    artifact = open_artifact(path)
+    lines = files("dgq.recipes").joinpath("prompts", "heldout_tasks.jsonl").read_text("utf-8").splitlines()[:24]
+    prompts = [artifact.tokenizer.chat(json.loads(line)["messages"]) for line in lines]
+    results = [
+        generate(artifact.load(device, torch.float32), prompts, artifact.generation, 64, seed=7)
+        for device in ("cpu", "cuda")
+    ]
+    same = [a == b for a, b in zip(results[0].tokens, results[1].tokens, strict=True)]
+    assert all(same), f"{len(same) - sum(same)} of {len(same)} rows differ"
+    assert results[0].steps == results[1].steps and any(count > 1 for row in results[0].steps for count in row)
