@@ -17,7 +17,7 @@ from dgq.quant.types import Packed
 from dgq.runtime.attention import attend, rotate
 from dgq.runtime.cache import Cache
 from dgq.runtime.config import ModelConfig
-from dgq.runtime.layers import Observer, experts, gated_mlp, linear, rms_norm
+from dgq.runtime.layers import STEADY_ROWS, Observer, experts, gated_mlp, linear, rms_norm
 from dgq.runtime.names import DECODER
 
 
@@ -51,7 +51,7 @@ class Layer:
             self._norm(x, "pre_feedforward_layernorm"),
             *(self._weights[f"mlp.{part}_proj.weight"] for part in ("gate", "up", "down")),
         )
-        routed = self._experts(x)
+        routed = self._experts(x, STEADY_ROWS if cache.stacked else 1)
         both = self._norm(dense, "post_feedforward_layernorm_1") + self._norm(routed, "post_feedforward_layernorm_2")
         return (x + self._norm(both, "post_feedforward_layernorm")) * scalar
 
@@ -65,14 +65,15 @@ class Layer:
         k = rotate(self._norm(k, "self_attn.k_norm"), tables)
         v = rms_norm(v, None, eps)
         keys, values = cache.write(self.index, k.transpose(1, 2), v.transpose(1, 2))
-        return linear(attend(q, keys, values, mask), w["self_attn.o_proj.weight"])
+        seen = attend(q, keys, values, mask, cache.starts(self.index))
+        return linear(seen, w["self_attn.o_proj.weight"])
 
-    def _experts(self, x: Tensor) -> Tensor:
+    def _experts(self, x: Tensor, least: int) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         chosen, share = self._route(rows)
         gate_up, down = self._weights["experts.gate_up_proj"], self._weights["experts.down_proj"]
         rows = self._norm(rows, "pre_feedforward_layernorm_2")
-        return experts(rows, chosen, share, gate_up, down, self._watch).view_as(x)
+        return experts(rows, chosen, share, gate_up, down, self._watch, least).view_as(x)
 
     def _watch(self, name: str, expert: int, rows: Tensor) -> None:
         if self._observe is not None:

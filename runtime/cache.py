@@ -12,6 +12,8 @@ layer keeps the last window-1 tokens, which is all that a later token may look b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,8 @@ from dgq.runtime.config import ModelConfig
 class Cache:
     """The key-value cache of one batch.
 
-    length: tokens committed, padding included; the next position. real: bool (rows, length), False on padding, or
-    None as long as there is none.
+    length: tokens committed, padding included. real: bool (rows, length), False on padding, or None as long as there
+    is none. A row of a stacked cache may have a gap on its left instead: nothing is there, and no position counts it.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Cache:
         self.real: Tensor | None = None
         self.rows = rows
         self._device = torch.device(device)
+        self._gaps: list[int] = []  # a row; none at all unless stacked
         self._keep = [config.window - 1 if layer.is_sliding else None for layer in config.layers]
         self._held = [0 for _ in config.layers]
         room = [max(1, capacity if keep is None else min(capacity, keep + config.canvas)) for keep in self._keep]
@@ -40,6 +43,36 @@ class Cache:
             torch.empty(2, rows, layer.kv_heads, tokens, layer.head_dim, device=device, dtype=dtype)
             for layer, tokens in zip(config.layers, room, strict=True)
         ]
+
+    def stack(self, caches: Sequence[Cache]) -> None:
+        """Fill this new cache with others of one row each, whose last tokens are aligned.
+
+        row 0     t t t t t t|      every row is what it would be alone: the same positions, the same keys
+        row 1     . . t t t t|      in a gap is nothing, and nobody looks there
+        """
+        self.length = max(cache.length for cache in caches)
+        self._gaps = [self.length - cache.length for cache in caches]
+        for layer, buffer in enumerate(self._buffers):
+            end = self._held[layer] = max(cache.held(layer) for cache in caches)
+            for row, cache in enumerate(caches):
+                held = cache.held(layer)
+                buffer[:, row, :, end - held : end] = cache._buffers[layer][:, 0, :, :held]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether every row is to be computed as though it were alone, to the bit where the device allows it."""
+        return bool(self._gaps)
+
+    def positions(self, new: int) -> Tensor:
+        """(rows or 1, new) positions of the next tokens."""
+        after = torch.arange(self.length, self.length + new, device=self._device).unsqueeze(0)
+        return after - torch.tensor(self._gaps, device=self._device).unsqueeze(-1) if any(self._gaps) else after
+
+    def starts(self, layer: int) -> list[int] | None:
+        """How many of the tokens this layer holds lie in each row's gap; None = in no row any."""
+        gone = self.length - self._held[layer]
+        starts = [max(0, gap - gone) for gap in self._gaps]
+        return starts if any(starts) else None
 
     def held(self, layer: int) -> int:
         """Committed tokens this layer still has: the last ones."""
@@ -91,6 +124,8 @@ class Cache:
             self._buffers[layer] = buffer[:, rows]
         if self.real is not None:
             self.real = self.real[rows]
+        if self._gaps:
+            self._gaps = [self._gaps[row] for row in rows.tolist()]
 
     @property
     def nbytes(self) -> int:

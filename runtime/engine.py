@@ -95,7 +95,11 @@ def generate(
     random = _random(model, len(prompt_ids), rng, seed, rows)
     eos = torch.tensor(generation.eos_ids, device=model.device)
     blocks = -(-wanted // model.config.canvas)
-    cache = _prefill(model, prompt_ids, generation.pad_id, blocks)
+    capacity = max(map(len, prompt_ids)) + blocks * model.config.canvas
+    if random.independent:
+        cache = _stack(model, prompt_ids, capacity)
+    else:
+        cache = _prefill(model, prompt_ids, generation.pad_id, capacity)
 
     here = torch.arange(len(prompt_ids), device=model.device)  # the batch's rows
     finished = torch.zeros_like(here, dtype=torch.bool)
@@ -176,7 +180,14 @@ def _random(model: Model, count: int, rng: Rng, seed: int | None, rows: Sequence
     return CounterRandom(seed, numbers, length, vocab, model.device)
 
 
-def _prefill(model: Model, prompts: Sequence[Sequence[int]], pad_id: int, blocks: int) -> Cache:
+def _stack(model: Model, prompts: Sequence[Sequence[int]], capacity: int) -> Cache:
+    """Every prompt encoded alone, then put into one batch: nothing about a row depends on the others."""
+    cache = model.new_cache(len(prompts), capacity)
+    cache.stack([_prefill(model, [prompt], 0, len(prompt)) for prompt in prompts])
+    return cache
+
+
+def _prefill(model: Model, prompts: Sequence[Sequence[int]], pad_id: int, capacity: int) -> Cache:
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad_id)
     padding = torch.ones_like(ids, dtype=torch.bool)
@@ -185,7 +196,7 @@ def _prefill(model: Model, prompts: Sequence[Sequence[int]], pad_id: int, blocks
         padding[row, longest - len(prompt) :] = False
     ids, padding = ids.to(model.device), padding.to(model.device)
     padded = bool(padding.any())
-    cache = model.new_cache(len(prompts), longest + blocks * model.config.canvas)
+    cache = model.new_cache(len(prompts), capacity)
     for start in range(0, longest, PREFILL):
         part = slice(start, start + PREFILL)
         model.encode(ids[:, part], cache, padding=padding[:, part] if padded else None)

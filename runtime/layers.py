@@ -29,6 +29,9 @@ from dgq.quant.types import Packed
 # Elements decoded at once: 268 MB in float32, 16 experts of the 26B. Large enough that a small model is one piece.
 DECODE_BUDGET = 1 << 26
 
+# MKL multiplies fewer rows than this by another path, which rounds otherwise; from here on a row's result is the same
+# whatever other rows are multiplied with it.
+STEADY_ROWS = 4
 
 # Sees what goes into a product: the weight's name, the expert, rows (tokens, in).
 Observer = Callable[[str, int, Tensor], None]
@@ -94,14 +97,21 @@ def _row_chunks(table: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tens
 
 
 def experts(
-    x: Tensor, chosen: Tensor, share: Tensor, gate_up: Packed, down: Packed, observe: Observer | None = None
+    x: Tensor,
+    chosen: Tensor,
+    share: Tensor,
+    gate_up: Packed,
+    down: Packed,
+    observe: Observer | None = None,
+    least: int = 1,
 ) -> Tensor:
     """The routed experts' sum: x (tokens, hidden), chosen (tokens, k) expert numbers, share (tokens, k) float32.
 
     gate_up (E, 2 * inner, hidden) has the gate's rows first; down (E, hidden, inner). Returns (tokens, hidden) in
     x's dtype. A token's k experts are summed in float32 by rising expert number, and an expert's tokens are ordered
     as transformers orders them (rank in `chosen`, then token): deterministic, and in float32 on a CPU its very bits,
-    without which a near-tie in a later router flips sooner or later and the generated tokens part.
+    without which a near-tie in a later router flips sooner or later and the generated tokens part. least: rows that a
+    product is filled up to; with STEADY_ROWS a token's bits do not depend on the tokens beside it either.
     """
     tokens, k = chosen.shape
     picks = chosen.t().flatten()
@@ -122,9 +132,9 @@ def experts(
             if count:
                 own = slice(start, start + count)
                 expert = first + i
-                gate, up = functional.linear(rounded(rows[own], gate_up[expert]), w_in[i]).chunk(2, dim=-1)
+                gate, up = _product(rounded(rows[own], gate_up[expert]), w_in[i], least).chunk(2, dim=-1)
                 inner = _gelu(gate) * up
-                result[own] = functional.linear(rounded(inner, down[expert]), w_out[i])
+                result[own] = _product(rounded(inner, down[expert]), w_out[i], least)
                 if observe is not None:
                     observe("gate_up_proj", expert, rows[own])
                     observe("down_proj", expert, inner)
@@ -137,6 +147,13 @@ def experts(
     for part in weighted.gather(0, rising):
         total += part
     return total.to(x.dtype)
+
+
+def _product(x: Tensor, weight: Tensor, least: int) -> Tensor:
+    missing = least - len(x)
+    if missing <= 0:
+        return functional.linear(x, weight)
+    return functional.linear(functional.pad(x, (0, 0, 0, missing)), weight)[: len(x)]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -94,7 +94,7 @@ class Model:
         """
         new = ids.shape[1]
         if positions is None:
-            positions = torch.arange(cache.length, cache.length + new, device=self.device).unsqueeze(0)
+            positions = cache.positions(new)
         real = cache.seen(new, padding)
         masks: dict[bool, Tensor | None] = {
             layer.is_sliding: encoder_mask(
@@ -112,13 +112,12 @@ class Model:
         self_conditioning_logits (rows, canvas, vocab), any float dtype: the previous step's, None on the first.
         """
         new = canvas.shape[1]
-        positions = torch.arange(cache.length, cache.length + new, device=self.device).unsqueeze(0)
         masks = {
             layer.is_sliding: decoder_mask(cache.length, new, cache.held(i), cache.real)
             for i, layer in self._one_of_each()
         }
         x = self._conditioned(embed(canvas, self.table, self.dtype), self_conditioning_logits)
-        x = self._run(x, positions, masks, cache, self._decoder_scalars)
+        x = self._run(x, cache.positions(new), masks, cache, self._decoder_scalars)
         return head(rms_norm(x, self._final_norm, self.config.norm_eps), self.table, self.config.softcap)
 
     def refuse_weights(self) -> NoReturn:

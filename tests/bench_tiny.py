@@ -2,7 +2,9 @@
 
     python tests/bench_tiny.py [ARTIFACT …] [--tasks 256] [--texts 64] [--device cpu|cuda]
 
-Without an artifact, `tiny` is converted to GGUF Q4_K_M first. Two kinds of figures, the same for every model:
+Without an artifact, `tiny` is converted to NVFP4, bitsandbytes 4-bit and GGUF Q4_K_M first. An artifact with input
+scales (W4A4) is measured twice: weight-only, and with its experts' inputs rounded as a W4A4 kernel does. Two kinds of
+figures, the same for every model:
 
     fixed canvases   prompt, then a canvas of the true next 64 tokens, each replaced by a random one with probability
                      .25/.5/.75/1; once without self-conditioning and once on BF16's own logits of that canvas.
@@ -29,6 +31,7 @@ from click.testing import CliRunner
 
 from dgq.convert.cli import main as cli
 from dgq.convert.generate import open_model
+from dgq.quant.schemes import SCHEMES
 from dgq.runtime.artifact import Artifact
 from dgq.runtime.engine import generate
 from dgq.runtime.model import Model
@@ -129,6 +132,14 @@ def solve(model: Model, artifact: Artifact, tasks: int) -> dict[str, Any]:
     }
 
 
+def size_of(artifact: Artifact) -> dict[str, Any]:
+    """Bytes of the tensors on disk, and the share of their elements in fewer than 16 bits."""
+    stored = artifact.weights.everything().values()
+    below = sum(weight.numel for weight in stored if SCHEMES[weight.scheme].bits < 16)
+    share = below / sum(weight.numel for weight in stored)
+    return {"bytes": sum(weight.nbytes for weight in stored), "share": round(share, 6)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifacts", nargs="*")
@@ -138,22 +149,26 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if not options.artifacts:
-            out = str(Path(folder) / "tiny-Q4_K_M")
-            result = CliRunner().invoke(cli, ["convert", "tiny", "--to", "gguf", "-o", out])
-            assert result.exit_code == 0, result.output
-            options.artifacts = [out]
+            for to in ("nvfp4", "bnb4", "gguf"):
+                out = str(Path(folder) / to)
+                result = CliRunner().invoke(cli, ["convert", "tiny", "--to", to, "-o", out, "--device", "cpu"])
+                assert result.exit_code == 0, result.output
+                options.artifacts.append(out)
         base = open_model("tiny")
         opened = {Path(name).name: open_model(name) for name in options.artifacts}
         reference = base.load(options.device, torch.float32)
         models = {name: artifact.load(options.device, torch.float32) for name, artifact in opened.items()}
-        report: dict[str, Any] = {"bf16": {"bytes": sum(w.nbytes for w in base.weights.values())}}
+        for name, artifact in list(opened.items()):
+            if any("input_scale" in weight.parts for weight in artifact.weights.values()):
+                opened[f"{name} W4A4"] = artifact
+                models[f"{name} W4A4"] = artifact.load(options.device, torch.float32, "nvfp4")
+        report: dict[str, Any] = {"bf16": size_of(base)}
         report["bf16"] |= solve(reference, base, options.tasks)
         for name, figures in compare(reference, models, base, options.texts, options.tasks).items():
-            nbytes = sum(weight.nbytes for weight in opened[name].weights.values())
-            report[name] = {"bytes": nbytes, **figures, **solve(models[name], base, options.tasks)}
+            report[name] = {**size_of(opened[name]), **figures, **solve(models[name], base, options.tasks)}
     for name, row in report.items():
         free = f"score {row['score']:.1%}  steps {row['steps']:.2f}  stopped early {row['early']:.1%}"
-        print(f"{name}: {row['bytes'] / 1e6:.2f} MB  {free}")
+        print(f"{name}: {row['bytes'] / 1e6:.2f} MB, {row['share']:.2%} quantised  {free}")
         if "kl" in row:
             levels = "  ".join(f"{key}: {value:.5f}" for key, value in row["kl"].items())
             print(f"    mean KL {row['mean_kl']:.5f}  top-1 {row['mean_top1']:.2%}  by level  {levels}")

@@ -113,7 +113,7 @@ def test_shards_of_five_gigabytes(checkpoint: Path) -> None:
 
 
 def test_rows_that_do_not_fit(tmp_path: Path) -> None:
-    """tinyA's experts are 96 wide and its MLP 160: blocks of 64 do not divide that, and nothing falls back in silence."""
+    """tinyA's experts are 96 wide, its MLP 160: blocks of 64 do not divide that, and nothing falls back in silence."""
     result = CliRunner().invoke(main, ["plan", str(REAL.parent / "tinyA"), "--to", "bnb4"])
     assert result.exit_code == 2 and result.stdout == ""
     assert (
