@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
