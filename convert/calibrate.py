@@ -13,6 +13,7 @@ one length: no padding, whose activations belong to no text.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
@@ -27,7 +28,6 @@ from dgq.runtime.tokenizer import Tokenizer
 
 ROWS, BATCH, PROMPT = 8, 2, 256
 NOISE = (0.25, 0.5, 0.75, 1.0)  # share of a canvas replaced, by row
-CPU_DTYPE = torch.float32
 
 
 def input_scales(
@@ -50,7 +50,7 @@ def input_scales(
         known = seen[side].get(name)
         seen[side][name] = amax if known is None else torch.maximum(known, amax)
 
-    model = Model(source.config, source, device, source=str(source.path), observe=observe)
+    model = Model(source.config, source, device, torch.float32, source=str(source.path), observe=observe)
     generator = torch.Generator().manual_seed(0)
     canvas = source.config.canvas
     for start in range(0, ROWS, BATCH):
@@ -68,12 +68,12 @@ def input_scales(
         model.decode(ids, cache, logits)
     progress(ROWS // BATCH, ROWS // BATCH)
     amax = {side: {name: float(value) for name, value in found.items()} for side, found in seen.items()}
+    if not all(math.isfinite(value) for found in amax.values() for value in found.values()):
+        model.refuse_weights()
     scales = {
         name: float(global_scale(torch.tensor(max(value, amax["encoder"][name]))))
         for name, value in amax["decoder"].items()
     }
-    if not all(0 < scale < float("inf") for scale in scales.values()):
-        raise InputError(f"{source.path}: its activations are not finite; the checkpoint is damaged")
     about = {"method": "calibrated", "rows": ROWS, "prompt_tokens": rows.shape[1] - canvas, "canvas_tokens": canvas}
     return scales, about | {"amax": amax}
 

@@ -90,7 +90,7 @@ def plan(src: str, to: str, recipe: str | None, revision: str | None, as_json: b
     from dgq.convert.source import open_source
 
     planned = make_plan(open_source(src, revision, weights=False), find_recipe(to, recipe))
-    show.print_json(planned.to_json()) if as_json else show.plan(planned)
+    show.print_json(planned.to_json()) if as_json else show.plan(planned, recipe)
 
 
 @main.command()

@@ -47,6 +47,7 @@ COPIED = (
     "processor_config.json",
     "preprocessor_config.json",
 )
+GPU_AHEAD = 3  # slices on a GPU at once: one is copied there while another is quantised and a third comes back
 HEADER_ALLOWANCE = 64 << 20  # disk for metadata, tokenizer and the copied files
 
 T = TypeVar("T")
@@ -90,9 +91,10 @@ def convert(
     not finite, an imatrix that does not fit, a full disk.
     """
     source, version = plan.source, provenance.dgq_version()
+    gguf = plan.recipe.format == "gguf"
     if imatrix is not None:
         _check_imatrix(plan, imatrix)
-    gguf = plan.recipe.format == "gguf"
+    ahead = 2 * threads if device == "cpu" else GPU_AHEAD
     keys = metadata(plan, version, imatrix) if gguf else {}  # before the weights: it may refuse the tokenizer
     file = f"{source.where.name}-{plan.recipe.label}.gguf" if gguf else ""
     with staged(out, plan.nbytes + HEADER_ALLOWANCE) as partial, ThreadPoolExecutor(threads) as pool:
@@ -104,7 +106,7 @@ def convert(
             writer = DirWriter(plan, partial)
         for tensor in plan.tensors:
             jobs = _jobs(plan, tensor, imatrix, device, scales)
-            for piece in ordered(pool, jobs, ahead=2 * threads):
+            for piece in ordered(pool, jobs, ahead):
                 writer.append(tensor.name, piece)
                 progress(tensor.nbytes * piece.numel // tensor.numel, tensor.name)
         writer.close()
@@ -202,6 +204,8 @@ def ordered(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]], ahead: in
 
 
 def _check_imatrix(plan: Plan, imatrix: Imatrix) -> None:
+    if plan.recipe.format != "gguf":
+        raise InputError(f"--imatrix {imatrix.file}: weighs GGUF quantisers, and recipe {plan.recipe.name} has none")
     shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
     for name, weights in imatrix.weights.items():
         shape = shapes.get(name)

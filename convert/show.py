@@ -77,8 +77,8 @@ def notices(plan: Plan) -> None:
         note(f"a {plan.recipe.label} file has no place for {part}: {_count(params)} parameters are dropped")
 
 
-def plan(plan: Plan) -> None:
-    """The table of `dgq plan`."""
+def plan(plan: Plan, recipe: str | None) -> None:
+    """The table of `dgq plan`. recipe: the --recipe that was given."""
     where = plan.source.where
     pinned = f" @ {where.revision}" if where.revision else ""
     out.print(f"{where.asked}{pinned} -> {plan.recipe.label} ({plan.recipe.description})", style="bold")
@@ -99,7 +99,8 @@ def plan(plan: Plan) -> None:
     out.print(f"VRAM to run it, by context (estimate: weights, 16-bit KV cache, one step's working memory)   {vram}")
     notices(plan)
     target = shlex.quote(f"{where.name}-{plan.recipe.label}")
-    _next(f"dgq convert {shlex.quote(where.asked)} --to {plan.recipe.format} -o {target}")
+    chosen = f" --recipe {shlex.quote(recipe)}" if recipe else ""
+    _next(f"dgq convert {shlex.quote(where.asked)} --to {plan.recipe.format}{chosen} -o {target}")
 
 
 def converted(plan: Plan, done: Converted) -> None:

@@ -30,6 +30,7 @@ from dgq.quant.types import Entry, Packed, Scheme, Stored
 
 STATE = ".quant_state.bitsandbytes__nf4"
 LONGEST_NUMBER = "-1.2345678901234567e-123"
+LONGEST_STATE = 4096
 
 
 @dataclass
@@ -127,21 +128,23 @@ def _positive(stored: Stored, name: str) -> torch.Tensor:
 
 def _read_state(name: str, shape: tuple[int, ...], stored: Stored) -> dict[str, Any]:
     """The quant_state's JSON, held against what it must say."""
-    file = stored.file(name + STATE)
+    where = f"{stored.file(name + STATE)}: {name}{STATE}"
     try:
         state = json.loads(bytes(stored.tensor(name + STATE).tolist()))
-        said = {key: state.get(key) for key in ("quant_type", "blocksize", "shape")}
-        offset = state.get("nested_offset")
-    except (ValueError, AttributeError, RecursionError):
-        raise InputError(f"{file}: {name}{STATE} is no JSON object; damaged") from None
-    expected = {"quant_type": "nf4", "blocksize": BLOCK, "shape": list(shape)}
-    for key, value in expected.items():
-        if said[key] != value:
-            raise InputError(f"{file}: {name}{STATE} says {key} {str(said[key])[:60]}, dgq reads {value} there")
+    except (ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise InputError(f"{where} is no JSON object; damaged")
     nested = name + ".nested_absmax" in stored
-    if nested and (type(offset) is not float or not math.isfinite(offset) or state.get("nested_blocksize") != NESTED):
-        raise InputError(f"{file}: {name}{STATE} has no finite nested_offset, or blocks other than {NESTED}")
-    return state  # type: ignore[no-any-return]
+    expected: dict[str, Any] = {"quant_type": "nf4", "blocksize": BLOCK, "shape": list(shape)}
+    expected |= {"nested_blocksize": NESTED, "nested_dtype": "float32"} if nested else {}
+    for key, value in expected.items():
+        if state.get(key) != value:
+            raise InputError(f"{where} says {key} {str(state.get(key))[:60]}, dgq reads {value} there")
+    offset = state.get("nested_offset")
+    if nested and not (type(offset) is float and 0 <= offset <= torch.finfo(torch.float32).max):
+        raise InputError(f"{where} says nested_offset {str(offset)[:60]}, expected a number: the mean of absmax")
+    return state
 
 
 def quantization_config(skipped: list[str], double: bool) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from dgq.quant.types import Packed
 # Elements decoded at once: 268 MB in float32, 16 experts of the 26B. Large enough that a small model is one piece.
 DECODE_BUDGET = 1 << 26
 
-# MKL multiplies fewer rows than this by another path, which rounds otherwise; from here on a row's result is the same
-# whatever other rows are multiplied with it.
+# MKL multiplies fewer rows than this by another path, which rounds otherwise; from here on, and on one thread, a row's
+# result is the same whatever other rows are multiplied with it.
 STEADY_ROWS = 4
 
 # Sees what goes into a product: the weight's name, the expert, rows (tokens, in).

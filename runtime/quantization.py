@@ -20,8 +20,17 @@ from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_json
 from dgq.quant.modelopt import HF_QUANT_CONFIG, W4A4, W4A16, Modelopt
 from dgq.quant.nf4 import BLOCK
+from dgq.quant.nvfp4 import BLOCK as NVFP4_BLOCK
 
 OPENS = "dgq opens modelopt's NVFP4 and bitsandbytes' 4-bit"
+_BITSANDBYTES: dict[str, tuple[Any, ...]] = {  # a key's values that dgq reads, None: the key may be absent
+    "load_in_8bit": (False, None),
+    "load_in_4bit": (True,),
+    "bnb_4bit_quant_type": ("nf4",),
+    "bnb_4bit_blocksize": (BLOCK, None),
+    "bnb_4bit_quant_storage": ("uint8", None),
+    "bnb_4bit_use_double_quant": (True, False, None),
+}
 
 
 @dataclass(frozen=True)
@@ -49,28 +58,22 @@ class Quantization:
             hint = (
                 " (weight_packed, weight_global_scale and the like: llm-compressor's layout, even where it holds NVFP4)"
             )
-        raise InputError(f"{self.source}: quantised as {self.method!r}{hint}, which dgq does not open; {OPENS}")
+        raise InputError(f"{self.source}: quantised as {self.method[:40]!r}{hint}, which dgq does not open; {OPENS}")
 
     def _modelopt(self) -> Modelopt:
         algo = self.raw.get("quant_algo")
         if algo not in (W4A4, W4A16):
             raise InputError(f"{self.source}: modelopt's quant_algo {str(algo)[:40]!r} is not opened; {OPENS}")
-        size = self.raw.get("group_size", 16)
-        if size != 16:
-            raise InputError(f"{self.source}: group_size {str(size)[:40]}, NVFP4 has 16")
+        _check_group_size(self.raw, self.source)
         return Modelopt(activations=algo == W4A4)
 
     def _bitsandbytes(self) -> BitsAndBytes:
-        kind, four = self.raw.get("bnb_4bit_quant_type", "fp4"), self.raw.get("load_in_4bit")
-        if four is not True or kind != "nf4":
-            said = f"load_in_4bit {str(four)[:20]}, bnb_4bit_quant_type {str(kind)[:20]!r}"
-            raise InputError(f"{self.source}: bitsandbytes with {said} is not opened; dgq reads NF4")
-        size = self.raw.get("bnb_4bit_blocksize", BLOCK)
-        if size != BLOCK:
-            raise InputError(
-                f"{self.source}: bitsandbytes with blocks of {str(size)[:20]} is not opened; dgq reads {BLOCK}"
-            )
-        return BitsAndBytes(double=self.raw.get("bnb_4bit_use_double_quant") is True)
+        for key, allowed in _BITSANDBYTES.items():
+            value = self.raw.get(key)
+            if value not in allowed:
+                said = f"{self.source}: bitsandbytes with {key} {repr(value)[:40]} is not opened"
+                raise InputError(f"{said}; dgq reads NF4 in blocks of {BLOCK}, stored as uint8")
+        return BitsAndBytes(double=bool(self.raw.get("bnb_4bit_use_double_quant")))
 
 
 def quantization(path: Path, config: Mapping[str, Any]) -> Quantization | None:
@@ -90,4 +93,17 @@ def quantization(path: Path, config: Mapping[str, Any]) -> Quantization | None:
             f"{older}: quant_algo is {str(other.get('quant_algo'))[:40]!r}, but config.json says"
             f" {str(said.get('quant_algo'))[:40]!r}; one of them is stale"
         )
+    if other is not None:
+        _check_group_size(other, older)
     return Quantization(said["quant_method"], said, file)
+
+
+def _check_group_size(said: Mapping[str, Any], file: Path) -> None:
+    """Beside quant_algo in hf_quant_config.json, below config_groups.….weights in config.json."""
+    groups = said.get("config_groups")
+    places = [said, *(groups.values() if isinstance(groups, dict) else ())]
+    places += [place.get("weights") for place in places if isinstance(place, dict)]
+    for place in places:
+        size = place.get("group_size") if isinstance(place, dict) else None
+        if size not in (None, NVFP4_BLOCK):
+            raise InputError(f"{file}: group_size {str(size)[:40]}, NVFP4 has {NVFP4_BLOCK}")

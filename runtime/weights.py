@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgq.quant.bnb import STATE
+from dgq.quant.bnb import LONGEST_STATE, STATE
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFReader
 from dgq.quant.hf_dir import FLOATS, HFDir
@@ -108,16 +108,22 @@ class DirWeights(Weights):
         self.shapes = expected_tensors(config)
         specs = directory.specs
         self._quantised: dict[str, dict[str, Entry]] = {}
+        held = sum(spec.stop - spec.start for spec in specs.values())
         expected = dict(vision)
         for name, shape in self.shapes.items():
             plain = name in specs and specs[name].dtype in FLOATS
             if layout is None or plain or not layout.holds(name, shape):
                 expected[name] = shape
             else:
+                _check_room(layout, name, shape, held, directory.path)
                 self._quantised[name] = layout.entries(name, shape)
                 expected |= {entry: size for entry, (_, size) in self._quantised[name].items()}
+        if layout is not None and not self._quantised:
+            said = f"{directory.path}: said to be {layout.scheme.name}, but every weight is plain"
+            raise InputError(f"{said}; fetch it again, or delete what its config says of quantisation")
         # a quant_state is a text, whose length is its writer's affair
-        expected |= {name: specs[name].shape for name in expected if name.endswith(STATE) and name in specs}
+        states = {name: specs[name].shape for name in expected if name.endswith(STATE) and name in specs}
+        expected |= {name: shape for name, shape in states.items() if len(shape) == 1 and shape[0] <= LONGEST_STATE}
         found = {name: spec.shape for name, spec in specs.items()}
         check_tensors(found, expected, str(directory.path), file=lambda name: str(directory.file(name)))
         dtypes = {entry: {kind} for entries in self._quantised.values() for entry, (kind, _) in entries.items()}
@@ -152,3 +158,15 @@ class DirWeights(Weights):
     @property
     def files(self) -> list[Path]:
         return sorted({spec.file for spec in self._dir.specs.values()})
+
+
+def _check_room(layout: Layout, name: str, shape: tuple[int, ...], held: int, path: Path) -> None:
+    """That a quantised weight can be there at all, before its tensors are named: they may be four for each of millions
+    of experts. held: bytes of the files' tensors."""
+    scheme = layout.scheme
+    if shape[-1] % scheme.block:
+        said = f"rows of {shape[-1]} in {name} are no multiple of {scheme.name}'s block of {scheme.block}"
+        raise InputError(f"{path}: {said}; dgq opens no others")
+    if (size := scheme.nbytes(shape)) > held:
+        said = f"{name} {list(shape)}, as the config has it, takes {size} bytes as {scheme.name}"
+        raise InputError(f"{path}: {said}, but the files hold {held}")

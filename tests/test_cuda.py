@@ -58,6 +58,19 @@ def test_files_of_an_artifact(recipe: str, tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
+def test_files_weighed_by_an_imatrix(tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden" / "tinyA"
+    made = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        arguments = ["convert", str(golden), "--to", "gguf", "-o", str(out), "--device", device]
+        arguments += ["--imatrix", str(golden / "reference.imatrix.gguf")]
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+        made.append((out / "tinyA-Q4_K_M.gguf").read_bytes())
+    assert made[0] == made[1]
+
+
 def test_calibrated_input_scales_agree(tmp_path: Path) -> None:
     scales = []
     for device in ("cpu", "cuda"):

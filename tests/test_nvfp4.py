@@ -242,3 +242,16 @@ def test_cuda_gives_the_same_bytes(kind: str) -> None:
         assert torch.equal(part.cpu().contiguous().view(torch.uint8), expected[name].contiguous().view(torch.uint8))
     decoded = NVFP4.dequantize({name: part.cuda() for name, part in expected.items()})
     assert torch.equal(decoded.cpu(), NVFP4.dequantize(expected))
+
+
+def test_a_damaged_checkpoint_is_named_while_calibrating(tmp_path: Path) -> None:
+    from micro import micro_config, micro_tensors, write_micro
+
+    config = micro_config()
+    tensors = micro_tensors(config)
+    name = "model.decoder.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5] = float("nan")
+    source = write_micro(tmp_path / "in", config, tensors)
+    result = CliRunner().invoke(main, ["convert", str(source), "--to", "nvfp4", "-o", str(tmp_path / "out")])
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert f"{name} holds values that are not finite" in result.stderr and result.stderr.count("\n") == 1
