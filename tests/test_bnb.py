@@ -187,6 +187,20 @@ def test_every_kind_of_block_in_a_file(tmp_path: Path) -> None:
         assert torch.equal(open_artifact(out).weights[name].dequantize(), decoded)
 
 
+@pytest.mark.parametrize("recipe", ["bnb4", "bnb4-dq", "nvfp4-w4a16"])
+def test_bytes_do_not_depend_on_threads_or_slices(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of one expert or a few rows, many at once, also for the absmax that wait for the last of them."""
+    to = recipe.split("-")[0]
+    digests = []
+    for slices, threads in ((1 << 22, "1"), (1000, "7")):
+        monkeypatch.setattr("dgq.convert.pipeline.SLICE", {"cpu": slices})
+        out = tmp_path / threads
+        arguments = ["convert", "tiny", "--to", to, "--recipe", recipe, "-o", str(out), "--threads", threads]
+        assert CliRunner().invoke(main, arguments).exit_code == 0
+        digests.append({file.name: file.read_bytes() for file in out.iterdir()})
+    assert digests[0] == digests[1]
+
+
 def test_share_and_config(artifact: Path) -> None:
     document = json.loads((artifact / "dgq.json").read_text())
     config = json.loads((artifact / "config.json").read_text())
