@@ -141,8 +141,6 @@ def _jobs(
     importance = imatrix.weights.get(tensor.name) if imatrix is not None else None
     rows = max(1, SLICE[device] // max(1, tensor.numel // weight.shape[0]))
     scheme = plan.layout.slices if len(tensor.entries) > 1 else tensor.scheme
-    if scheme.matrices and weight.dim() == 2:
-        rows = weight.shape[0]
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
         columns = importance[part] if importance is not None and importance.dim() == 2 else importance

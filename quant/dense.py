@@ -19,7 +19,6 @@ class Dense:
     name: str
     dtype: torch.dtype
     block: int = 1
-    matrices: bool = False
     shared: frozenset[str] = frozenset()
 
     @property

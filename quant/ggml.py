@@ -105,7 +105,6 @@ class GGMLScheme:
     block_bytes: int
     decode: Callable[[torch.Tensor], torch.Tensor]  # uint8 (…, block_bytes) -> float32 (…, block)
     max_abs: float = 65504.0  # a block's scale is a half; beyond it ggml writes infinities, or zeros without a word
-    matrices: bool = False
     shared: frozenset[str] = frozenset()
 
     @property

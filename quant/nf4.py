@@ -104,7 +104,6 @@ class NF4Scheme:
     double: bool
     block: int = BLOCK
     max_abs: float = 1e30  # the mean of absmax must not overflow
-    matrices: bool = False
     shared: frozenset[str] = frozenset({"nested_absmax", "nested_quant_map", "nested_offset"})
 
     @property

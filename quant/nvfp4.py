@@ -79,7 +79,6 @@ class NVFP4Scheme:
     block: int = BLOCK
     bits: float = 4.5
     max_abs: float = torch.finfo(torch.float32).max
-    matrices: bool = True
     shared: frozenset[str] = frozenset()
 
     def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

@@ -50,8 +50,7 @@ class Scheme(Protocol):
     """One way to store a weight. Pure functions on tensors: no names, no state.
 
     block: elements along the last axis that share scales; bits: stored bits per weight, scales included;
-    max_abs: the largest weight it can hold; matrices: whether a matrix's rows are quantised together (else each row
-    is on its own); shared: parts that belong to the whole weight and are not sliced with it.
+    max_abs: the largest weight it can hold; shared: parts that belong to the whole weight and are not sliced with it.
     """
 
     @property
@@ -62,8 +61,6 @@ class Scheme(Protocol):
     def bits(self) -> float: ...
     @property
     def max_abs(self) -> float: ...
-    @property
-    def matrices(self) -> bool: ...
     @property
     def shared(self) -> frozenset[str]: ...
 

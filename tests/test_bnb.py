@@ -15,7 +15,7 @@ from kinds import KINDS, block, write_kinds
 from safetensors.torch import load_file, save_file
 
 from dgq.convert.cli import main
-from dgq.quant import nf4
+from dgq.quant import bnb, nf4
 from dgq.quant.nf4 import NF4, NF4_DQ
 from dgq.quant.types import Packed
 from dgq.runtime.artifact import open_artifact
@@ -225,3 +225,36 @@ def test_cuda_gives_the_same_bytes(kind: str) -> None:
         for name, part in found.items():
             assert torch.equal(part.cpu(), expected[name]), (scheme.name, name)
         assert torch.equal(scheme.dequantize(found).cpu(), scheme.dequantize(expected))
+
+
+def test_values_beside_the_middles() -> None:
+    """Within a rounding of a code's bounds, where x / absmax and x * (1 / absmax) go different ways."""
+    generator = torch.Generator().manual_seed(1)
+    middles = (nf4.QUANT_MAP[:-1] + nf4.QUANT_MAP[1:]) / 2
+    absmax = torch.rand(4096, 1, generator=generator) + 0.5
+    x = middles[torch.randint(0, 15, (4096, 64), generator=generator)] * absmax
+    x = torch.nextafter(x, x + torch.randn(4096, 64, generator=generator))
+    x[:, 0] = absmax[:, 0]
+    packed, _ = functional.quantize_4bit(x, quant_type="nf4", blocksize=64)
+    assert torch.equal(NF4.quantize(x)[""].flatten(), packed.flatten())
+    ways = [torch.bucketize(scaled, middles) for scaled in (x / absmax, x * (1 / absmax))]
+    assert not torch.equal(*ways)
+
+
+def test_skip_patterns() -> None:
+    """One pattern where all layers agree, both stacks' names where they do not; none hits a quantised module."""
+    kept = ["model.decoder.layers.0.router.proj", "model.decoder.layers.11.router.proj"]
+    kept += ["model.decoder.layers.1.mlp.up_proj", "model.decoder.self_conditioning.gate_proj"]
+    quantised = ["model.decoder.layers.0.mlp.up_proj", "model.decoder.layers.11.mlp.up_proj"]
+    patterns = bnb.skip_patterns(kept, quantised)
+    assert patterns[:3] == ["lm_head", "model.encoder.vision_tower", "model.encoder.embed_vision"]
+
+    def skipped(name: str) -> bool:
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        return not should_convert_module(name, patterns)
+
+    both = [*kept, *(name.replace("decoder", "encoder.language_model") for name in kept)]
+    assert all(map(skipped, both)) and not any(map(skipped, quantised))
+    assert not skipped("model.encoder.language_model.layers.11.mlp.up_proj")
+    assert skipped("model.encoder.vision_tower.encoder.layers.0.mlp.up_proj.linear")
