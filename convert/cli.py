@@ -143,16 +143,16 @@ def convert(
     pipeline.check_target(out)
     device = chosen_device(device)
     planned = make_plan(open_source(src, revision), find_recipe(to, recipe))
-    weights = read_imatrix(imatrix) if imatrix else None
     if not as_json:
         show.notices(planned)
-    scales = find_input_scales(planned, input_scale, device)
+    options = pipeline.Options(
+        effort, read_imatrix(imatrix) if imatrix else None, threads or os.cpu_count() or 1, device, input_scale,
+        find_input_scales(planned, input_scale, device),
+    )  # fmt: skip
     with show.bar("converting", planned.nbytes) as advance:
-        done = pipeline.convert(
-            planned, out, imatrix=weights, effort=effort, threads=threads or os.cpu_count() or 1, progress=advance,
-            device=device, scales=scales,
-        )  # fmt: skip
-    show.print_json({"output": str(done.file), **done.document}) if as_json else show.converted(planned, done)
+        done = pipeline.convert(planned, out, options, advance, show.note)
+    about = {"output": str(done.file), "seconds": done.seconds, "resumed_weights": done.resumed}
+    show.print_json({**about, **done.document}) if as_json else show.converted(planned, done)
 
 
 @main.command()
@@ -166,6 +166,21 @@ def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
 
     found = inspect_artifact(artifact, revision)
     show.print_json(found) if as_json else show.inspected(found)
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--threads", type=click.IntRange(1, 1024), help="Files hashed at once. [default: CPU cores]")
+@_JSON
+def verify(artifact: Path, threads: int | None, as_json: bool) -> None:
+    """Check every byte of an artifact directory against its dgq.json. Exit code 1 if anything differs."""
+    from dgq.convert import show
+    from dgq.convert.verify import total_bytes, verify
+
+    with show.bar("verifying", total_bytes(artifact)) as advance:
+        found = verify(artifact, threads or os.cpu_count() or 1, advance)
+    show.print_json(found) if as_json else show.verified(str(artifact), found)
+    sys.exit(0 if found["ok"] else 1)
 
 
 @main.command()

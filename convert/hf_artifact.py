@@ -26,6 +26,7 @@ class DirWriter:
         self._layout = layout_of(plan.recipe)
         self._next = dict.fromkeys(self._tensors, 0)
         self._files = HFWriter(path, shards(tensor.entries for tensor in plan.tensors))
+        self.places = self._files.places
 
     def append(self, name: str, piece: Packed) -> None:
         """The next slice of a weight along its first axis."""
@@ -33,10 +34,10 @@ class DirWriter:
         start = self._next[name]
         self._next[name] += piece.shape[0]
         if len(tensor.entries) == 1:
-            self._files.append(name, piece.parts[""])
+            self.places.append(name, piece.parts[""])
             return
         for entry, part in self._layout.split(name, tensor.shape, piece, start):
-            self._files.append(entry, part)
+            self.places.append(entry, part)
 
     def close(self) -> None:
         self._files.close()

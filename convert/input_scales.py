@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -15,20 +16,18 @@ from dgq.quant.errors import InputError
 HEADROOM = 1.2  # of the weights' bytes: what a calibration on a GPU needs besides them, at least
 
 
-def find_input_scales(plan: Plan, asked: str, device: str) -> InputScales | None:
-    """asked: "calibrate" or a positive number, the same for every expert. None for recipes without activations.
+def find_input_scales(plan: Plan, asked: str, device: str) -> Callable[[], InputScales | None]:
+    """How to find them. asked: "calibrate" or a positive number, the same for every expert.
 
-    A model that does not fit the GPU is calibrated on the CPU, and the user told so.
+    A model that does not fit the GPU is calibrated on the CPU, and the user told so. InputError at once for anything
+    else, and for recipes without activations if a number was given.
     """
     if plan.recipe.activations is None:
         if asked != "calibrate":
             raise InputError(f"--input-scale: recipe {plan.recipe.name} stores no input scales")
-        return None
+        return lambda: None
     if asked == "calibrate":
-        where = _where(plan, device)
-        with show.count_bar("calibrating input scales") as advance:
-            values, about = input_scales(plan.source, where, advance)
-        return InputScales(values, about)
+        return lambda: _calibrated(plan, device)
     try:
         scale = float(torch.tensor(float(asked)))
     except ValueError:
@@ -36,7 +35,13 @@ def find_input_scales(plan: Plan, asked: str, device: str) -> InputScales | None
     if not 0 < scale < math.inf:
         raise InputError(f"--input-scale {asked!r}: expected 'calibrate' or a number above 0 that a float32 holds")
     names = [tensor.name for tensor in plan.tensors if tensor.scheme.name == "nvfp4"]
-    return InputScales(dict.fromkeys(names, scale), {"method": "given", "value": scale})
+    return lambda: InputScales(dict.fromkeys(names, scale), {"method": "given", "value": scale})
+
+
+def _calibrated(plan: Plan, device: str) -> InputScales:
+    where = _where(plan, device)
+    with show.count_bar("calibrating input scales") as advance:
+        return InputScales(*input_scales(plan.source, where, advance))
 
 
 def _where(plan: Plan, device: str) -> str:

@@ -1,32 +1,34 @@
-"""Carries a plan out: read a slice, quantise it, write it, in the plan's order.
+"""Carries a plan out: read a slice, quantise it, write it to its place.
 
-    source slices (memory-mapped)  --threads-->  quantised slices  --in order-->  <name>-Q4_K_M.gguf, or *.safetensors
-    source files                   --hash---->  dgq.json  <--hash--  the artifact's files
+    source rows (read, not mapped)  --threads-->  quantised slices  --in order-->  <name>-Q4_K_M.gguf, or *.safetensors
+    source files                    --hash---->   dgq.json  <--hash--  the artifact's files
 
-With a GPU the slices are copied there, quantised there and copied back; the bytes are the same.
-
-Everything goes into a hidden directory beside the target, which gets its name in one rename when it is complete:
-a reader never meets a half-written artifact, and a failure leaves nothing behind.
+With a GPU each thread copies its slices there, quantises them on a stream of its own and copies them back, so that
+copies and arithmetic overlap; the bytes are the same. Everything goes into a hidden directory beside the target, which
+gets its name in one rename when it is complete: a reader never meets a half-written artifact. A conversion that ends
+early (a signal, a full disk, a power cut) leaves that directory and its journal (convert/journal.py), and the same
+command goes on from there; bad input leaves nothing.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from dgq.convert import provenance
+from dgq.convert import journal, provenance
 from dgq.convert.gguf_metadata import metadata, rope_freqs
 from dgq.convert.hf_artifact import DirWriter, write_configs
+from dgq.convert.journal import Journal
 from dgq.convert.plan import Plan, PlannedTensor
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFWriter
@@ -34,7 +36,10 @@ from dgq.quant.imatrix import Imatrix
 from dgq.quant.types import Packed, Scheme
 from dgq.runtime.config import GGUF_ARCH
 
-SLICE = {"cpu": 1 << 22, "cuda": 1 << 25}  # elements quantised at a time: 16 and 128 MiB of float32
+SLICE = {"cpu": 1 << 22, "cuda": 1 << 24}  # elements quantised at a time: 16 and 64 MiB of float32
+GPU_THREADS = 4  # slices on a GPU at once
+HASHERS = 4  # source files hashed at once, beside the work
+HEADER_ALLOWANCE = 64 << 20  # disk for metadata, tokenizer and the copied files
 COPIED = (
     "config.json",
     "generation_config.json",
@@ -47,10 +52,8 @@ COPIED = (
     "processor_config.json",
     "preprocessor_config.json",
 )
-GPU_AHEAD = 3  # slices on a GPU at once: one is copied there while another is quantised and a third comes back
-HEADER_ALLOWANCE = 64 << 20  # disk for metadata, tokenizer and the copied files
 
-T = TypeVar("T")
+Progress = Callable[[int, str], None]  # bytes of the artifact done since the last call, name of the tensor
 
 
 @dataclass(frozen=True)
@@ -61,143 +64,207 @@ class InputScales:
     about: dict[str, Any]
 
 
-Progress = Callable[[int, str], None]  # bytes of the artifact done since the last call, name of the tensor
+@dataclass(frozen=True)
+class Options:
+    """What besides plan and target decides a conversion. effort: "stock", the reference quantiser's exact bytes.
+    threads: slices quantised at the same time; device: where; the bytes depend on neither.
+
+    input_scale: what was asked for; find_scales makes it so, if the recipe has activations.
+    """
+
+    effort: str = "stock"
+    imatrix: Imatrix | None = None
+    threads: int = 1
+    device: str = "cpu"
+    input_scale: str = "calibrate"
+    find_scales: Callable[[], InputScales | None] = lambda: None
 
 
 @dataclass(frozen=True)
 class Converted:
-    """The finished artifact: its directory, what to open (the .gguf, or the directory), the content of its dgq.json."""
+    """The finished artifact: its directory, what to open (the .gguf, or the directory), the content of its dgq.json;
+    seconds spent by stage; weights that an earlier run had done."""
 
     path: Path
     file: Path
     document: dict[str, Any]
+    seconds: dict[str, float]
+    resumed: int
 
 
-def convert(
-    plan: Plan,
-    out: Path,
-    *,
-    imatrix: Imatrix | None,
-    effort: str,
-    threads: int,
-    progress: Progress,
-    device: str = "cpu",
-    scales: InputScales | None = None,
-) -> Converted:
-    """Write the artifact `out`, a directory that must not exist. On any failure nothing is left behind.
+def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice: Callable[[str], None]) -> Converted:
+    """Write the artifact `out`, a directory that must not exist, or go on with what an earlier run began of it.
 
-    effort: "stock", the reference quantiser's exact bytes. threads: slices quantised at the same time; device: where;
-    the bytes depend on neither. scales: input scales, for a recipe with activations. InputError for weights that are
-    not finite, an imatrix that does not fit, a full disk.
+    InputError for weights that are not finite, an imatrix that does not fit, a full disk, a source that changes, an
+    unfinished conversion of something else. notice: told when work goes on.
     """
     source, version = plan.source, provenance.dgq_version()
     gguf = plan.recipe.format == "gguf"
-    if imatrix is not None:
-        _check_imatrix(plan, imatrix)
-    ahead = 2 * threads if device == "cpu" else GPU_AHEAD
-    keys = metadata(plan, version, imatrix) if gguf else {}  # before the weights: it may refuse the tokenizer
+    if options.imatrix is not None:
+        _check_imatrix(plan, options.imatrix)
+    keys = metadata(plan, version, options.imatrix) if gguf else {}  # before the weights: it may refuse the tokenizer
     file = f"{source.where.name}-{plan.recipe.label}.gguf" if gguf else ""
-    with staged(out, plan.nbytes + HEADER_ALLOWANCE) as partial, ThreadPoolExecutor(threads) as pool:
-        source.check_copies()
+    seconds: dict[str, float] = {}
+    with _staged(plan, out, options, notice) as (partial, log), ThreadPoolExecutor(HASHERS) as hashers:
+        hashes = _hashes(hashers, source.files)
+        with _timed(seconds, "checking copies"):
+            source.check_copies()
+        with _timed(seconds, "input scales"):
+            scales = _scales(options, log)
         writer: GGUFWriter | DirWriter
         if gguf:
             writer = GGUFWriter(partial / file, GGUF_ARCH, keys, {t.name: (t.shape, t.scheme) for t in plan.tensors})
         else:
             writer = DirWriter(plan, partial)
-        for tensor in plan.tensors:
-            jobs = _jobs(plan, tensor, imatrix, device, scales)
-            for piece in ordered(pool, jobs, ahead):
-                writer.append(tensor.name, piece)
-                progress(tensor.nbytes * piece.numel // tensor.numel, tensor.name)
-        writer.close()
+        resumed = len(log.done)
+        with _timed(seconds, "quantising"):
+            _write(plan, writer, log, options, scales, progress)
+            writer.close()
         for name in COPIED:
             if (source.path / name).is_file():
                 shutil.copyfile(source.path / name, partial / name)
         if not gguf:
             write_configs(plan, partial, version)
         progress(0, "hashing")
-        sources = _hashes(pool, source.files)
-        files = _hashes(pool, sorted(partial.iterdir()))
-        document = provenance.document(plan, effort, imatrix, scales.about if scales else None, sources, files)
+        with _timed(seconds, "hashing the source"):
+            sources = {name: future.result() for name, future in hashes.items()}
+        _check_unchanged(plan, log.identity, _identity(plan, options))
+        with _timed(seconds, "hashing the artifact"):
+            files = {name: f.result() for name, f in _hashes(hashers, sorted(partial.iterdir())).items()}
+        about = scales.about if scales else None
+        document = provenance.document(plan, options.effort, options.imatrix, about, sources, files)
         (partial / provenance.FILE).write_text(provenance.text(document), "utf-8")
-    return Converted(out, out / file, document)
+    return Converted(out, out / file, document, seconds, resumed)
 
 
-def _hashes(pool: ThreadPoolExecutor, files: list[Path]) -> dict[str, Any]:
-    return dict(zip([file.name for file in files], pool.map(provenance.describe, files), strict=True))
+def _write(
+    plan: Plan,
+    writer: GGUFWriter | DirWriter,
+    log: Journal,
+    options: Options,
+    scales: InputScales | None,
+    progress: Progress,
+) -> None:
+    """Quantise and write every weight that the journal does not have."""
+    for tensor in plan.tensors:
+        if tensor.name in log.done:
+            writer.places.skip(tensor.entries or (tensor.name,))
+            progress(tensor.nbytes, tensor.name)
+    todo = [tensor for tensor in plan.tensors if tensor.name not in log.done]
+    jobs = (job for tensor in todo for job in _jobs(plan, tensor, options, scales))
+    threads = options.threads if options.device == "cpu" else min(options.threads, GPU_THREADS)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for job, piece in ordered(pool, jobs, 2 * threads):
+                writer.append(job.tensor.name, piece)
+                progress(job.tensor.nbytes * piece.numel // job.tensor.numel, job.tensor.name)
+                if job.last and log.finish(job.tensor.name):
+                    writer.places.sync()
+                    log.flush()
+        except BaseException:
+            with suppress(OSError):  # what is whole is kept, if the disk still takes it
+                writer.places.sync()
+                log.flush()
+            raise
+        writer.places.sync()
+        log.flush()
 
 
-def _jobs(
-    plan: Plan, tensor: PlannedTensor, imatrix: Imatrix | None, device: str, scales: InputScales | None
-) -> Iterator[Callable[[], Packed]]:
-    """One job per slice of a tensor along its first axis: read, check, quantise."""
-    if tensor.source is None:
-        factors = torch.tensor(rope_freqs(plan.source))
-        yield lambda: Packed(tensor.scheme, tensor.shape, tensor.scheme.quantize(factors))
-        return
-    weight = plan.source[tensor.source].parts[""]
-    weight = weight if weight.dim() else weight.view(1)
-    where = f"{plan.source.file(tensor.source)}: {tensor.source}"
-    importance = imatrix.weights.get(tensor.name) if imatrix is not None else None
-    rows = max(1, SLICE[device] // max(1, tensor.numel // weight.shape[0]))
-    scheme = plan.layout.slices if len(tensor.entries) > 1 else tensor.scheme
-    for start in range(0, weight.shape[0], rows):
-        part = slice(start, start + rows)
-        columns = importance[part] if importance is not None and importance.dim() == 2 else importance
-        job = _Job(weight, part, scheme, columns, where, device, scales.values.get(tensor.source) if scales else None)
-        yield job.run
+def _scales(options: Options, log: Journal) -> InputScales | None:
+    """The journal's input scales, or new ones, noted there."""
+    if log.scales is not None:
+        return InputScales(**log.scales)
+    scales = options.find_scales()
+    if scales is not None:
+        log.note({"scales": {"values": dict(scales.values), "about": scales.about}})
+    return scales
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - began, 3)
+
+
+def _hashes(pool: ThreadPoolExecutor, files: list[Path]) -> dict[str, Future[dict[str, Any]]]:
+    return {file.name: pool.submit(provenance.describe, file) for file in files}
 
 
 @dataclass(frozen=True)
 class _Job:
     """A slice of a weight: read it, check it, quantise it."""
 
-    weight: torch.Tensor
+    plan: Plan
+    tensor: PlannedTensor
     part: slice
+    last: bool
     scheme: Scheme
     importance: torch.Tensor | None
-    where: str
     device: str
     input_scale: float | None
 
     def run(self) -> Packed:
-        values = self.weight[self.part].to(self.device).float()
-        self._check(values)
+        if self.tensor.source is None:
+            factors = torch.tensor(rope_freqs(self.plan.source))
+            return Packed(self.scheme, self.tensor.shape, self.scheme.quantize(factors))
+        with torch.cuda.stream(torch.cuda.Stream()) if self.device == "cuda" else nullcontext():
+            return self._quantised(self.tensor.source)
+
+    def _quantised(self, name: str) -> Packed:
+        values = self.plan.source.rows(name, self.part.start, self.part.stop).to(self.device).float()
+        where = f"{self.plan.source.file(name)}: {name}"
+        self._check(values, where)
         packed = Packed(self.scheme, tuple(values.shape), self.scheme.quantize(values, self.importance))
         if self.importance is not None and not torch.isfinite(packed.dequantize()).all():
-            name = self.scheme.name
-            raise InputError(f"{self.where}: the imatrix's importance overflows {name}; the imatrix is damaged")
+            raise InputError(f"{where}: the imatrix's importance overflows {self.scheme.name}; the imatrix is damaged")
         if self.input_scale is not None:
             scale = torch.full((*values.shape[:-1], 1), self.input_scale)
             packed = Packed(packed.scheme, packed.shape, {**packed.parts, "input_scale": scale})
         return packed.to("cpu")
 
-    def _check(self, values: torch.Tensor) -> None:
-        finite = torch.isfinite(values)
-        if not finite.all():
-            index = [int(i) for i in (~finite).nonzero()[0]]
+    def _check(self, values: torch.Tensor, where: str) -> None:
+        largest = float(values.abs().max())  # not a number if any value is none
+        if largest <= self.scheme.max_abs:
+            return
+        wrong = (~torch.isfinite(values)).nonzero()
+        if len(wrong):
+            value = float(values[tuple(wrong[0])])
+            index = [int(i) for i in wrong[0]]
             index[0] += self.part.start
-            raise InputError(
-                f"{self.where} holds {float(self.weight[tuple(index)])} at {index}; the checkpoint is damaged"
-            )
-        largest = float(values.abs().max())
-        if largest > self.scheme.max_abs:
-            limit = f"{self.scheme.name} holds {self.scheme.max_abs:.6g} at most"
-            raise InputError(f"{self.where} holds a weight of {largest:.4g}, {limit}; the checkpoint is damaged")
+            raise InputError(f"{where} holds {value} at {index}; the checkpoint is damaged")
+        limit = f"{self.scheme.name} holds {self.scheme.max_abs:.6g} at most"
+        raise InputError(f"{where} holds a weight of {largest:.4g}, {limit}; the checkpoint is damaged")
 
 
-def ordered(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
-    """Run jobs on the pool, at most `ahead` at a time, and yield their results in order."""
-    running: deque[Future[T]] = deque()
+def _jobs(plan: Plan, tensor: PlannedTensor, options: Options, scales: InputScales | None) -> Iterator[_Job]:
+    """The slices of a tensor along its first axis."""
+    weights = options.imatrix.weights if options.imatrix is not None else {}
+    importance = weights.get(tensor.name)
+    scheme = plan.layout.slices if len(tensor.entries) > 1 else tensor.scheme
+    scale = scales.values.get(tensor.name) if scales else None
+    length = tensor.shape[0] if tensor.shape else 1
+    rows = max(1, SLICE[options.device] // max(1, tensor.numel // length)) if tensor.source else length
+    for start in range(0, length, rows):
+        part = slice(start, min(start + rows, length))
+        columns = importance[part] if importance is not None and importance.dim() == 2 else importance
+        yield _Job(plan, tensor, part, part.stop == length, scheme, columns, options.device, scale)
+
+
+def ordered(pool: ThreadPoolExecutor, jobs: Iterable[_Job], ahead: int) -> Iterator[tuple[_Job, Packed]]:
+    """Run jobs on the pool, at most `ahead` at a time, and yield them with their results in order."""
+    running: deque[tuple[_Job, Future[Packed]]] = deque()
     try:
         for job in jobs:
-            running.append(pool.submit(job))
+            running.append((job, pool.submit(job.run)))
             if len(running) >= ahead:
-                yield running.popleft().result()
+                done, future = running.popleft()
+                yield done, future.result()
         while running:
-            yield running.popleft().result()
+            done, future = running.popleft()
+            yield done, future.result()
     finally:
-        for future in running:
+        for _, future in running:
             future.cancel()
 
 
@@ -221,29 +288,74 @@ def check_target(out: Path) -> None:
         raise InputError(f"{out}: exists already; choose another -o or remove it")
 
 
+def _identity(plan: Plan, options: Options) -> dict[str, Any]:
+    """What must be the same for a conversion to go on: everything that decides the artifact's bytes."""
+    source = plan.source
+    names = [source.path / name for name in COPIED]
+    return {
+        "dgq version": provenance.dgq_version(),
+        "recipe": f"{plan.recipe.name} ({provenance.digest(plan.recipe.model_dump_json())})",
+        "effort": options.effort,
+        "imatrix": provenance.describe(Path(options.imatrix.file)) if options.imatrix else None,
+        "input scale": options.input_scale if plan.recipe.activations else None,
+        "source": f"{source.where.repo or source.where.name} {source.where.revision or ''}".strip(),
+        "files": {file.name: _stamp(file) for file in (*source.files, *names) if file.is_file()},
+    }
+
+
+def _stamp(file: Path) -> str:
+    stat = file.stat()
+    return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+
+
+def _check_unchanged(plan: Plan, began: dict[str, Any], now: dict[str, Any]) -> None:
+    """InputError if a source file is not what it was when the conversion began."""
+    for name, stamp in began["files"].items():
+        if now["files"].get(name) != stamp:
+            raise InputError(f"{plan.source.path / name}: changed while it was converted; run the command again")
+
+
+def _check_room(plan: Plan, out: Path, partial: Path, log: Journal) -> None:
+    need = HEADER_ALLOWANCE + sum(tensor.nbytes for tensor in plan.tensors if tensor.name not in log.done)
+    free = shutil.disk_usage(partial).free
+    if free < need:
+        raise InputError(f"{out}: needs {need / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free")
+
+
 @contextmanager
-def staged(out: Path, nbytes: int) -> Iterator[Path]:
-    """A directory beside `out` to write into; renamed to `out` at the end, removed (with new parents) on failure."""
+def _staged(plan: Plan, out: Path, options: Options, notice: Callable[[str], None]) -> Iterator[tuple[Path, Journal]]:
+    """The partial directory and its journal; renamed to `out` at the end. Kept if the work can go on, else removed."""
     check_target(out)
-    parent = out.absolute().parent
-    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    partial: Path | None = None
+    partial, path = journal.paths(out)
+    missing = [folder for folder in (partial.parent, *partial.parent.parents) if not folder.exists()]
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.partial-", dir=parent))
-        free = shutil.disk_usage(partial).free
-        if free < nbytes:
-            raise InputError(f"{out}: needs {nbytes / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free")
-        yield partial
-        partial.chmod(0o755)
-        check_target(out)
-        partial.rename(out)
-    except BaseException as error:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):
-            for folder in missing:
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise InputError(f"{out}: cannot be written ({error})") from None
-        raise
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with journal.opened(out, _identity(plan, options)) as log:
+            keep = log.worth_keeping
+            try:
+                check_target(out)
+                _check_room(plan, out, partial, log)
+                if log.done:
+                    notice(f"going on with {partial}: {len(log.done)} of {len(plan.tensors)} weights are done")
+                keep = False
+                yield partial, log
+                partial.chmod(0o755)
+                check_target(out)
+                partial.rename(out)
+            except BaseException as error:
+                keep = keep or (log.worth_keeping and not isinstance(error, InputError))
+                if keep and not isinstance(error, InputError | OSError):
+                    notice(f"{partial} keeps what is done; the same command goes on from there")
+                raise
+            finally:
+                if not keep:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    path.unlink(missing_ok=True)
+    except OSError as error:
+        kept = "; what is done is kept, the same command goes on from there" if path.exists() else ""
+        raise InputError(f"{out}: cannot be written ({error}){kept}") from None
+    finally:
+        if not out.exists():
+            with suppress(OSError):
+                for folder in missing:
+                    folder.rmdir()

@@ -28,6 +28,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
@@ -66,7 +70,7 @@ def document(
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
     """The content with the SHA-256 of itself as its last key."""
-    return content | {"sha256": hashlib.sha256(text(content).encode()).hexdigest()}
+    return content | {"sha256": digest(text(content))}
 
 
 def text(content: dict[str, Any]) -> str:

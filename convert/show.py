@@ -112,6 +112,17 @@ def converted(plan: Plan, done: Converted) -> None:
     _next(f"dgq run {shlex.quote(str(done.path))} --chat 'Sort: wind apple king door'")
 
 
+def verified(path: str, found: dict[str, Any]) -> None:
+    """What `dgq verify` found."""
+    for problem in found["problems"]:
+        err.print(problem, style="red")
+    if found["ok"]:
+        out.print(f"{path}: {found['files']} files, {_size(found['bytes'])}: every byte is what dgq.json says")
+        _next(f"dgq run {shlex.quote(path)} --chat 'Sort: wind apple king door'")
+    else:
+        out.print(f"{path}: {len(found['problems'])} problems")
+
+
 def _scales(scales: dict[str, Any]) -> str:
     if scales["method"] != "calibrated":
         return f"{scales['value']:.6g} everywhere"

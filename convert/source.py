@@ -70,6 +70,10 @@ class Source(Weights):
     def file(self, name: str) -> Path:
         return self._dir.specs[name].file
 
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor along its first axis, read, not mapped."""
+        return self._dir.rows(name, start, stop)
+
     def everything(self) -> dict[str, Stored]:
         specs = self.text | self.vision
         return {name: Stored(FLOATS[spec.dtype], spec.numel, spec.stop - spec.start) for name, spec in specs.items()}

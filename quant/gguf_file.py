@@ -1,14 +1,14 @@
 """GGUF files: a header of typed key-values, a table of tensors, then their bytes, 32-byte aligned.
 
-The writer goes through the gguf package and streams: all names, shapes and schemes are announced first,
-then each tensor's bytes follow in that order, a slice at a time, so that no tensor is ever whole in memory.
+The writer has the gguf package make the header: all names, shapes and schemes are announced first, so that every
+tensor's place is known and its bytes can follow a slice at a time; no tensor is ever whole in memory.
 GGUF counts dimensions backwards (row length first); everything here is in torch's order.
 """
 
 from __future__ import annotations
 
 import math
-import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,11 @@ import numpy as np
 import torch
 
 from dgq.quant.errors import InputError
+from dgq.quant.places import Places
 from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed, Scheme
+
+ALIGNMENT = 32  # of tensors in files we write
 
 
 @dataclass(frozen=True)
@@ -31,53 +34,54 @@ class KV:
 
 
 class GGUFWriter:
-    """Writes one GGUF file: metadata and all tensors' plan first, then `append`, slice by slice in the plan's order."""
+    """Writes one GGUF file: metadata and all tensors' places first, then their bytes."""
 
     def __init__(
         self, path: Path, arch: str, metadata: Mapping[str, KV], plan: Mapping[str, tuple[tuple[int, ...], Scheme]]
     ) -> None:
-        import gguf
-
-        self._writer = gguf.GGUFWriter(path, arch)
-        types = gguf.GGUFValueType
-        for key, kv in metadata.items():
-            if kv.type.startswith("["):
-                self._writer.add_key_value(key, kv.value, types.ARRAY, types[kv.type[1:-1].upper()])
-            else:
-                self._writer.add_key_value(key, kv.value, types[kv.type.upper()])
+        """plan: name -> shape and scheme, in the file's order. Of a file that is there already the tensors stay."""
+        self.places = Places()
+        header = _header(arch, metadata, plan)
+        spans: dict[str, tuple[int, int]] = {}
+        end = len(header)
         for name, (shape, scheme) in plan.items():
-            raw = gguf.GGMLQuantizationType[scheme.name.upper()]
-            self._writer.add_tensor_info(name, shape, np.dtype(np.float32), scheme.nbytes(shape), raw)
-        self._pending = {name: scheme.nbytes(shape) for name, (shape, scheme) in plan.items()}
-        self._writer.write_header_to_file()
-        self._writer.write_kv_data_to_file()
-        self._writer.write_ti_data_to_file()
-        self._file = self._writer.fout[0]
-        self._align()
-
-    def _align(self) -> None:
-        self._writer.write_padding(self._file, self._file.tell())
+            spans[name] = (end, end + scheme.nbytes(shape))
+            end = -(-spans[name][1] // ALIGNMENT) * ALIGNMENT
+        file = self.places.open(path, header, end)
+        for name, (start, stop) in spans.items():
+            self.places.add(name, file, start, stop)
 
     def append(self, name: str, piece: Packed) -> None:
-        """The next slice (along the first axis) of the next tensor of the plan."""
-        data = piece.parts[""].contiguous().view(torch.uint8).numpy()
-        if next(iter(self._pending), None) != name or data.nbytes > self._pending[name]:
-            raise ValueError(f"{name}: not the next tensor of the plan, or longer than planned")
-        self._file.write(data.data)
-        self._pending[name] -= data.nbytes
-        if not self._pending[name]:
-            del self._pending[name]
-            self._align()
+        """The next slice of a tensor along its first axis."""
+        self.places.append(name, piece.parts[""])
 
     def close(self) -> None:
-        """Flush to disk. Closing before every planned byte was added is a ValueError."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._writer.close()
-        if self._pending:
-            raise ValueError(
-                f"{len(self._pending)} planned tensors were not written, {next(iter(self._pending))} first"
-            )
+        """RuntimeError if a tensor is incomplete."""
+        self.places.close()
+
+
+def _header(arch: str, metadata: Mapping[str, KV], plan: Mapping[str, tuple[tuple[int, ...], Scheme]]) -> bytes:
+    """Everything before the tensors' bytes, aligned, as the gguf package writes it."""
+    import gguf
+
+    types = gguf.GGUFValueType
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header"
+        writer = gguf.GGUFWriter(path, arch)
+        for key, kv in metadata.items():
+            if kv.type.startswith("["):
+                writer.add_key_value(key, kv.value, types.ARRAY, types[kv.type[1:-1].upper()])
+            else:
+                writer.add_key_value(key, kv.value, types[kv.type.upper()])
+        for name, (shape, scheme) in plan.items():
+            raw = gguf.GGMLQuantizationType[scheme.name.upper()]
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), scheme.nbytes(shape), raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        header = path.read_bytes()
+    return header + b"\0" * (-len(header) % ALIGNMENT)
 
 
 # GGUF's scalar types: bool 7 and the numbers, little endian

@@ -13,10 +13,12 @@ tensor. Bytes are mapped, not loaded: `HFDir[name]` is a view until somebody com
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -142,6 +144,8 @@ class HFDir(Mapping[str, Packed]):
     def __init__(self, path: Path, specs: dict[str, Spec] | None = None) -> None:
         """specs: header entries that were read elsewhere, of files that are not in `path` (a plan of a remote one)."""
         self.path = path
+        self._readers: dict[Path, BinaryIO] = {}
+        self._lock = Lock()
         self.specs = read_index(path) if specs is None else specs
 
     def __iter__(self) -> Iterator[str]:
@@ -172,6 +176,30 @@ class HFDir(Mapping[str, Packed]):
         if spec.start % dtype.itemsize:
             raw = raw.clone()
         return raw.view(dtype).view(spec.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a float tensor along its first axis, read into memory of their own (a scalar counts as one row).
+
+        What is mapped counts as resident for as long as it is mapped; a conversion that reads stays small. InputError
+        if the file ends early. Thread-safe.
+        """
+        spec = self.specs[name]
+        shape = spec.shape or (1,)
+        row = (spec.stop - spec.start) // shape[0]
+        raw = torch.empty((stop - start) * row, dtype=torch.uint8)
+        view, at = raw.numpy().data, spec.start + start * row
+        while view:
+            count = os.preadv(self._reader(spec.file), [view], at)
+            if not count:
+                raise InputError(f"{spec.file}: ends at byte {at}, inside {name}; it changed while it was read")
+            view, at = view[count:], at + count
+        return raw.view(DTYPES[spec.dtype]).view(stop - start, *shape[1:])
+
+    def _reader(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._readers:
+                self._readers[file] = file.open("rb", buffering=0)
+            return self._readers[file].fileno()
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""

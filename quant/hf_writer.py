@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
 
 from dgq.quant.hf_dir import DTYPES, INDEX, SINGLE
+from dgq.quant.places import Places
 from dgq.quant.types import Entry
 
 MAX_SHARD = 5 * 10**9
@@ -47,18 +44,16 @@ class HFWriter:
     """Writes model.safetensors, or shards with an index, into a directory."""
 
     def __init__(self, path: Path, files: list[dict[str, Entry]]) -> None:
-        """files: as shards() gives them. Headers are written and space is taken now."""
+        """files: as shards() gives them. Headers are written and space is taken now; of files that are there already
+        the tensors' bytes stay."""
         count = len(files)
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        self.places = Places()
         self._path = path
-        self._place: dict[str, tuple[BinaryIO, int, int]] = {}  # name -> file, next byte, end
         self._weight_map = {name: file for file, entries in zip(names, files, strict=True) for name in entries}
-        self._open: list[BinaryIO] = []
-        self._size = 0
-        for file, entries in zip(names, files, strict=True):
-            self._start(path / file, entries)
+        self._size = sum(self._start(path / file, entries) for file, entries in zip(names, files, strict=True))
 
-    def _start(self, path: Path, entries: dict[str, Entry]) -> None:
+    def _start(self, path: Path, entries: dict[str, Entry]) -> int:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         spans: dict[str, tuple[int, int]] = {}
         end = 0
@@ -70,33 +65,14 @@ class HFWriter:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         base = 8 + len(text)
-        file = path.open("xb")
-        self._open.append(file)
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(base + end)
-        self._size += end
-        self._place |= {name: (file, base + start, base + stop) for name, (start, stop) in spans.items()}
-
-    def append(self, name: str, tensor: torch.Tensor) -> int:
-        """The next elements of a tensor, in its dtype; returns the bytes written."""
-        file, start, end = self._place[name]
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        if start + raw.nbytes > end:
-            raise RuntimeError(f"{raw.nbytes} bytes for {name}, which has room for {end - start}")
-        file.seek(start)
-        file.write(raw.data)
-        self._place[name] = (file, start + raw.nbytes, end)
-        return int(raw.nbytes)
+        file = self.places.open(path, len(text).to_bytes(8, "little") + text, base + end)
+        for name, (start, stop) in spans.items():
+            self.places.add(name, file, base + start, base + stop)
+        return end
 
     def close(self) -> None:
         """Check that every tensor is complete, and write the index. RuntimeError if one is not."""
-        short = [name for name, (_, start, end) in self._place.items() if start != end]
-        if short:
-            raise RuntimeError(f"{len(short)} tensors are incomplete, {short[0]} the first")
-        for file in self._open:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        if len(self._open) > 1:
+        self.places.close()
+        if len(set(self._weight_map.values())) > 1:
             index = {"metadata": {"total_size": self._size}, "weight_map": dict(sorted(self._weight_map.items()))}
             (self._path / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")

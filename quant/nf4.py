@@ -29,6 +29,8 @@ from functools import cache
 
 import torch
 
+from dgq.quant.fourbit import count_below, largest, pieces
+
 BLOCK = 64
 NESTED = 256
 
@@ -41,6 +43,7 @@ QUANT_MAP = torch.tensor(
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ]
 )  # fmt: skip
+_MIDDLES = (QUANT_MAP[:-1] + QUANT_MAP[1:]) / 2
 
 
 def dynamic_map() -> torch.Tensor:
@@ -114,12 +117,16 @@ class NF4Scheme:
         """weight (…, in), any float dtype -> parts, on the weight's device. Double quantisation: the whole tensor."""
         if weight.shape[-1] % BLOCK:
             raise ValueError(f"rows of {weight.shape[-1]} are no multiple of {self.name}'s block of {BLOCK}")
-        blocks = weight.float().unflatten(-1, (-1, BLOCK))
-        absmax = blocks.abs().amax(-1)
-        scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(-1)).clamp(-1, 1)
-        middles = (QUANT_MAP[:-1] + QUANT_MAP[1:]) / 2
-        codes = torch.bucketize(scaled, middles.to(weight.device), out_int32=True).to(torch.uint8).flatten(-2)
-        packed = {"": codes[..., 0::2] << 4 | codes[..., 1::2]}
+        weight = weight.detach() if weight.itemsize < 8 else weight.detach().float()
+        absmax = largest(weight, BLOCK)
+        factors = (1.0 / absmax.clamp(min=1e-38)).view(-1, 1)
+        blocks = weight.reshape(-1, BLOCK)
+        codes = torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8, device=weight.device)
+        for part in pieces(weight.numel(), BLOCK, weight.device):
+            scaled = blocks[part].float() * factors[part]  # beyond -1 and 1 by a rounding at most: the same codes
+            pairs = count_below(scaled, _MIDDLES).view(torch.int16)  # little endian: the even column is below
+            codes[part] = pairs << 4 | pairs >> 8
+        packed = {"": codes.view(*weight.shape[:-1], -1)}
         if not self.double:
             return packed | {"absmax": absmax}
         return packed | nest(absmax) | {"row": row_numbers(tuple(weight.shape), weight.device)}

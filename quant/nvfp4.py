@@ -26,6 +26,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dgq.quant.fourbit import count_below, is_below, largest, pieces
+
 BLOCK = 16
 SCALE_MAX = 448.0  # the largest E4M3
 SCALE_MIN = 2.0**-9  # the smallest above zero
@@ -35,6 +37,7 @@ _VALUES = torch.tensor([*VALUES, *(-v for v in VALUES)])
 # A code is the number of bounds below |w|. Where a tie goes up to the even code, the bound is the float just below it.
 _BOUNDS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 _BOUNDS[1::2] = torch.nextafter(_BOUNDS[1::2], torch.tensor(0.0))
+_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # torch's own decoding is slow
 
 
 def global_scale(amax: torch.Tensor) -> torch.Tensor:
@@ -45,14 +48,28 @@ def global_scale(amax: torch.Tensor) -> torch.Tensor:
 
 def encode(x: torch.Tensor, scale_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (…, in) and a float32 scale_2 broadcasting to (…, 1) -> codes uint8 (…, in), one a byte, and E4M3 scales."""
-    blocks = x.float().unflatten(-1, (-1, BLOCK))
-    scale = blocks.abs().amax(-1) / (scale_2 * 6.0)
+    x = x.float()
+    scales = _block_scales(largest(x, BLOCK), scale_2)
+    steps = (_e4m3_values(scales) * scale_2).unsqueeze(-1)
+    return _codes(x.unflatten(-1, (-1, BLOCK)), steps).flatten(-2), scales
+
+
+def _block_scales(amax: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
+    scale = amax / (scale_2 * 6.0)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    scales = scale.clamp(SCALE_MIN, SCALE_MAX).to(torch.float8_e4m3fn)
-    scaled = blocks / (scales.float() * scale_2).unsqueeze(-1)
-    codes = torch.bucketize(scaled.abs(), _BOUNDS.to(x.device), out_int32=True).to(torch.uint8)
-    codes |= ((scaled < 0) & (codes > 0)).to(torch.uint8) << 3
-    return codes.flatten(-2), scales
+    return scale.clamp(SCALE_MIN, SCALE_MAX).to(torch.float8_e4m3fn)
+
+
+def _e4m3_values(scales: torch.Tensor) -> torch.Tensor:
+    codes = scales.contiguous().view(torch.uint8)
+    return _E4M3.to(scales.device).index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+def _codes(blocks: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+    """blocks (…, 16) and the float32 step (…, 1) of each -> codes, one a byte."""
+    scaled = blocks.float() / steps
+    negative = is_below(scaled, -VALUES[1] / 2)
+    return count_below(scaled.abs_(), _BOUNDS).add_(negative, alpha=8)
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
@@ -85,9 +102,17 @@ class NVFP4Scheme:
         """weight (…, out, in), whole matrices, any float dtype -> parts, on the weight's device."""
         if weight.shape[-1] % BLOCK:
             raise ValueError(f"rows of {weight.shape[-1]} are no multiple of {self.name}'s block of {BLOCK}")
-        scale_2 = global_scale(weight.abs().amax((-2, -1), keepdim=True))
-        codes, scales = encode(weight, scale_2)
-        packed = codes[..., 0::2] | codes[..., 1::2] << 4
+        weight = weight.detach() if weight.itemsize < 8 else weight.detach().float()
+        amax = largest(weight, BLOCK)
+        scale_2 = global_scale(amax.amax((-2, -1), keepdim=True))
+        scales = _block_scales(amax, scale_2)
+        steps = (_e4m3_values(scales) * scale_2).view(-1, 1)
+        blocks = weight.reshape(-1, BLOCK)
+        packed = torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8, device=weight.device)
+        for part in pieces(weight.numel(), BLOCK, weight.device):
+            pairs = _codes(blocks[part], steps[part]).view(torch.int16)  # little endian: the even column is below
+            packed[part] = pairs | pairs >> 4
+        packed = packed.view(*weight.shape[:-1], -1)
         return {"": packed, "weight_scale": scales, "weight_scale_2": scale_2.expand(*weight.shape[:-1], 1)}
 
     def dequantize(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -37,7 +37,7 @@ def write(path: Path, limit: int) -> list[Path]:
     for name in reversed(TENSORS):  # any order
         tensor = TENSORS[name]
         for piece in tensor.split(2) if tensor.dim() else (tensor,):
-            writer.append(name, piece)
+            writer.places.append(name, piece)
     writer.close()
     return sorted(path.glob("*.safetensors"))
 
@@ -83,8 +83,8 @@ def test_a_weight_stays_in_one_file() -> None:
 
 def test_what_is_missing_or_too_much(tmp_path: Path) -> None:
     writer = HFWriter(tmp_path, shards(WEIGHTS))
-    writer.append("b", TENSORS["b"][:2])
+    writer.places.append("b", TENSORS["b"][:2])
     with pytest.raises(RuntimeError, match="room for 10"):
-        writer.append("b", TENSORS["b"][:2])
+        writer.places.append("b", TENSORS["b"][:2])
     with pytest.raises(RuntimeError, match="6 tensors are incomplete"):
         writer.close()

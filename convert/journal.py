@@ -1,0 +1,123 @@
+"""What an unfinished conversion has done: enough to go on after any end, even the machine's.
+
+    .NAME.partial/          the artifact so far; every file has its final size, tensors have their final places
+    .NAME.journal           one line a fact, each with a checksum:
+        5d41402a {"identity": {…}}                      what is being converted, into what, by which version
+        7d793037 {"scales": {…}}                        input scales, if they were calibrated
+        0cc175b9 {"done": ["model.decoder.…", …]}       weights whose bytes were on the disk before this line was
+
+The next run of the same command takes the lines up to the first broken one (a power cut may lose the end of a file)
+and does the rest; any other command into the same directory is refused, and told why. While a conversion runs it
+holds a lock on the journal. At the end the directory gets its name in one rename, and the journal is removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dgq.quant.errors import InputError
+
+SYNC_SECONDS = 5.0  # at most this much work is done again after a power cut; a killed process loses less
+
+
+class Journal:
+    """An open, locked journal. done: weights that an earlier run finished; scales: its input scales."""
+
+    def __init__(self, file: BinaryIO, identity: dict[str, Any], facts: list[dict[str, Any]]) -> None:
+        self._file, self.identity = file, identity
+        self.worth_keeping = any("identity" not in fact for fact in facts)
+        self.done = {name for fact in facts for name in fact.get("done", ())}
+        self.scales: dict[str, Any] | None = next((fact["scales"] for fact in facts if "scales" in fact), None)
+        self._waiting: list[str] = []
+        self._synced = time.monotonic()
+
+    def note(self, fact: dict[str, Any]) -> None:
+        """Append a line, and wait until it is on the disk."""
+        text = json.dumps(fact).encode()
+        self._file.write(f"{zlib.crc32(text):08x} ".encode() + text + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.worth_keeping = True
+
+    def finish(self, weight: str) -> bool:
+        """A weight's bytes were written. True when it is time to sync the files and call flush()."""
+        self._waiting.append(weight)
+        return time.monotonic() - self._synced > SYNC_SECONDS
+
+    def flush(self) -> None:
+        """The bytes of all finished weights are on the disk."""
+        if self._waiting:
+            self.note({"done": self._waiting})
+        self._waiting = []
+        self._synced = time.monotonic()
+
+
+def paths(out: Path) -> tuple[Path, Path]:
+    """The partial directory and the journal that belong to the artifact `out`."""
+    parent = out.absolute().parent
+    return parent / f".{out.name[:200]}.partial", parent / f".{out.name[:200]}.journal"
+
+
+@contextmanager
+def opened(out: Path, identity: dict[str, Any]) -> Iterator[Journal]:
+    """The journal of `out`, locked: a new one, or that of the same conversion broken off. The partial directory exists.
+
+    identity: what must be the same for the work to go on. InputError if another process is at it, or if what lies
+    there is another conversion's.
+    """
+    partial, path = paths(out)
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{out}: another dgq convert is writing it; wait for it, or choose another -o") from None
+        facts, good = _read(file)
+        if not facts or not partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+            facts, good = [], 0
+        elif (why := _difference(facts[0].get("identity", {}), identity)) is not None:
+            raise InputError(
+                f"{out}: an unfinished conversion lies in {partial}, and {why}; repeat its command to finish it, or"
+                f" remove that directory"
+            )
+        file.truncate(good)
+        file.seek(0, os.SEEK_END)
+        partial.mkdir(exist_ok=True)
+        journal = Journal(file, identity, facts)
+        if not facts:
+            journal.note({"identity": identity})
+            journal.worth_keeping = False
+        yield journal
+
+
+def _read(file: BinaryIO) -> tuple[list[dict[str, Any]], int]:
+    """The facts up to the first line that is not whole, and where that begins."""
+    file.seek(0)
+    facts, good = [], 0
+    for line in file:
+        checksum, _, text = line.rstrip(b"\n").partition(b" ")
+        if not line.endswith(b"\n") or checksum != f"{zlib.crc32(text):08x}".encode():
+            break
+        facts.append(json.loads(text))
+        good += len(line)
+    return facts, good
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
+    """The first thing in which two identities differ, in words."""
+    for key in here.keys() | there.keys():
+        if (was := there.get(key)) != (now := here.get(key)):
+            if isinstance(was, dict) and isinstance(now, dict):
+                file = next(name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name))
+                return f"{file} has changed since"
+            return f"its {key} was {str(was)[:60]}, not {str(now)[:60]}"
+    return None

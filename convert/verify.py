@@ -1,0 +1,99 @@
+"""Is an artifact what dgq.json says it is? Every byte of every file, and that nothing is missing or too much.
+
+dgq.json        its last key is the SHA-256 of the rest of its text
+its "files"     size and SHA-256 of every other file; no file besides
+the artifact    opens, and holds the schemes and the share of parameters that dgq.json names
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from dgq.convert import provenance
+from dgq.quant.errors import InputError
+from dgq.quant.hf_dir import read_json
+from dgq.quant.schemes import SCHEMES
+from dgq.runtime.artifact import open_artifact
+from dgq.runtime.names import ROPE_FREQS, gguf_name
+from dgq.runtime.weights import GGUFWeights
+
+Progress = Callable[[int, str], None]
+
+
+def verify(path: Path, threads: int, progress: Progress) -> dict[str, Any]:
+    """Check an artifact directory: {"ok", "problems", "files", "bytes"}. InputError without a dgq.json to go by."""
+    file = path / provenance.FILE
+    if not path.is_dir():
+        raise InputError(f"{path}: is no artifact directory")
+    document = read_json(file)
+    listed = document.get("files")
+    if not isinstance(listed, dict) or not all(_describes(said) for said in listed.values()):
+        raise InputError(f"{file}: its files are no object of bytes and sha256; damaged")
+    problems = list(_seal(file, document))
+    found = {entry.name for entry in path.iterdir()} - {provenance.FILE}
+    problems += [f"{path / name}: is missing" for name in sorted(listed.keys() - found)]
+    problems += [f"{path / name}: is not part of the artifact" for name in sorted(found - listed.keys())]
+    there = sorted(found & listed.keys())
+    with ThreadPoolExecutor(threads) as pool:
+        for name, wrong in zip(there, pool.map(lambda name: _differs(path / name, listed[name]), there), strict=True):
+            problems += wrong
+            progress(listed[name]["bytes"], name)
+    if not problems:
+        problems += _contents(path, document)
+    return {
+        "ok": not problems,
+        "problems": problems,
+        "files": len(there) + 1,
+        "bytes": sum(listed[name]["bytes"] for name in there) + file.stat().st_size,
+    }
+
+
+def total_bytes(path: Path) -> int:
+    """What a progress bar counts to; 0 if it cannot be known."""
+    return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file()) if path.is_dir() else 0
+
+
+def _describes(said: Any) -> bool:
+    return isinstance(said, dict) and type(said.get("bytes")) is int and isinstance(said.get("sha256"), str)
+
+
+def _seal(file: Path, document: dict[str, Any]) -> Iterator[str]:
+    said = document.get("sha256")
+    rest = {key: value for key, value in document.items() if key != "sha256"}
+    if next(reversed(document), None) != "sha256" or provenance.digest(provenance.text(rest)) != said:
+        yield f"{file}: its SHA-256 of itself is wrong; it was changed or damaged"
+    elif file.read_bytes() != provenance.text(document).encode():
+        yield f"{file}: is not written as dgq writes it; it was changed or damaged"
+
+
+def _differs(file: Path, said: dict[str, Any]) -> list[str]:
+    if file.is_symlink() or not file.is_file():
+        return [f"{file}: is no plain file"]
+    size = file.stat().st_size
+    if size != said["bytes"]:
+        return [f"{file}: has {size} bytes, dgq.json says {said['bytes']}"]
+    if provenance.sha256(file) != said["sha256"]:
+        return [f"{file}: its SHA-256 is not dgq.json's; it was changed or damaged"]
+    return []
+
+
+def _contents(path: Path, document: dict[str, Any]) -> Iterator[str]:
+    """What the files hold, against what dgq.json says of it."""
+    try:
+        weights = open_artifact(path).weights
+    except InputError as error:
+        yield str(error)
+        return
+    gguf = isinstance(weights, GGUFWeights)
+    found = {(gguf_name(name) or name) if gguf else name: stored for name, stored in weights.everything().items()}
+    said = {name: scheme for name, scheme in document["tensors"].items() if name != ROPE_FREQS}
+    if {name: stored.scheme for name, stored in found.items()} != said:
+        yield f"{path / provenance.FILE}: its tensors are not those of the files"
+    below = sum(stored.numel for stored in found.values() if SCHEMES[stored.scheme].bits < 16)
+    params = sum(stored.numel for stored in found.values())
+    if (below, params) != (document["quantized_params"], document["params"]):
+        yield f"{path}: {below} of {params} parameters are quantised, dgq.json says {document['quantized_params']}"
