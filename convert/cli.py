@@ -81,16 +81,24 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 @_TO
 @_RECIPE
 @_REVISION
+@click.option("--threads", type=click.IntRange(1, 1024), help="To convert with. [default: CPU cores]")
+@click.option("--no-probe", is_flag=True, help="Do not try how fast this machine is: no estimate of time.")
 @_JSON
-def plan(src: str, to: str, recipe: str | None, revision: str | None, as_json: bool) -> None:
-    """Show what `convert` would write: schemes, bytes, share quantised, VRAM. Reads headers only."""
+def plan(
+    src: str, to: str, recipe: str | None, revision: str | None, threads: int | None, no_probe: bool, as_json: bool
+) -> None:
+    """Show what `convert` would write, and what you will need: disk, RAM, time, VRAM. Reads headers only."""
     from dgq.convert import show
+    from dgq.convert.needs import needs
     from dgq.convert.plan import make_plan
+    from dgq.convert.probe import probe
     from dgq.convert.recipes import find_recipe
     from dgq.convert.source import open_source
 
     planned = make_plan(open_source(src, revision, weights=False), find_recipe(to, recipe))
-    show.print_json(planned.to_json()) if as_json else show.plan(planned, recipe)
+    threads = threads or os.cpu_count() or 1
+    found = needs(planned, threads) | ({} if no_probe else {"estimate": probe(planned, threads)})
+    show.print_json(planned.to_json() | found) if as_json else show.plan(planned, recipe, found)
 
 
 @main.command()
@@ -132,6 +140,7 @@ def convert(
     """Quantise SRC into the directory given with -o."""
     from dgq.convert import pipeline, show
     from dgq.convert.device import chosen_device
+    from dgq.convert.hub import is_hub_id
     from dgq.convert.input_scales import find_input_scales
     from dgq.convert.plan import make_plan
     from dgq.convert.recipes import find_recipe
@@ -140,9 +149,13 @@ def convert(
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
+    out = out.expanduser()
     pipeline.check_target(out)
     device = chosen_device(device)
-    planned = make_plan(open_source(src, revision), find_recipe(to, recipe))
+    policy = find_recipe(to, recipe)
+    if is_hub_id(src):  # from headers: a recipe that does not fit is said before anything large is fetched
+        revision = make_plan(open_source(src, revision, weights=False), policy).source.where.revision
+    planned = make_plan(open_source(src, revision), policy)
     if not as_json:
         show.notices(planned)
     options = pipeline.Options(

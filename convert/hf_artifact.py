@@ -46,6 +46,9 @@ class DirWriter:
 def write_configs(plan: Plan, path: Path, version: str) -> None:
     """config.json and, for NVFP4, hf_quant_config.json."""
     config = read_json(plan.source.path / "config.json")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in part.keys() & {"dtype", "torch_dtype"}:
+            part[key] = "bfloat16"  # what is not quantised is stored so, whatever the source had
     config["quantization_config"] = _quantization_config(plan, version)
     _write(path / "config.json", config)
     if plan.recipe.format == "nvfp4":

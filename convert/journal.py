@@ -4,11 +4,13 @@
     .NAME.journal           one line a fact, each with a checksum:
         5d41402a {"identity": {…}}                      what is being converted, into what, by which version
         7d793037 {"scales": {…}}                        input scales, if they were calibrated
-        0cc175b9 {"done": ["model.decoder.…", …]}       weights whose bytes were on the disk before this line was
+        0cc175b9 {"done": ["model.decoder.…", …],       weights whose bytes were on the disk before this line was
+                  "files": {"model.safetensors": …}}    and the files that hold them, with their sizes
 
 The next run of the same command takes the lines up to the first broken one (a power cut may lose the end of a file)
-and does the rest; any other command into the same directory is refused, and told why. While a conversion runs it
-holds a lock on the journal. At the end the directory gets its name in one rename, and the journal is removed.
+and does the rest, or everything anew if one of the files is not what it was; any other command into the same directory
+is refused, and told why. While a conversion runs it holds a lock on the journal. At the end the directory gets its name
+in one rename, and the journal is removed.
 """
 
 from __future__ import annotations
@@ -27,23 +29,25 @@ from typing import Any, BinaryIO
 from dgq.quant.errors import InputError
 
 SYNC_SECONDS = 5.0  # at most this much work is done again after a power cut; a killed process loses less
+NAME_BYTES = 240  # of a file name's 255
 
 
 class Journal:
     """An open, locked journal. done: weights that an earlier run finished; scales: its input scales."""
 
-    def __init__(self, file: BinaryIO, identity: dict[str, Any], facts: list[dict[str, Any]]) -> None:
-        self._file, self.identity = file, identity
-        self.worth_keeping = any("identity" not in fact for fact in facts)
+    def __init__(self, file: BinaryIO, partial: Path, identity: dict[str, Any], facts: list[dict[str, Any]]) -> None:
+        self._file, self._partial, self.identity = file, partial, identity
+        self.worth_keeping = bool(facts)
         self.done = {name for fact in facts for name in fact.get("done", ())}
         self.scales: dict[str, Any] | None = next((fact["scales"] for fact in facts if "scales" in fact), None)
         self._waiting: list[str] = []
         self._synced = time.monotonic()
 
     def note(self, fact: dict[str, Any]) -> None:
-        """Append a line, and wait until it is on the disk."""
-        text = json.dumps(fact).encode()
-        self._file.write(f"{zlib.crc32(text):08x} ".encode() + text + b"\n")
+        """Append a line (before the first, the identity), and wait until it is on the disk."""
+        for each in (fact,) if self.worth_keeping else ({"identity": self.identity}, fact):
+            text = json.dumps(each).encode()
+            self._file.write(f"{zlib.crc32(text):08x} ".encode() + text + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
         self.worth_keeping = True
@@ -56,15 +60,15 @@ class Journal:
     def flush(self) -> None:
         """The bytes of all finished weights are on the disk."""
         if self._waiting:
-            self.note({"done": self._waiting})
+            self.note({"done": self._waiting, "files": _sizes(self._partial)})
         self._waiting = []
         self._synced = time.monotonic()
 
 
 def paths(out: Path) -> tuple[Path, Path]:
     """The partial directory and the journal that belong to the artifact `out`."""
-    parent = out.absolute().parent
-    return parent / f".{out.name[:200]}.partial", parent / f".{out.name[:200]}.journal"
+    parent, name = out.absolute().parent, os.fsdecode(os.fsencode(out.name)[:NAME_BYTES])
+    return parent / f".{name}.partial", parent / f".{name}.journal"
 
 
 @contextmanager
@@ -75,28 +79,60 @@ def opened(out: Path, identity: dict[str, Any]) -> Iterator[Journal]:
     there is another conversion's.
     """
     partial, path = paths(out)
-    with path.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{out}: another dgq convert is writing it; wait for it, or choose another -o") from None
+    with _locked(out, path) as file:
         facts, good = _read(file)
-        if not facts or not partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-            facts, good = [], 0
-        elif (why := _difference(facts[0].get("identity", {}), identity)) is not None:
+        if len(facts) > 1 and partial.is_dir() and (why := _difference(facts[0]["identity"], identity)) is not None:
             raise InputError(
                 f"{out}: an unfinished conversion lies in {partial}, and {why}; repeat its command to finish it, or"
                 f" remove that directory"
             )
+        if len(facts) < 2 or not _as_it_was(partial, facts):
+            facts, good = [], 0
+            _make_anew(partial, path)
         file.truncate(good)
         file.seek(0, os.SEEK_END)
-        partial.mkdir(exist_ok=True)
-        journal = Journal(file, identity, facts)
-        if not facts:
-            journal.note({"identity": identity})
-            journal.worth_keeping = False
-        yield journal
+        yield Journal(file, partial, identity, facts)
+
+
+@contextmanager
+def _locked(out: Path, path: Path) -> Iterator[BinaryIO]:
+    """The journal's file, locked. Tried again if its owner ended, and removed it, just before the lock was got."""
+    while True:
+        with path.open("a+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"{out}: another dgq convert is writing it; wait for it, or choose another -o"
+                ) from None
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                yield file
+                return
+
+
+def _make_anew(partial: Path, path: Path) -> None:
+    """An empty partial directory; if there cannot be one, no journal either."""
+    try:
+        if os.path.lexists(partial):
+            shutil.rmtree(partial)
+        partial.mkdir()
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _as_it_was(partial: Path, facts: list[dict[str, Any]]) -> bool:
+    """Are the files there that finished weights lie in? Whatever else lies there is removed."""
+    if not partial.is_dir():
+        return False
+    files = next((fact["files"] for fact in reversed(facts) if "files" in fact), {})
+    for name in _sizes(partial).keys() - files.keys():
+        (partial / name).unlink()
+    return _sizes(partial) == files
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in folder.iterdir()}
 
 
 def _read(file: BinaryIO) -> tuple[list[dict[str, Any]], int]:
@@ -105,18 +141,18 @@ def _read(file: BinaryIO) -> tuple[list[dict[str, Any]], int]:
     facts, good = [], 0
     for line in file:
         checksum, _, text = line.rstrip(b"\n").partition(b" ")
-        if not line.endswith(b"\n") or checksum != f"{zlib.crc32(text):08x}".encode():
+        if not line.endswith(b"}\n") or checksum != f"{zlib.crc32(text):08x}".encode():
             break
         facts.append(json.loads(text))
         good += len(line)
-    return facts, good
+    return (facts, good) if facts and "identity" in facts[0] else ([], 0)
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     """The first thing in which two identities differ, in words."""
-    for key in here.keys() | there.keys():
+    for key in here | there:
         if (was := there.get(key)) != (now := here.get(key)):
-            if isinstance(was, dict) and isinstance(now, dict):
+            if key == "files":
                 file = next(name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name))
                 return f"{file} has changed since"
             return f"its {key} was {str(was)[:60]}, not {str(now)[:60]}"

@@ -33,6 +33,7 @@ from dgq.convert.plan import Plan, PlannedTensor
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFWriter
 from dgq.quant.imatrix import Imatrix
+from dgq.quant.places import sync_path
 from dgq.quant.types import Packed, Scheme
 from dgq.runtime.config import GGUF_ARCH
 
@@ -98,14 +99,14 @@ def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice:
     InputError for weights that are not finite, an imatrix that does not fit, a full disk, a source that changes, an
     unfinished conversion of something else. notice: told when work goes on.
     """
-    source, version = plan.source, provenance.dgq_version()
+    source, version, identity = plan.source, provenance.dgq_version(), _identity(plan, options)
     gguf = plan.recipe.format == "gguf"
     if options.imatrix is not None:
         _check_imatrix(plan, options.imatrix)
     keys = metadata(plan, version, options.imatrix) if gguf else {}  # before the weights: it may refuse the tokenizer
     file = f"{source.where.name}-{plan.recipe.label}.gguf" if gguf else ""
     seconds: dict[str, float] = {}
-    with _staged(plan, out, options, notice) as (partial, log), ThreadPoolExecutor(HASHERS) as hashers:
+    with _staged(plan, out, identity, notice) as (partial, log), _hashers() as hashers:
         hashes = _hashes(hashers, source.files)
         with _timed(seconds, "checking copies"):
             source.check_copies()
@@ -128,7 +129,7 @@ def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice:
         progress(0, "hashing")
         with _timed(seconds, "hashing the source"):
             sources = {name: future.result() for name, future in hashes.items()}
-        _check_unchanged(plan, log.identity, _identity(plan, options))
+        _check_unchanged(plan, options, identity)
         with _timed(seconds, "hashing the artifact"):
             files = {name: f.result() for name, f in _hashes(hashers, sorted(partial.iterdir())).items()}
         about = scales.about if scales else None
@@ -187,6 +188,16 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = round(time.perf_counter() - began, 3)
 
 
+@contextmanager
+def _hashers() -> Iterator[ThreadPoolExecutor]:
+    """A pool whose end does not wait for files that it has not begun."""
+    pool = ThreadPoolExecutor(HASHERS)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _hashes(pool: ThreadPoolExecutor, files: list[Path]) -> dict[str, Future[dict[str, Any]]]:
     return {file.name: pool.submit(provenance.describe, file) for file in files}
 
@@ -212,7 +223,7 @@ class _Job:
             return self._quantised(self.tensor.source)
 
     def _quantised(self, name: str) -> Packed:
-        values = self.plan.source.rows(name, self.part.start, self.part.stop).to(self.device).float()
+        values = self.plan.source.rows(name, self.part.start, self.part.stop).to(self.device)
         where = f"{self.plan.source.file(name)}: {name}"
         self._check(values, where)
         packed = Packed(self.scheme, tuple(values.shape), self.scheme.quantize(values, self.importance))
@@ -224,7 +235,8 @@ class _Job:
         return packed.to("cpu")
 
     def _check(self, values: torch.Tensor, where: str) -> None:
-        largest = float(values.abs().max())  # not a number if any value is none
+        low, high = torch.aminmax(values)
+        largest = max(-float(low), float(high))  # not a number if any value is none
         if largest <= self.scheme.max_abs:
             return
         wrong = (~torch.isfinite(values)).nonzero()
@@ -283,9 +295,15 @@ def _check_imatrix(plan: Plan, imatrix: Imatrix) -> None:
 
 
 def check_target(out: Path) -> None:
-    """InputError if `out` exists: dgq never writes into, or over, somebody's directory."""
-    if os.path.lexists(out):
-        raise InputError(f"{out}: exists already; choose another -o or remove it")
+    """InputError if `out` exists (dgq never writes into, or over, somebody's directory), or cannot: its name is too
+    long, a parent is a file."""
+    try:
+        out.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error})") from None
+    raise InputError(f"{out}: exists already; choose another -o or remove it")
 
 
 def _identity(plan: Plan, options: Options) -> dict[str, Any]:
@@ -308,11 +326,14 @@ def _stamp(file: Path) -> str:
     return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
 
 
-def _check_unchanged(plan: Plan, began: dict[str, Any], now: dict[str, Any]) -> None:
-    """InputError if a source file is not what it was when the conversion began."""
-    for name, stamp in began["files"].items():
-        if now["files"].get(name) != stamp:
-            raise InputError(f"{plan.source.path / name}: changed while it was converted; run the command again")
+def _check_unchanged(plan: Plan, options: Options, began: dict[str, Any]) -> None:
+    """InputError if a source file, or the imatrix, is not what it was when the conversion began."""
+    now = _identity(plan, options)
+    changed = [plan.source.path / name for name, stamp in began["files"].items() if now["files"].get(name) != stamp]
+    if options.imatrix and now["imatrix"] != began["imatrix"]:
+        changed.append(Path(options.imatrix.file))
+    if changed:
+        raise InputError(f"{changed[0]}: changed while it was converted; run the command again")
 
 
 def _check_room(plan: Plan, out: Path, partial: Path, log: Journal) -> None:
@@ -323,14 +344,16 @@ def _check_room(plan: Plan, out: Path, partial: Path, log: Journal) -> None:
 
 
 @contextmanager
-def _staged(plan: Plan, out: Path, options: Options, notice: Callable[[str], None]) -> Iterator[tuple[Path, Journal]]:
+def _staged(
+    plan: Plan, out: Path, identity: dict[str, Any], notice: Callable[[str], None]
+) -> Iterator[tuple[Path, Journal]]:
     """The partial directory and its journal; renamed to `out` at the end. Kept if the work can go on, else removed."""
     check_target(out)
     partial, path = journal.paths(out)
     missing = [folder for folder in (partial.parent, *partial.parent.parents) if not folder.exists()]
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with journal.opened(out, _identity(plan, options)) as log:
+        with journal.opened(out, identity) as log:
             keep = log.worth_keeping
             try:
                 check_target(out)
@@ -340,10 +363,15 @@ def _staged(plan: Plan, out: Path, options: Options, notice: Callable[[str], Non
                 keep = False
                 yield partial, log
                 partial.chmod(0o755)
+                for file in partial.iterdir():
+                    sync_path(file)
                 check_target(out)
                 partial.rename(out)
+                with suppress(OSError):  # a file system may not know how
+                    sync_path(out)
+                    sync_path(out.absolute().parent)
             except BaseException as error:
-                keep = keep or (log.worth_keeping and not isinstance(error, InputError))
+                keep = partial.is_dir() and (keep or (log.worth_keeping and not isinstance(error, InputError)))
                 if keep and not isinstance(error, InputError | OSError):
                     notice(f"{partial} keeps what is done; the same command goes on from there")
                 raise

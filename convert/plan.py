@@ -26,7 +26,6 @@ from dgq.runtime.config import ModelConfig
 from dgq.runtime.names import ROPE_FREQS, VISION, gguf_name
 
 MIB = 1 << 20
-CONTEXTS = (4096, 32768, 131072, 262144)
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,9 @@ class Plan:
     def notices(self) -> tuple[str, ...]:
         """What the user should know: of the source, and of what the artifact makes of it."""
         rounded = [t.name for t in self.weights if t.scheme.name == "bf16" and self.source.dtype(t.name) != "BF16"]
-        more = (f"{len(rounded)} tensors that are not BF16 are rounded to it ({rounded[0]}, …)",) if rounded else ()
-        return self.source.notices + (more if self.recipe.format != "gguf" else ())
+        if not rounded or self.recipe.format == "gguf":
+            return self.source.notices
+        return (*self.source.notices, f"{len(rounded)} of them are stored as BF16, rounded ({rounded[0]}, …)")
 
     def by_scheme(self) -> dict[str, dict[str, int]]:
         """scheme -> tensors, params, bytes; largest first."""
@@ -133,12 +133,6 @@ class Plan:
 
     def by_part(self) -> dict[str, dict[str, int]]:
         return tally((tensor.part, tensor.numel, tensor.nbytes) for tensor in self.tensors)
-
-    def vram(self) -> dict[int, int]:
-        """Context length -> estimated bytes on the GPU: weights, KV cache in 16 bit, working memory of one step."""
-        config = self.source.config
-        contexts = sorted({min(n, config.context) for n in CONTEXTS})
-        return {n: self.nbytes + kv_bytes(config, n) + working_bytes(config) for n in contexts}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -155,7 +149,6 @@ class Plan:
             "dropped": self.dropped,
             "by_scheme": self.by_scheme(),
             "by_part": self.by_part(),
-            "vram_by_context": self.vram(),
             "notices": list(self.notices),
             "tensors": {
                 t.name: {
@@ -188,6 +181,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             " (llama-quantize treats them as Mixtral)"
         )
     tensors = _gguf_tensors(source, recipe) if recipe.format == "gguf" else _directory_tensors(source, recipe)
+    if recipe.format == "nvfp4" and (
+        plain := [t.name for t in tensors if ".experts." in t.name and t.scheme.bits >= 16]
+    ):
+        raise InputError(f"recipe {recipe.name}: leaves {plain[0]} in 16 bit; the layout's configs promise all experts")
     plan = Plan(source, recipe, tensors)
     if plan.quantized_share < 1 - recipe.max_16bit_share:
         worst = max((t for t in plan.weights if t.scheme.bits >= 16), key=lambda t: t.numel)
@@ -232,18 +229,3 @@ def layout_of(recipe: Recipe) -> Layout:
 def rope_freqs_length(config: ModelConfig) -> int:
     """One factor per RoPE angle of a full layer's head."""
     return next(layer.head_dim for layer in config.layers if not layer.is_sliding) // 2
-
-
-def kv_bytes(config: ModelConfig, context: int) -> int:
-    """Keys and values of one sequence in 16 bit: full layers keep all tokens, sliding ones the last window - 1."""
-    total = 0
-    for layer in config.layers:
-        tokens = min(context, config.window - 1) if layer.is_sliding else context
-        total += 2 * 2 * tokens * layer.kv_heads * layer.head_dim
-    return total
-
-
-def working_bytes(config: ModelConfig) -> int:
-    """Working memory of a denoising step: three float32 arrays of canvas x vocabulary (logits, probabilities, one
-    temporary), and one decoded expert with its activations in 16 bit."""
-    return 3 * 4 * config.canvas * config.vocab + 2 * 3 * config.hidden * config.expert_intermediate

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dgq.convert.pipeline import Converted
     from dgq.convert.plan import Plan
 
-MIB, GB = 1 << 20, 10**9
+MIB, GIB, GB = 1 << 20, 1 << 30, 10**9
 out = Console(highlight=False, soft_wrap=True, markup=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -77,8 +77,8 @@ def notices(plan: Plan) -> None:
         note(f"a {plan.recipe.label} file has no place for {part}: {_count(params)} parameters are dropped")
 
 
-def plan(plan: Plan, recipe: str | None) -> None:
-    """The table of `dgq plan`. recipe: the --recipe that was given."""
+def plan(plan: Plan, recipe: str | None, found: dict[str, Any]) -> None:
+    """The page of `dgq plan`. recipe: the --recipe that was given; found: what needs() and probe() found."""
     where = plan.source.where
     pinned = f" @ {where.revision}" if where.revision else ""
     out.print(f"{where.asked}{pinned} -> {plan.recipe.label} ({plan.recipe.description})", style="bold")
@@ -95,12 +95,66 @@ def plan(plan: Plan, recipe: str | None) -> None:
             f"{fallbacks / plan.params:.0%} of the parameters lie in rows that no K-quant fits and take the fallback"
             f" ({', '.join(f'{a} -> {b}' for a, b in plan.recipe.fallback.items())})"
         )
-    vram = "   ".join(f"{n // 1024}K: {_size(size)}" for n, size in plan.vram().items())
-    out.print(f"VRAM to run it, by context (estimate: weights, 16-bit KV cache, one step's working memory)   {vram}")
+    out.print(_vram(plan, found["vram_by_context"]))
+    _making(plan, found)
     notices(plan)
     target = shlex.quote(f"{where.name}-{plan.recipe.label}")
     chosen = f" --recipe {shlex.quote(recipe)}" if recipe else ""
     _next(f"dgq convert {shlex.quote(where.asked)} --to {plan.recipe.format}{chosen} -o {target}")
+
+
+def _vram(plan: Plan, found: dict[int, dict[str, Any]]) -> Table:
+    """Needs on the GPU: a part a row, a context a column."""
+    from dgq.convert.needs import CARDS
+
+    sliding = [layer.is_sliding for layer in plan.source.config.layers]
+    table = Table("VRAM to run it, GiB, by context", box=None, pad_edge=False)
+    for context in found:
+        table.add_column(f"{context // 1024}K" if context >= 1024 else str(context), justify="right")
+    parts = {
+        "weights": "weights, of the text model",
+        "kv_sliding": f"keys and values, {sum(sliding)} sliding layers",
+        "kv_full": f"keys and values, {len(sliding) - sum(sliding)} full layers",
+        "prompt_cache": "the prompt's own, till copied",
+        "activations": "activations, masks",
+        "canvas": "logits, sampler, self-conditioning",
+        "decoded": "weights decoded for use",
+    }
+    for part, label in parts.items():
+        sizes = [needed["parts"][part] / GIB for needed in found.values()]
+        table.add_row(label, *(f"{size:,.2f}" if size else "–" for size in sizes))
+    table.add_row("at its peak", *(f"{needed['total'] / GIB:,.2f}" for needed in found.values()), style="bold")
+    table.add_row("which comes", *(needed["peak"] for needed in found.values()))
+    fits = (f"{needed['fits'][0]} GB up" if needed["fits"] else "none" for needed in found.values())
+    table.add_row(f"fits, of {', '.join(map(str, CARDS))} GB", *fits)
+    return table
+
+
+def _making(plan: Plan, found: dict[str, Any]) -> None:
+    """Needs of the conversion itself: disk, RAM, time."""
+    disk, ram, time = found["disk"], found["ram"], found.get("estimate")
+    download = f", {_size(disk['download'])} to download" if disk["download"] else ""
+    out.print(f"disk   {_size(disk['artifact'])} for the artifact{download}")
+    out.print(f"RAM    about {ram['convert'] / GB:.1f} GB to convert with {ram['threads']} threads")
+    if "calibrate" in ram:
+        out.print(
+            f"       before, about {ram['calibrate'] / GB:.1f} GB to calibrate input scales, {ram['calibrate_passes']}"
+            f" passes over the checkpoint: fast if its {ram['calibrate_mapped'] / GB:.1f} GB stay in memory as well"
+        )
+    if time:
+        kinds = ("calibrate", "encode", "hash", "write", "read")
+        times = ", ".join(f"{kind} {_duration(s)}" for kind in kinds if (s := time[f"{kind}_s"]) is not None)
+        out.print(
+            f"time   about {_duration(time['total_s'])} on the CPU with {time['threads']} threads, estimated from a short"
+            f" probe of this machine{', without the download' if download else ''}: {times} (at least)"
+        )
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
+    return f"{max(1, round(seconds))} s"
 
 
 def converted(plan: Plan, done: Converted) -> None:

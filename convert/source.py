@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dgq.convert.hub import Located, locate, remote_specs
+from dgq.convert.hub import Located, is_hub_id, locate, remote_specs
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import FLOATS, HFDir, read_json
 from dgq.quant.types import Packed, Spec
@@ -104,11 +104,16 @@ def open_source(asked: str, revision: str | None = None, *, weights: bool = True
 
     weights=False: of a Hub id, fetch only small files and headers. The result can be planned, not converted.
     """
+    if weights and is_hub_id(asked):  # what is wrong with it is said before all of it is fetched
+        revision = open_source(asked, revision, weights=False).where.revision
     where = locate(asked, revision, weights=weights)
     config_file = where.path / "config.json"
     raw = read_json(config_file)
     if (said := quantization(where.path, raw)) is not None:
-        raise InputError(f"{said.source}: already quantised ({said.method!r}); convert from the BF16 checkpoint")
+        raise InputError(
+            f"{said.source}: already quantised ({said.method!r}); dgq converts from the BF16 checkpoint, and runs and"
+            " inspects a quantised one in a directory of its own"
+        )
     config = ModelConfig.from_json(raw, str(config_file))
     generation = GenerationConfig.from_file(where.path / "generation_config.json", config)
     remote = None if weights or where.repo is None else remote_specs(where.repo, str(where.revision))
@@ -155,7 +160,7 @@ def _notices(specs: Mapping[str, Spec], copies: Mapping[str, str], text: Mapping
     others = [name for name, spec in specs.items() if spec.dtype != "BF16"]
     if others:
         kinds = "/".join(sorted({specs[name].dtype for name in others}))
-        lines.append(f"{len(others)} of {len(specs)} tensors are {kinds}, not BF16 ({others[0]}, …): used as they are")
+        lines.append(f"{len(others)} of {len(specs)} tensors are {kinds}, not BF16 ({others[0]}, …)")
     if copies:
         lines.append(
             f"{len(copies)} copies of tied weights ({next(iter(copies))}, …): dropped if byte-equal, else refused"

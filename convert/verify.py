@@ -29,6 +29,8 @@ def verify(path: Path, threads: int, progress: Progress) -> dict[str, Any]:
     file = path / provenance.FILE
     if not path.is_dir():
         raise InputError(f"{path}: is no artifact directory")
+    if file.is_symlink() or (file.exists() and not file.is_file()):
+        raise InputError(f"{file}: is no plain file")
     document = read_json(file)
     listed = document.get("files")
     if not isinstance(listed, dict) or not all(_describes(said) for said in listed.values()):
@@ -46,7 +48,7 @@ def verify(path: Path, threads: int, progress: Progress) -> dict[str, Any]:
         problems += _contents(path, document)
     return {
         "ok": not problems,
-        "problems": problems,
+        "problems": [_printable(problem) for problem in problems],
         "files": len(there) + 1,
         "bytes": sum(listed[name]["bytes"] for name in there) + file.stat().st_size,
     }
@@ -62,12 +64,20 @@ def _describes(said: Any) -> bool:
 
 
 def _seal(file: Path, document: dict[str, Any]) -> Iterator[str]:
-    said = document.get("sha256")
     rest = {key: value for key, value in document.items() if key != "sha256"}
-    if next(reversed(document), None) != "sha256" or provenance.digest(provenance.text(rest)) != said:
+    try:
+        sealed, written = provenance.sealed(rest), provenance.text(document).encode()
+    except (ValueError, RecursionError):  # half a surrogate pair; nested too deeply
+        sealed, written = {}, b""
+    if document != sealed or list(document) != list(sealed):
         yield f"{file}: its SHA-256 of itself is wrong; it was changed or damaged"
-    elif file.read_bytes() != provenance.text(document).encode():
+    elif file.read_bytes() != written:
         yield f"{file}: is not written as dgq writes it; it was changed or damaged"
+
+
+def _printable(line: str) -> str:
+    """File names may hold anything; a line is one line, and has no control codes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _differs(file: Path, said: dict[str, Any]) -> list[str]:
@@ -90,10 +100,12 @@ def _contents(path: Path, document: dict[str, Any]) -> Iterator[str]:
         return
     gguf = isinstance(weights, GGUFWeights)
     found = {(gguf_name(name) or name) if gguf else name: stored for name, stored in weights.everything().items()}
-    said = {name: scheme for name, scheme in document["tensors"].items() if name != ROPE_FREQS}
-    if {name: stored.scheme for name, stored in found.items()} != said:
+    schemes = {name: stored.scheme for name, stored in found.items()}
+    said = document.get("tensors")
+    if not isinstance(said, dict) or {name: said[name] for name in said if name != ROPE_FREQS} != schemes:
         yield f"{path / provenance.FILE}: its tensors are not those of the files"
     below = sum(stored.numel for stored in found.values() if SCHEMES[stored.scheme].bits < 16)
     params = sum(stored.numel for stored in found.values())
-    if (below, params) != (document["quantized_params"], document["params"]):
-        yield f"{path}: {below} of {params} parameters are quantised, dgq.json says {document['quantized_params']}"
+    told = document.get("quantized_params"), document.get("params")
+    if (below, params) != told:
+        yield f"{path}: {below} of {params} parameters are quantised, dgq.json says {told[0]} of {told[1]}"

@@ -16,6 +16,7 @@ A sub-block whose quantised scale comes out 0 keeps the levels of the search, de
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Lock
 
 import torch
 
@@ -31,7 +32,8 @@ from dgq.quant.ggml_search import (
     sum_positions,
 )
 
-_PIECE = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights worked on at once, in some twelve float32 temporaries of that size
+# Weights worked on at once, in some twelve float32 temporaries of that size: they should stay in a cache.
+_PIECE = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 
 def encode(name: str, weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,12 +45,53 @@ def encode(name: str, weight: torch.Tensor, importance: torch.Tensor | None = No
     if importance is not None and importance.shape != (columns,):
         raise ValueError(f"importance of shape {tuple(importance.shape)} for rows of {columns}")
     columns_weight = None if importance is None else importance.to(weight.device, torch.float32)
-    step = max(1, _PIECE.get(weight.device.type, 1 << 20) // columns)
-    pieces = [
-        _ENCODERS[name](weight[start : start + step].detach().float().contiguous(), columns_weight).view(-1)
-        for start in range(0, rows, step)
-    ]
+    if importance is None:  # then rows do not matter, and all pieces but the last have one shape
+        weight = weight.reshape(-1, 256 if columns % 256 == 0 else 32)
+    step = max(1, _PIECE.get(weight.device.type, 1 << 20) // weight.shape[1])
+    pieces = []
+    for start in range(0, len(weight), step):
+        piece = weight[start : start + step].detach().float().contiguous()
+        if weight.is_cuda and importance is None and len(piece) == step:
+            pieces.append(_graph(name, piece.shape, piece.device).encode(piece))
+        else:
+            pieces.append(_ENCODERS[name](piece, columns_weight).view(-1))
     return torch.cat(pieces).view(rows, -1)
+
+
+class _Graph:
+    """An encoder recorded for pieces of one shape: thousands of small operations on the GPU, launched as one."""
+
+    def __init__(self, name: str, shape: torch.Size, device: torch.device) -> None:
+        self._lock = Lock()
+        self._x = torch.zeros(shape, device=device)
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            _ENCODERS[name](self._x, None)  # once outside, for what is made at first use
+        stream.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._bytes = _ENCODERS[name](self._x, None)
+
+    def encode(self, piece: torch.Tensor) -> torch.Tensor:
+        """Flat bytes. One thread at a time: all pieces go through the same memory."""
+        with self._lock:
+            self._x.copy_(piece)
+            self._graph.replay()
+            found = self._bytes.flatten().clone()
+            torch.cuda.current_stream().synchronize()
+        return found
+
+
+_making = Lock()
+_graphs: dict[tuple[str, torch.Size, torch.device], _Graph] = {}
+
+
+def _graph(name: str, shape: torch.Size, device: torch.device) -> _Graph:
+    with _making:
+        key = (name, shape, device)
+        if key not in _graphs:
+            _graphs[key] = _Graph(name, shape, device)
+        return _graphs[key]
 
 
 def _positions(x: torch.Tensor, block: int) -> torch.Tensor:

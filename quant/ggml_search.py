@@ -20,6 +20,8 @@ here, powers of two excepted. Fused operations (addcmul, lerp, baddbmm) are not 
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 
@@ -29,8 +31,13 @@ _MANTISSA, _ZERO = 0x7FFFFF, 0x400000  # those bits, and what they hold for 0
 
 
 def numbers(values: list[float] | np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    """float32 numbers on `like`'s device, without waiting for it; unpacked, 0-dim tensors: see above for why."""
-    return torch.from_numpy(np.asarray(values, np.float32)).to(like.device, non_blocking=True)
+    """float32 numbers on `like`'s device; unpacked, 0-dim tensors: see above for why. Not to be written to."""
+    return _numbers(tuple(np.asarray(values, np.float32).tolist()), like.device)
+
+
+@cache
+def _numbers(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def square_root(x: torch.Tensor) -> torch.Tensor:

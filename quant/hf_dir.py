@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, Spec]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER):
+            if length > min(size - 8, MAX_HEADER):
                 raise InputError(
                     f"{path}: header length {length} does not fit a file of {size} bytes; truncated, or not safetensors"
                 )

@@ -44,8 +44,8 @@ class HFWriter:
     """Writes model.safetensors, or shards with an index, into a directory."""
 
     def __init__(self, path: Path, files: list[dict[str, Entry]]) -> None:
-        """files: as shards() gives them. Headers are written and space is taken now; of files that are there already
-        the tensors' bytes stay."""
+        """files: as shards() gives them. Headers are written and files get their sizes now; of files that are there
+        already the tensors' bytes stay."""
         count = len(files)
         names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         self.places = Places()

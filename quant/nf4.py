@@ -126,7 +126,7 @@ class NF4Scheme:
             scaled = blocks[part].float() * factors[part]  # beyond -1 and 1 by a rounding at most: the same codes
             pairs = count_below(scaled, _MIDDLES).view(torch.int16)  # little endian: the even column is below
             codes[part] = pairs << 4 | pairs >> 8
-        packed = {"": codes.view(*weight.shape[:-1], -1)}
+        packed = {"": codes.view(*weight.shape[:-1], weight.shape[-1] // 2)}
         if not self.double:
             return packed | {"absmax": absmax}
         return packed | nest(absmax) | {"row": row_numbers(tuple(weight.shape), weight.device)}

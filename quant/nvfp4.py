@@ -37,7 +37,7 @@ _VALUES = torch.tensor([*VALUES, *(-v for v in VALUES)])
 # A code is the number of bounds below |w|. Where a tie goes up to the even code, the bound is the float just below it.
 _BOUNDS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 _BOUNDS[1::2] = torch.nextafter(_BOUNDS[1::2], torch.tensor(0.0))
-_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # torch's own decoding is slow
+_E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # torch decodes one by one on a CPU
 
 
 def global_scale(amax: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ def global_scale(amax: torch.Tensor) -> torch.Tensor:
 
 def encode(x: torch.Tensor, scale_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x (…, in) and a float32 scale_2 broadcasting to (…, 1) -> codes uint8 (…, in), one a byte, and E4M3 scales."""
-    x = x.float()
+    x = x.detach().float()
     scales = _block_scales(largest(x, BLOCK), scale_2)
     steps = (_e4m3_values(scales) * scale_2).unsqueeze(-1)
     return _codes(x.unflatten(-1, (-1, BLOCK)), steps).flatten(-2), scales
@@ -61,8 +61,9 @@ def _block_scales(amax: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
 
 
 def _e4m3_values(scales: torch.Tensor) -> torch.Tensor:
-    codes = scales.contiguous().view(torch.uint8)
-    return _E4M3.to(scales.device).index_select(0, codes.flatten().int()).view(codes.shape)
+    if scales.device.type != "cpu":
+        return scales.float()
+    return _E4M3.index_select(0, scales.view(torch.uint8).flatten().int()).view(scales.shape)
 
 
 def _codes(blocks: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
@@ -112,7 +113,7 @@ class NVFP4Scheme:
         for part in pieces(weight.numel(), BLOCK, weight.device):
             pairs = _codes(blocks[part], steps[part]).view(torch.int16)  # little endian: the even column is below
             packed[part] = pairs | pairs >> 4
-        packed = packed.view(*weight.shape[:-1], -1)
+        packed = packed.view(*weight.shape[:-1], weight.shape[-1] // 2)
         return {"": packed, "weight_scale": scales, "weight_scale_2": scale_2.expand(*weight.shape[:-1], 1)}
 
     def dequantize(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -31,6 +31,7 @@ class Places:
     def __init__(self) -> None:
         self._places: dict[str, _Place] = {}
         self._files: list[BinaryIO] = []
+        self._lost: OSError | None = None
 
     def open(self, path: Path, header: bytes, size: int) -> BinaryIO:
         """A file of `size` bytes that starts with `header`; what an earlier run wrote behind it stays."""
@@ -58,9 +59,16 @@ class Places:
             self._places[name].next = self._places[name].end
 
     def sync(self) -> None:
-        """Wait until everything written is on the disk."""
-        for file in self._files:
-            os.fsync(file.fileno())
+        """Wait until everything written is on the disk. After an OSError it raises that again: a second fsync would
+        succeed, and what the first could not write is lost."""
+        if self._lost is not None:
+            raise self._lost
+        try:
+            for file in self._files:
+                os.fsync(file.fileno())
+        except OSError as error:
+            self._lost = error
+            raise
 
     def close(self) -> None:
         """RuntimeError if a tensor is incomplete."""
@@ -70,6 +78,15 @@ class Places:
         self.sync()
         for file in self._files:
             file.close()
+
+
+def sync_path(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_all(file: BinaryIO, data: memoryview, at: int) -> None:

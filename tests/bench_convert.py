@@ -1,11 +1,12 @@
-"""A model of the real widths and few layers: every format converted on the CPU and on the GPU, then run.
+"""A model of the real widths, of few layers or whole: every format converted on the CPU and on the GPU, then run.
 
-    python tests/bench_convert.py [--layers 4] [--device cuda|cpu] [--folder DIR] [--threads N] [--recipes R …]
+    python tests/bench_convert.py [--layers 4] [--devices cpu cuda] [--folder DIR] [--threads N] [--recipes R …]
+    python tests/bench_convert.py --layers 30 --devices cuda --folder /dev/shm --no-run        the whole 26B: 52 GB
 
-Makes a random checkpoint (hidden 2816, 128 experts of 704, vocabulary 262,144; tiny's tokenizer), converts it to each
-recipe in a process of its own on the CPU and on --device, compares every file of the two, and writes one canvas with
-the second. Prints, and ends in one JSON line: seconds, parameters a second, peak resident memory (mapped pages of the
-source count), peak GPU memory; for running, milliseconds a step and peak GPU memory.
+Makes a random checkpoint (hidden 2816, 128 experts of 704, vocabulary 262,144, with its vision part; tiny's
+tokenizer), converts it to each recipe in a process of its own on each device, compares every file of the two, and
+writes one canvas with the last. Prints, and ends in one JSON line: seconds by stage, gigabytes of the source a second,
+peak resident memory, peak GPU memory; for running, milliseconds a step and peak GPU memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -33,41 +35,55 @@ HERE = Path(__file__).parent
 FORMATS = {"nvfp4": "nvfp4", "nvfp4-w4a16": "nvfp4", "bnb4": "bnb4", "bnb4-dq": "bnb4", "q4_k_m": "gguf"}
 
 
-def write_checkpoint(path: Path, layers: int, device: str) -> None:
-    """Random weights, damped so that activations stay finite and attention soft; one full layer, the last."""
-    from safetensors.torch import save_file
+def write_checkpoint(path: Path, layers: int) -> None:
+    """Random weights, damped so that activations stay finite and attention soft; shards of up to three layers.
 
+    The first layers of the real model; the last of them is made a full one if none is.
+    """
     from dgq.runtime.config import ModelConfig
     from dgq.runtime.names import expected_tensors
+    from dgq.runtime.vision import expected_vision
 
     config = json.loads((HERE / "golden" / "real26b" / "config.json").read_text())
-    config["text_config"] |= {
-        "num_hidden_layers": layers, "layer_types": ["sliding_attention"] * (layers - 1) + ["full_attention"],
-    }  # fmt: skip
-    del config["vision_config"]
+    kinds = [*config["text_config"]["layer_types"][: layers - 1], "full_attention"]
+    config["text_config"] |= {"num_hidden_layers": layers, "layer_types": kinds}
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
     shutil.copyfile(HERE / "golden" / "real26b" / "generation_config.json", path / "generation_config.json")
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
         (path / name).write_bytes(files("dgq.recipes").joinpath("tiny", name).read_bytes())
-    generator = torch.Generator(device).manual_seed(0)
-    shards: dict[str, dict[str, torch.Tensor]] = {}
-    for name, shape in expected_tensors(ModelConfig.from_json(config, "config.json")).items():
-        parts = name.split(".")
-        file = f"model-{parts[parts.index('layers') + 1] if 'layers' in parts else 'rest'}.safetensors"
-        if len(shape) == 1:
-            value = 0.3 if "post_" in name or "q_norm" in name or "k_norm" in name else 1.0
-            tensor = torch.full(shape, value, dtype=torch.bfloat16)
-        else:
-            tensor = torch.empty(shape, dtype=torch.bfloat16, device=device)
-            for piece in tensor:  # a row or an expert at a time: no large temporary
-                piece.copy_(torch.randn(piece.shape, generator=generator, device=device) * 0.02)
-        shards.setdefault(file, {})[name] = tensor.cpu()
-    weight_map = {}
+    shapes = expected_tensors(ModelConfig.from_json(config, "config.json"))
+    shapes |= expected_vision(config, config["text_config"]["hidden_size"], "config.json")
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        layer = name.split("model.decoder.layers.")[-1].split(".")[0]
+        number = 1 + int(layer) // 3 if layer.isdigit() else 0
+        shards.setdefault(f"model-{number:05d}.safetensors", {})[name] = shape
     for file, tensors in shards.items():
-        save_file(tensors, path / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
+        write_shard(path / file, tensors)
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    from dgq.quant.hf_writer import HFWriter
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = path.with_suffix(".part")
+    folder.mkdir()
+    writer = HFWriter(folder, [{name: ("BF16", shape) for name, shape in shapes.items()}])
+    for name, shape in shapes.items():
+        if len(shape) < 2:
+            value = 0.3 if "post_" in name or "q_norm" in name or "k_norm" in name else 1.0
+            writer.places.append(name, torch.full(shape, value, dtype=torch.bfloat16))
+            continue
+        step = max(1, (1 << 27) * shape[0] // math.prod(shape))
+        for start in range(0, shape[0], step):
+            rows = (min(step, shape[0] - start), *shape[1:])
+            writer.places.append(name, torch.empty(rows, dtype=torch.bfloat16, device=device).normal_(std=0.02))
+    writer.close()
+    (folder / "model.safetensors").rename(path)
+    folder.rmdir()
 
 
 def convert_here(source: str, recipe: str, out: str, device: str, threads: str) -> None:
@@ -84,9 +100,11 @@ def convert_here(source: str, recipe: str, out: str, device: str, threads: str) 
     seconds = time.perf_counter() - began
     if result.exit_code:
         raise SystemExit(result.output)
-    gpu = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    gpu = torch.cuda.max_memory_reserved() if device == "cuda" else 0
+    size = sum(file.stat().st_size for file in Path(source).glob("*.safetensors"))
     print(json.dumps({
-        "seconds": round(seconds, 2), "params": json.loads(result.stdout)["params"],
+        "seconds": round(seconds, 2), "stages": json.loads(result.stdout)["seconds"],
+        "gb_per_s": round(size / 1e9 / seconds, 2),
         "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "peak_gpu_gib": round(gpu / 2**30, 2),
     }))  # fmt: skip
@@ -134,7 +152,8 @@ def digests(path: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--devices", nargs="*", default=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+    parser.add_argument("--no-run", action="store_true")
     parser.add_argument("--threads", default=str(os.cpu_count() or 1))
     parser.add_argument("--folder", default=None)
     parser.add_argument("--recipes", nargs="*", default=list(FORMATS))
@@ -143,20 +162,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source = Path(folder) / "source"
         began = time.perf_counter()
-        write_checkpoint(source, options.layers, options.device)
+        write_checkpoint(source, options.layers)
         size = sum(file.stat().st_size for file in source.iterdir())
         print(f"checkpoint: {size / 1e9:.2f} GB, made in {time.perf_counter() - began:.0f} s", flush=True)
         for recipe in options.recipes:
             row: dict[str, Any] = {}
             made = {}
-            for device in dict.fromkeys(("cpu", options.device)):
+            for device in options.devices:
                 out = Path(folder) / f"{recipe}-{device}"
                 row[device] = child("convert", str(source), recipe, str(out), device, options.threads)
-                made[device] = digests(out)
+                made[device] = digests(out) if len(options.devices) > 1 else {}
                 print(f"{recipe:12} {device:5} {row[device]}", flush=True)
             row["bytes"] = sum(file.stat().st_size for file in out.iterdir())
             row["same_bytes"] = len({json.dumps(found) for found in made.values()}) == 1
-            row["run"] = child("run", str(out), options.device)
+            row["run"] = None if options.no_run else child("run", str(out), device)
             print(
                 f"{recipe:12} {row['bytes'] / 1e9:.2f} GB  same bytes: {row['same_bytes']}  run {row['run']}",
                 flush=True,

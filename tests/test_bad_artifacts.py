@@ -741,9 +741,20 @@ def test_importance_that_nothing_uses(recipe: str, good: Path, tmp_path: Path) -
         assert "--imatrix" in line and recipe in line
 
 
-def test_calibration_of_weights_that_are_no_numbers(good: Path, tmp_path: Path) -> None:
-    source = edited(good, tmp_path / "in", lambda found: found[NORM].__setitem__(3, math.nan))
-    assert NORM in fails(tmp_path, "convert", source, "--to", "nvfp4", "-o", tmp_path / "out")
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        (NORM, math.nan, f"{NORM} holds"),
+        ("model.decoder.layers.1.pre_feedforward_layernorm_2.weight", 3e38, "though every weight is"),
+    ],
+)
+def test_calibration_that_ends_in_no_numbers(
+    name: str, value: float, expected: str, good: Path, tmp_path: Path
+) -> None:
+    """By a weight that is none, which is named, and by weights that are."""
+    source = edited(good, tmp_path / "in", lambda found: found[name].fill_(value))
+    line = fails(tmp_path, "convert", source, "--to", "nvfp4", "-o", tmp_path / "out")
+    assert str(source) in line and expected in line
 
 
 # --- defects in convert/, quant/recipe.py and runtime/tokenizer.py that are known; drop a mark when its test passes ---

@@ -107,6 +107,21 @@ def test_a_plan_fetches_headers_only(tmp_path: Path) -> None:
     assert plans[0]["tensors"] == plans[1]["tensors"] and plans[0]["revision"] == COMMIT
 
 
+def test_what_cannot_be_converted_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
+    folder = write_micro(tmp_path / "micro")  # its rows of 96 and 160 fit no NF4 block
+    with serve(REPO, folder) as hub:
+        done = dgq(hub.url, tmp_path, "convert", REPO, "--to", "bnb4", "-o", "out")
+        assert done.returncode == 2 and "rows of 160" in done.stderr, done.stderr
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+        (folder / "config.json").write_text(json.dumps(config))
+        (tmp_path / "other").mkdir()
+        done = dgq(hub.url, tmp_path / "other", "run", REPO, "hello", "--revision", COMMIT)
+        assert done.returncode == 2 and "already quantised ('modelopt')" in done.stderr, done.stderr
+    ranges = {asked.range for asked in hub.log if asked.path.startswith("/cdn/") and asked.sent}
+    assert ranges == {"bytes=0-100000"}, "headers, no more"
+
+
 def test_a_broken_download_is_continued_by_the_next_run(tmp_path: Path) -> None:
     folder = write_big(tmp_path / "micro")
     size = (folder / BIG).stat().st_size

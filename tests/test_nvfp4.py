@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from kinds import KINDS, write_kinds
+from kinds import KINDS, block, write_kinds
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -166,11 +166,19 @@ def test_input_scales(pair: Pair) -> None:
     if names:
         amax = document["input_scales"]["amax"]
         weight = "model.decoder.layers.2.experts.down_proj"
-        largest = torch.tensor(max(amax["encoder"][weight], amax["decoder"][weight]))
+        largest = torch.tensor(2 * max(amax["encoder"][weight], amax["decoder"][weight]))
         assert ours["model.decoder.layers.2.experts.3.down_proj.input_scale"] == largest / torch.tensor(2688.0)
         assert amax["encoder"].keys() == amax["decoder"].keys() and len(amax["encoder"]) == 12
     else:
         assert document["input_scales"] is None
+
+
+def test_modelopts_own_directory_opens(pair: Pair) -> None:
+    """Written by modelopt, read by us: the weights are those of ours, bit for bit."""
+    theirs, ours = open_artifact(pair.theirs), open_artifact(pair.ours)
+    assert theirs.kind == "nvfp4" and theirs.config == ours.config
+    for name, weight in theirs.weights.items():
+        assert torch.equal(weight.dequantize(), ours.weights[name].dequantize()), name
 
 
 def test_our_decoder_gives_the_values_of_modelopts_bytes(pair: Pair) -> None:
@@ -212,6 +220,46 @@ def test_rounding_is_to_even() -> None:
     assert scales.float().tolist() == [[1.0]]
 
 
+QUANTIZE = """
+import sys, torch
+from modelopt.torch.quantization.qtensor import NVFP4QTensor
+from safetensors.torch import load_file, save_file
+made = {}
+for name, weight in load_file(sys.argv[1]).items():
+    packed, scale, scale_2 = NVFP4QTensor.quantize(weight, 16)
+    made |= {name: packed._quantized_data, name + " scale": scale.view(torch.uint8), name + " scale_2": scale_2}
+save_file(made, sys.argv[2])
+"""
+
+
+def test_matrices_of_many_pieces_in_every_dtype(tmp_path: Path) -> None:
+    """NVFP4QTensor on every kind of block, alone and side by side, in 2^17 weights and more, 16 and 32 bits; blocks so
+    small beside the largest that their scales are at E4M3's end; scale_2 subnormal."""
+    generator = torch.Generator().manual_seed(11)
+    alone = {kind: block(kind, 160, 1024, generator) for kind in NOT_ZERO}
+    ordinary = [kind for kind in NOT_ZERO if kind not in ("huge", "outliers", "heavy-tailed")]
+    mixed = torch.cat([alone[kind][:40] for kind in ordinary])
+    fading = torch.randn(160, 1024, generator=generator) * torch.logspace(-9, 0, 160).unsqueeze(1)
+    fading[::7, :512] = torch.tensor([0.0, -0.0]).repeat(256)
+    given = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for kind, weight in {**alone, "mixed": mixed, "fading": fading, "faint": fading * 1e-37}.items():
+            turned = (weight.float() * (1.1 if dtype == torch.float32 else 1)).to(dtype)
+            if turned.isfinite().all() and turned.any():
+                given[f"{kind} {dtype}"] = turned.contiguous()
+    assert len(given) == 12 + 8 + 12
+    save_file(given, tmp_path / "in")
+    command = [sys.executable, "-c", QUANTIZE, str(tmp_path / "in"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = load_file(tmp_path / "out")
+    for name, weight in given.items():
+        ours = NVFP4.quantize(weight)
+        assert torch.equal(ours["weight_scale_2"], theirs[name + " scale_2"].expand(len(weight), 1)), name
+        assert torch.equal(ours["weight_scale"].view(torch.uint8), theirs[name + " scale"]), name
+        assert torch.equal(ours[""], without_minus_zero(theirs[name])), name
+
+
 def test_parts_and_slices() -> None:
     """A fused weight is each expert alone; even columns lie in low nibbles; slices of rows decode to rows."""
     weight = torch.randn(3, 6, 64, generator=torch.Generator().manual_seed(0))
@@ -234,8 +282,6 @@ def test_parts_and_slices() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda_gives_the_same_bytes(kind: str) -> None:
-    from kinds import block
-
     weight = torch.stack([block(kind, 64, 256, torch.Generator().manual_seed(i)) for i in range(3)])
     expected = NVFP4.quantize(weight)
     for name, part in NVFP4.quantize(weight.cuda()).items():

@@ -11,9 +11,13 @@ import libgguf
 import numpy as np
 import pytest
 import torch
+from kinds import KINDS, block
 
+from dgq.quant.fourbit import count_below, is_below, largest
 from dgq.quant.ggml import Q4_K, Q5_0, Q6_K, Q8_0, GGMLScheme
-from dgq.quant.types import Packed
+from dgq.quant.nf4 import NF4, NF4_DQ
+from dgq.quant.nvfp4 import NVFP4
+from dgq.quant.types import Packed, Scheme
 
 SCHEMES = (Q4_K, Q5_0, Q6_K, Q8_0)
 ROWS, COLUMNS = 12, 768
@@ -136,3 +140,46 @@ def test_the_largest_weight_survives_and_the_next_need_not(scheme: GGMLScheme) -
     assert torch.allclose(decoded, weight, rtol=0.1)
     lost = scheme.dequantize(scheme.quantize(WEIGHTS["overflowing"]))
     assert not torch.allclose(lost, WEIGHTS["overflowing"], rtol=0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", (NVFP4, NF4, NF4_DQ), **IDS)
+def test_bytes_do_not_depend_on_pieces_or_strides(scheme: Scheme, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of one block, of a few that end inside rows, and of everything; a weight that is a view of others."""
+    generator = torch.Generator().manual_seed(4)
+    fused = torch.stack([block(kind, 24, 320, generator) for _ in range(2)])
+    expected = scheme.quantize(fused)
+    spread = torch.zeros(2, 24, 640, dtype=torch.bfloat16)[..., ::2].copy_(fused)
+    for piece, weight in ((1, fused), (448, fused), (1 << 30, fused), (1 << 17, spread), (448, fused.float())):
+        monkeypatch.setattr("dgq.quant.fourbit._PIECE", piece)
+        before = weight.clone()
+        for name, part in scheme.quantize(weight).items():
+            pair = [t.contiguous().flatten().view(torch.uint8) for t in (part, expected[name])]
+            assert part.shape == expected[name].shape and torch.equal(*pair), (piece, name)
+        assert torch.equal(weight, before), "the weight was written to"
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_the_largest_of_every_block(dtype: torch.dtype) -> None:
+    """Of all bit patterns, NaN and infinities among them, and with one weight at every place of a block."""
+    generator = torch.Generator().manual_seed(6)
+    raw = torch.randint(0, 256, (640, 64 * dtype.itemsize), generator=generator).to(torch.uint8)
+    one = torch.eye(64).to(dtype) * -3
+    for weight in (raw.view(dtype), raw.view(dtype).nan_to_num(0, 1, -1), one, torch.full((1, 64), -0.0, dtype=dtype)):
+        for size in (16, 64):
+            expected = weight.float().unflatten(-1, (-1, size)).abs().amax(-1)
+            assert torch.equal(largest(weight, size).nan_to_num(-1, -2), expected.nan_to_num(-1, -2))
+    assert bool(largest(raw.view(dtype), 16).isnan().any()) and not bool((largest(one, 64) != 3).any())
+
+
+def test_sorting_into_intervals() -> None:
+    """Below, at and above every bound by one step, both zeros, subnormals, infinities, NaN of either sign."""
+    bounds = torch.tensor([-1.0, -0.25, 0.0, 1e-40, 0.25, 3.5])
+    ends = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 3e38, -3e38])
+    steps = [torch.nextafter(bounds, torch.full_like(bounds, to)) for to in (torch.inf, -torch.inf)]
+    nan = torch.tensor([-(1 << 22)], dtype=torch.int32).view(torch.float32)
+    x = torch.cat([bounds, *steps, ends, nan])
+    count = [sum(float(bound) < v for bound in bounds) if v == v else len(bounds) for v in x.tolist()]
+    assert count_below(x, bounds).tolist() == count
+    for bound in bounds.tolist():
+        assert is_below(x, bound).tolist() == [int(v < bound) for v in x.tolist()]
