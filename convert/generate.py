@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgq.convert.device import chosen_device
-from dgq.convert.hub import TINY
+from dgq.convert.hub import TINY, is_hub_id
 from dgq.convert.source import open_source
 from dgq.quant.hf_dir import read_json
 from dgq.runtime.artifact import Artifact, open_artifact
@@ -23,6 +23,8 @@ def open_model(asked: str, revision: str | None = None) -> Artifact:
     """An artifact (directory or .gguf) or a BF16 source, checked as `convert` checks it."""
     if is_artifact(asked):
         return open_artifact(asked)
+    if is_hub_id(asked):  # what is wrong with it is said before all of it is fetched
+        revision = open_source(asked, revision, weights=False).where.revision
     source = open_source(asked, revision)
     source.check_copies()
     return Artifact("safetensors", source.path, source.path, source.config, source.generation, source)

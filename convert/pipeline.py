@@ -336,8 +336,9 @@ def _check_unchanged(plan: Plan, options: Options, began: dict[str, Any]) -> Non
         raise InputError(f"{changed[0]}: changed while it was converted; run the command again")
 
 
-def _check_room(plan: Plan, out: Path, partial: Path, log: Journal) -> None:
-    need = HEADER_ALLOWANCE + sum(tensor.nbytes for tensor in plan.tensors if tensor.name not in log.done)
+def _check_room(plan: Plan, out: Path, partial: Path) -> None:
+    taken = sum(512 * file.stat().st_blocks for file in partial.iterdir())
+    need = HEADER_ALLOWANCE + max(0, plan.nbytes - taken)
     free = shutil.disk_usage(partial).free
     if free < need:
         raise InputError(f"{out}: needs {need / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free")
@@ -357,7 +358,7 @@ def _staged(
             keep = log.worth_keeping
             try:
                 check_target(out)
-                _check_room(plan, out, partial, log)
+                _check_room(plan, out, partial)
                 if log.done:
                     notice(f"going on with {partial}: {len(log.done)} of {len(plan.tensors)} weights are done")
                 keep = False

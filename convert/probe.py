@@ -6,7 +6,7 @@
     read               some MiB of the source's largest file           x bytes
     write              some MiB into a nameless file here, synced      x bytes
 
-An estimate, and of the least: what was just read may lie in memory, and threads share more than cores.
+An estimate, and of the least: what was just read may lie in memory, and threads share more than the cores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Scheme
 
 SHAPE = (512, 1024)  # of the matrix: rows that every block divides
-NEW = 1 << 24  # elements whose float32 the allocator asks the system for every time
+NEW = 1 << 23  # elements whose float32 the allocator asks the system for every time
 LEAST = 0.03  # seconds that something is repeated for
 PIECE = 1 << 22  # bytes read, hashed or written at once
 

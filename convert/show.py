@@ -144,10 +144,9 @@ def _making(plan: Plan, found: dict[str, Any]) -> None:
     if time:
         kinds = ("calibrate", "encode", "hash", "write", "read")
         times = ", ".join(f"{kind} {_duration(s)}" for kind in kinds if (s := time[f"{kind}_s"]) is not None)
-        out.print(
-            f"time   about {_duration(time['total_s'])} on the CPU with {time['threads']} threads, estimated from a short"
-            f" probe of this machine{', without the download' if download else ''}: {times} (at least)"
-        )
+        without = ", without the download" if download else ""
+        out.print(f"time   {_duration(time['total_s'])} at least on the CPU, {time['threads']} threads{without}: {times}")
+        out.print("       (an estimate, from a short probe of this machine)")
 
 
 def _duration(seconds: float) -> str:

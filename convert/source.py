@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dgq.convert.hub import Located, is_hub_id, locate, remote_specs
+from dgq.convert.hub import Located, locate, remote_specs
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import FLOATS, HFDir, read_json
 from dgq.quant.types import Packed, Spec
@@ -104,8 +104,6 @@ def open_source(asked: str, revision: str | None = None, *, weights: bool = True
 
     weights=False: of a Hub id, fetch only small files and headers. The result can be planned, not converted.
     """
-    if weights and is_hub_id(asked):  # what is wrong with it is said before all of it is fetched
-        revision = open_source(asked, revision, weights=False).where.revision
     where = locate(asked, revision, weights=weights)
     config_file = where.path / "config.json"
     raw = read_json(config_file)

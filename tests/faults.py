@@ -43,7 +43,7 @@ from dgq.convert.cli import main
 
 journal.SYNC_SECONDS, pipeline.SLICE["cpu"] = 0.1, 1 << 19
 pwrite = os.pwrite
-os.pwrite = lambda file, data, at: time.sleep(len(data) / 15e6) or pwrite(file, data, at)  # a disk of 15 MB/s
+os.pwrite = lambda file, data, at: time.sleep(len(data) / 40e6) or pwrite(file, data, at)  # a disk of 40 MB/s
 main()
 """
 RECIPES = {
