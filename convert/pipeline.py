@@ -12,7 +12,6 @@ command goes on from there; bad input leaves nothing.
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections import deque
@@ -154,7 +153,9 @@ def _write(
     todo = [tensor for tensor in plan.tensors if tensor.name not in log.done]
     jobs = (job for tensor in todo for job in _jobs(plan, tensor, options, scales))
     threads = options.threads if options.device == "cpu" else min(options.threads, GPU_THREADS)
-    with ThreadPoolExecutor(threads) as pool:
+    before = torch.get_num_threads()
+    # one OpenMP thread each: there are enough of ours
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for job, piece in ordered(pool, jobs, 2 * threads):
                 writer.append(job.tensor.name, piece)
@@ -167,6 +168,8 @@ def _write(
                 writer.places.sync()
                 log.flush()
             raise
+        finally:
+            torch.set_num_threads(before)
         writer.places.sync()
         log.flush()
 

@@ -32,7 +32,14 @@ from typing import Any
 import torch
 
 HERE = Path(__file__).parent
-FORMATS = {"nvfp4": "nvfp4", "nvfp4-w4a16": "nvfp4", "bnb4": "bnb4", "bnb4-dq": "bnb4", "q4_k_m": "gguf"}
+RECIPES: dict[str, list[str]] = {
+    "nvfp4": ["--to", "nvfp4", "--input-scale", "0.02"],
+    "nvfp4-calibrated": ["--to", "nvfp4"],
+    "nvfp4-w4a16": ["--to", "nvfp4", "--recipe", "nvfp4-w4a16"],
+    "bnb4": ["--to", "bnb4"],
+    "bnb4-dq": ["--to", "bnb4", "--recipe", "bnb4-dq"],
+    "q4_k_m": ["--to", "gguf"],
+}
 
 
 def write_checkpoint(path: Path, layers: int) -> None:
@@ -92,9 +99,8 @@ def convert_here(source: str, recipe: str, out: str, device: str, threads: str) 
 
     from dgq.convert.cli import main
 
-    arguments = ["convert", source, "--to", FORMATS[recipe], "--recipe", recipe, "-o", out]
+    arguments = ["convert", source, *RECIPES[recipe], "-o", out]
     arguments += ["--device", device, "--threads", threads, "--json"]
-    arguments += ["--input-scale", "0.02"] if recipe == "nvfp4" else []
     began = time.perf_counter()
     result = CliRunner().invoke(main, arguments)
     seconds = time.perf_counter() - began
@@ -156,7 +162,7 @@ def main() -> None:
     parser.add_argument("--no-run", action="store_true")
     parser.add_argument("--threads", default=str(os.cpu_count() or 1))
     parser.add_argument("--folder", default=None)
-    parser.add_argument("--recipes", nargs="*", default=list(FORMATS))
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
     options = parser.parse_args()
     report: dict[str, Any] = {"layers": options.layers, "threads": int(options.threads), "recipes": {}}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:

@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan(path: Path, *options: str) -> dict[str, Any]:
     """`dgq plan --json` in a process of its own, with what it cost."""
-    command = [sys.executable, "-m", "dgq.convert.cli", "plan", str(path), *options, "--json"]
+    command = [sys.executable, "-m", "dgq.convert.cli", "plan", str(path), *options, "--no-probe", "--json"]
     output = path.parent / "plan.json"
     with output.open("w") as stdout:
         process = subprocess.Popen(command, stdout=stdout)
