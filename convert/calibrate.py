@@ -1,6 +1,6 @@
 """Input scales for W4A4: how large the activations get that go into the experts, on both sides of the model.
 
-    texts   prompt | true canvas, a share of it replaced at random    encoder; decoder without and with self-conditioning
+    texts   prompt | true canvas, a share of it replaced at random    encoder; decoder, once conditioned on itself
     chats   prompt | noise, then what the model itself makes of it    encoder; decoder over the first drafts
 
     amax of every expert weight's input, over both sides  ->  input_scale = HEADROOM * amax / (6 * 448)

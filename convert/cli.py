@@ -144,6 +144,7 @@ def convert(
     from dgq.convert.input_scales import find_input_scales
     from dgq.convert.plan import make_plan
     from dgq.convert.recipes import find_recipe
+    from dgq.convert.slices import Options
     from dgq.convert.source import open_source
     from dgq.quant.imatrix import read_imatrix
 
@@ -158,7 +159,7 @@ def convert(
     planned = make_plan(open_source(src, revision), policy)
     if not as_json:
         show.notices(planned)
-    options = pipeline.Options(
+    options = Options(
         effort, read_imatrix(imatrix) if imatrix else None, threads or os.cpu_count() or 1, device, input_scale,
         find_input_scales(planned, input_scale, device),
     )  # fmt: skip

@@ -73,4 +73,4 @@ def _modelopt_arguments(plan: Plan) -> tuple[int, bool, bool]:
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    path.write_text(json.dumps(data, indent=2) + "\n", "utf-8")

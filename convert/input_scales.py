@@ -9,8 +9,8 @@ import torch
 
 from dgq.convert import show
 from dgq.convert.calibrate import input_scales
-from dgq.convert.pipeline import InputScales
 from dgq.convert.plan import Plan
+from dgq.convert.slices import InputScales
 from dgq.quant.errors import InputError
 
 HEADROOM = 1.2  # of the weights' bytes: what a calibration on a GPU needs besides them, at least

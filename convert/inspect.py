@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from dgq.convert.generate import is_artifact
@@ -68,9 +69,30 @@ def _provenance(artifact: Artifact) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     document = read_json(file)
-    objects = ("source", "imatrix", "input_scales", "dropped", "files")
-    kept = {key: document.get(key) for key in ("dgq", "recipe", "effort", *objects)}
-    if not all(isinstance(kept[key] or {}, dict) for key in objects):
-        raise InputError(f"{file}: damaged ({', '.join(objects)} must be objects)")
+    kept = {key: document.get(key) for key in ("dgq", "recipe", "effort", *_SOUND)}
+    for key, sound in _SOUND.items():
+        if kept[key] is not None and not (isinstance(kept[key], dict) and sound(kept[key])):
+            raise InputError(f"{file}: its {key} is not what dgq writes there; damaged")
     listed = kept.pop("files") or {}
     return kept if all(weights.name in listed for weights in artifact.weights.files) else None
+
+
+def _is_scales(said: dict[str, Any]) -> bool:
+    if said.get("method") != "calibrated":
+        return said.get("method") == "given" and isinstance(said.get("value"), float)
+    amax = said.get("amax")
+    return isinstance(amax, dict) and bool(amax) and all(_holds(side, float) for side in amax.values())
+
+
+def _holds(said: Any, kind: type) -> bool:
+    return isinstance(said, dict) and bool(said) and all(isinstance(value, kind) for value in said.values())
+
+
+# What must be true of dgq.json's objects before anybody reads on in them.
+_SOUND: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "source": lambda said: not said.get("repository") or "revision" in said,
+    "imatrix": lambda said: isinstance(said.get("name"), str),
+    "input_scales": _is_scales,
+    "dropped": lambda said: not said or _holds(said, int),
+    "files": lambda said: True,
+}

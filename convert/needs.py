@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgq.convert.calibrate import BATCH, CHATS, DRAFTS, TEXTS
-from dgq.convert.pipeline import HEADER_ALLOWANCE, SLICE
+from dgq.convert.pipeline import HEADER_ALLOWANCE
 from dgq.convert.plan import Plan, PlannedTensor
+from dgq.convert.slices import SLICE
 from dgq.runtime import layers
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.engine import PREFILL

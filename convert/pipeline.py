@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,17 @@ from typing import Any
 import torch
 
 from dgq.convert import journal, provenance
-from dgq.convert.gguf_metadata import metadata, rope_freqs
+from dgq.convert.gguf_metadata import metadata
 from dgq.convert.hf_artifact import DirWriter, write_configs
 from dgq.convert.journal import Journal
-from dgq.convert.plan import Plan, PlannedTensor
+from dgq.convert.plan import Plan
+from dgq.convert.slices import SLICE, InputScales, Options, ordered, slices  # noqa: F401
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFWriter
 from dgq.quant.imatrix import Imatrix
 from dgq.quant.places import sync_path
-from dgq.quant.types import Packed, Scheme
 from dgq.runtime.config import GGUF_ARCH
 
-SLICE = {"cpu": 1 << 22, "cuda": 1 << 24}  # elements quantised at a time: 16 and 64 MiB of float32
 GPU_THREADS = 4  # slices on a GPU at once
 HASHERS = 4  # source files hashed at once, beside the work
 HEADER_ALLOWANCE = 64 << 20  # disk for metadata, tokenizer and the copied files
@@ -54,30 +52,6 @@ COPIED = (
 )
 
 Progress = Callable[[int, str], None]  # bytes of the artifact done since the last call, name of the tensor
-
-
-@dataclass(frozen=True)
-class InputScales:
-    """Expert weight's name -> input_scale, and how they were found, for dgq.json."""
-
-    values: Mapping[str, float]
-    about: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What besides plan and target decides a conversion. effort: "stock", the reference quantiser's exact bytes.
-    threads: slices quantised at the same time; device: where; the bytes depend on neither.
-
-    input_scale: what was asked for; find_scales makes it so, if the recipe has activations.
-    """
-
-    effort: str = "stock"
-    imatrix: Imatrix | None = None
-    threads: int = 1
-    device: str = "cpu"
-    input_scale: str = "calibrate"
-    find_scales: Callable[[], InputScales | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -151,7 +125,7 @@ def _write(
             writer.places.skip(tensor.entries or (tensor.name,))
             progress(tensor.nbytes, tensor.name)
     todo = [tensor for tensor in plan.tensors if tensor.name not in log.done]
-    jobs = (job for tensor in todo for job in _jobs(plan, tensor, options, scales))
+    jobs = (job for tensor in todo for job in slices(plan, tensor, options, scales))
     threads = options.threads if options.device == "cpu" else min(options.threads, GPU_THREADS)
     before = torch.get_num_threads()
     # one OpenMP thread each: there are enough of ours
@@ -175,11 +149,11 @@ def _write(
 
 
 def _scales(options: Options, log: Journal) -> InputScales | None:
-    """The journal's input scales, or new ones, noted there."""
+    """The journal's input scales, or new ones; noted there if they were calibrated, which takes long."""
     if log.scales is not None:
         return InputScales(**log.scales)
     scales = options.find_scales()
-    if scales is not None:
+    if scales is not None and options.input_scale == "calibrate":
         log.note({"scales": {"values": dict(scales.values), "about": scales.about}})
     return scales
 
@@ -203,84 +177,6 @@ def _hashers() -> Iterator[ThreadPoolExecutor]:
 
 def _hashes(pool: ThreadPoolExecutor, files: list[Path]) -> dict[str, Future[dict[str, Any]]]:
     return {file.name: pool.submit(provenance.describe, file) for file in files}
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A slice of a weight: read it, check it, quantise it."""
-
-    plan: Plan
-    tensor: PlannedTensor
-    part: slice
-    last: bool
-    scheme: Scheme
-    importance: torch.Tensor | None
-    device: str
-    input_scale: float | None
-
-    def run(self) -> Packed:
-        if self.tensor.source is None:
-            factors = torch.tensor(rope_freqs(self.plan.source))
-            return Packed(self.scheme, self.tensor.shape, self.scheme.quantize(factors))
-        with torch.cuda.stream(torch.cuda.Stream()) if self.device == "cuda" else nullcontext():
-            return self._quantised(self.tensor.source)
-
-    def _quantised(self, name: str) -> Packed:
-        values = self.plan.source.rows(name, self.part.start, self.part.stop).to(self.device)
-        where = f"{self.plan.source.file(name)}: {name}"
-        self._check(values, where)
-        packed = Packed(self.scheme, tuple(values.shape), self.scheme.quantize(values, self.importance))
-        if self.importance is not None and not torch.isfinite(packed.dequantize()).all():
-            raise InputError(f"{where}: the imatrix's importance overflows {self.scheme.name}; the imatrix is damaged")
-        if self.input_scale is not None:
-            scale = torch.full((*values.shape[:-1], 1), self.input_scale)
-            packed = Packed(packed.scheme, packed.shape, {**packed.parts, "input_scale": scale})
-        return packed.to("cpu")
-
-    def _check(self, values: torch.Tensor, where: str) -> None:
-        low, high = torch.aminmax(values)
-        largest = max(-float(low), float(high))  # not a number if any value is none
-        if largest <= self.scheme.max_abs:
-            return
-        wrong = (~torch.isfinite(values)).nonzero()
-        if len(wrong):
-            value = float(values[tuple(wrong[0])])
-            index = [int(i) for i in wrong[0]]
-            index[0] += self.part.start
-            raise InputError(f"{where} holds {value} at {index}; the checkpoint is damaged")
-        limit = f"{self.scheme.name} holds {self.scheme.max_abs:.6g} at most"
-        raise InputError(f"{where} holds a weight of {largest:.4g}, {limit}; the checkpoint is damaged")
-
-
-def _jobs(plan: Plan, tensor: PlannedTensor, options: Options, scales: InputScales | None) -> Iterator[_Job]:
-    """The slices of a tensor along its first axis."""
-    weights = options.imatrix.weights if options.imatrix is not None else {}
-    importance = weights.get(tensor.name)
-    scheme = plan.layout.slices if len(tensor.entries) > 1 else tensor.scheme
-    scale = scales.values.get(tensor.name) if scales else None
-    length = tensor.shape[0] if tensor.shape else 1
-    rows = max(1, SLICE[options.device] // max(1, tensor.numel // length)) if tensor.source else length
-    for start in range(0, length, rows):
-        part = slice(start, min(start + rows, length))
-        columns = importance[part] if importance is not None and importance.dim() == 2 else importance
-        yield _Job(plan, tensor, part, part.stop == length, scheme, columns, options.device, scale)
-
-
-def ordered(pool: ThreadPoolExecutor, jobs: Iterable[_Job], ahead: int) -> Iterator[tuple[_Job, Packed]]:
-    """Run jobs on the pool, at most `ahead` at a time, and yield them with their results in order."""
-    running: deque[tuple[_Job, Future[Packed]]] = deque()
-    try:
-        for job in jobs:
-            running.append((job, pool.submit(job.run)))
-            if len(running) >= ahead:
-                done, future = running.popleft()
-                yield done, future.result()
-        while running:
-            done, future = running.popleft()
-            yield done, future.result()
-    finally:
-        for _, future in running:
-            future.cancel()
 
 
 def _check_imatrix(plan: Plan, imatrix: Imatrix) -> None:
@@ -384,10 +280,9 @@ def _staged(
                     shutil.rmtree(partial, ignore_errors=True)
                     path.unlink(missing_ok=True)
     except OSError as error:
-        kept = "; what is done is kept, the same command goes on from there" if path.exists() else ""
+        kept = "; what is done is kept, the same command goes on from there" if partial.is_dir() else ""
         raise InputError(f"{out}: cannot be written ({error}){kept}") from None
     finally:
-        if not out.exists():
-            with suppress(OSError):
-                for folder in missing:
-                    folder.rmdir()
+        with suppress(OSError):  # those that are empty
+            for folder in missing:
+                folder.rmdir()

@@ -186,6 +186,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     ):
         raise InputError(f"recipe {recipe.name}: leaves {plain[0]} in 16 bit; the layout's configs promise all experts")
     plan = Plan(source, recipe, tensors)
+    if recipe.format != "gguf" and not plan.quantized_params:
+        raise InputError(f"recipe {recipe.name}: quantises nothing; its {recipe.format} directory would open nowhere")
     if plan.quantized_share < 1 - recipe.max_16bit_share:
         worst = max((t for t in plan.weights if t.scheme.bits >= 16), key=lambda t: t.numel)
         raise InputError(
@@ -223,7 +225,7 @@ def _directory_tensors(source: Source, recipe: Recipe) -> tuple[PlannedTensor, .
 def layout_of(recipe: Recipe) -> Layout:
     if recipe.format == "nvfp4":
         return Modelopt(activations=recipe.activations is not None)
-    return BitsAndBytes(double=any(rule.scheme == "nf4_dq" for rule in recipe.rule))
+    return BitsAndBytes(double="nf4_dq" in recipe.schemes)
 
 
 def rope_freqs_length(config: ModelConfig) -> int:

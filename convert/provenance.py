@@ -74,4 +74,4 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def text(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(content, indent=1) + "\n"

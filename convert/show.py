@@ -145,7 +145,9 @@ def _making(plan: Plan, found: dict[str, Any]) -> None:
         kinds = ("calibrate", "encode", "hash", "write", "read")
         times = ", ".join(f"{kind} {_duration(s)}" for kind in kinds if (s := time[f"{kind}_s"]) is not None)
         without = ", without the download" if download else ""
-        out.print(f"time   {_duration(time['total_s'])} at least on the CPU, {time['threads']} threads{without}: {times}")
+        out.print(
+            f"time   {_duration(time['total_s'])} at least on the CPU, {time['threads']} threads{without}: {times}"
+        )
         out.print("       (an estimate, from a short probe of this machine)")
 
 

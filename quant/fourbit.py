@@ -1,6 +1,6 @@
 """What NVFP4 and NF4 share: pieces to work on, the largest weight of a block, sorting scaled weights into intervals.
 
-A CPU works on pieces of 2^17 weights, whose temporaries stay in a core's second cache, by operations that are
+A CPU works on pieces of 2^18 weights, whose temporaries stay in a core's second cache, by operations that are
 vectorised there: the bits of an absolute value are ordered as integers, and numpy compares sixteen floats at a time
 into bytes (torch compares them one by one, and its bucketize searches for each). These are comparisons and copies,
 nothing is rounded: the results are those of amax and bucketize, which do the work on other devices.
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-_PIECE = 1 << 17
+_PIECE = 1 << 18
 _BITS = {2: torch.int16, 4: torch.int32}
 
 

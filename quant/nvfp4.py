@@ -41,9 +41,9 @@ _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  
 
 
 def global_scale(amax: torch.Tensor) -> torch.Tensor:
-    """amax, any shape -> scale_2: amax / (6 * 448), and 1 where amax is 0."""
+    """amax, any shape -> scale_2: amax / (6 * 448), and 1 where that is 0."""
     scale: torch.Tensor = amax.float() / amax.new_tensor(VALUES[-1] * SCALE_MAX, dtype=torch.float32)
-    return torch.where(amax == 0, torch.ones_like(scale), scale)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def encode(x: torch.Tensor, scale_2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,8 +67,7 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _schemes_of_the_format(self) -> Recipe:
-        named = {r.scheme for r in self.rule} | {r.more_bits for r in self.rule if r.more_bits}
-        named |= set(self.fallback) | set(self.fallback.values())
+        named = self.schemes
         if wrong := sorted(named - FORMAT_SCHEMES[self.format]):
             raise ValueError(
                 f"{self.format} has no scheme {wrong[0]!r} (it has {', '.join(sorted(FORMAT_SCHEMES[self.format]))})"
@@ -78,6 +77,12 @@ class Recipe(_Strict):
         if self.activations and self.format != "nvfp4":
             raise ValueError(f"{self.format} has no place for activations {self.activations!r}")
         return self
+
+    @property
+    def schemes(self) -> set[str]:
+        """Every scheme that it names."""
+        named = {rule.scheme for rule in self.rule} | {rule.more_bits for rule in self.rule if rule.more_bits}
+        return named | set(self.fallback) | set(self.fallback.values())
 
     def assign(self, shapes: Mapping[str, tuple[int, ...]], layers: int) -> dict[str, Scheme]:
         """name -> scheme for every tensor; shapes in the artifact's order, `layers` the model's layer count.
@@ -106,7 +111,7 @@ class Recipe(_Strict):
 
     def _fitting(self, name: str, shape: tuple[int, ...], scheme: str) -> Scheme:
         for candidate in (scheme, self.fallback.get(scheme)):
-            if candidate is not None and shape[-1] % SCHEMES[candidate].block == 0:
+            if candidate is not None and (shape or (1,))[-1] % SCHEMES[candidate].block == 0:
                 return SCHEMES[candidate]
         block = f"{scheme}'s block of {SCHEMES[scheme].block}"
         more = ", nor does a fallback of it fit" if scheme in self.fallback else ""

@@ -136,6 +136,10 @@ class Tokenizer:
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
     def _ids(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{self._source}: the text, or a special token of tokenizer_config.json, is no Unicode") from None
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
 

@@ -9,6 +9,7 @@ from dgq.quant.errors import InputError
 
 TOWER = "model.encoder.vision_tower."
 EMBED = "model.encoder.embed_vision."
+MAX_LAYERS = 1024
 
 
 def expected_vision(raw: dict[str, Any], text_hidden: int, source: str) -> dict[str, tuple[int, ...]]:
@@ -44,7 +45,10 @@ def expected_vision(raw: dict[str, Any], text_hidden: int, source: str) -> dict[
         "mlp.down_proj": (h, ffn),
     }
     norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-    for index in range(count("num_hidden_layers")):
+    layers = count("num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise InputError(f"{source}: vision_config.num_hidden_layers is {layers}, expected {MAX_LAYERS} at most")
+    for index in range(layers):
         layer = f"{TOWER}encoder.layers.{index}."
         shapes |= {f"{layer}{name}.linear.weight": shape for name, shape in linears.items()}
         shapes |= {f"{layer}{name}.weight": (h,) for name in norms}

@@ -4,8 +4,8 @@
 
 Makes a random checkpoint of about 80 MB and converts it to each recipe once, uninterrupted. Then, a recipe:
 
-    SIGKILL     at `moments` moments spread over the time that the partial directory is there, on a disk made slow and
-                synced every 0.1 s; the command again; every fifth is killed once more on its second run
+    SIGKILL     at `moments` moments spread over the bytes that are written, on a disk made slow and synced every
+                0.1 s; the command again; every fifth is killed once more on its second run
     full disk   a file system of its own (tmpfs; mounting needs root) that a ballast file fills to several degrees while
                 the conversion writes; ballast away, the command again
 
@@ -61,12 +61,11 @@ COLUMNS = ("runs", "killed", "partial", "resumed", "killed twice", "disk full", 
 
 @dataclass(frozen=True)
 class Baseline:
-    """An uninterrupted conversion: its command but for -o, every file's SHA-256, bytes, seconds of the partial one."""
+    """An uninterrupted conversion: its command but for -o, every file's SHA-256, bytes."""
 
     command: list[str]
     files: dict[str, str]
     size: int
-    seconds: float
 
 
 def write_checkpoint(path: Path) -> Path:
@@ -120,41 +119,42 @@ def uninterrupted(recipe: str, source: Path, folder: Path) -> Baseline:
         "1",
     ]
     out = folder / "whole"
-    process = start(command, out)
-    wait_for(process, ".whole.partial", folder)
-    began = time.perf_counter()
-    wait_for(process, "whole", folder)
-    seconds = time.perf_counter() - began
-    code, said = finish(process)
+    code, said = finish(start(command, out))
     assert code == 0, said
-    size = sum(file.stat().st_size for file in out.iterdir())
-    found = Baseline(command, digests(out), size, seconds)
+    found = Baseline(command, digests(out), sum(file.stat().st_size for file in out.iterdir()))
     shutil.rmtree(out)
     return found
 
 
-def kill_after(base: Baseline, out: Path, seconds: float) -> tuple[bool, bool]:
-    """Start the conversion, and kill it so long after its partial directory came (or comes to be worked on).
+def kill_at(base: Baseline, out: Path, fraction: float) -> tuple[bool, bool]:
+    """Start the conversion, and kill it when this part of what was missing is written.
 
     Was it killed, and did it say that it went on with something?
     """
-    partial, _ = paths(out)
-    there = partial.is_dir()
+    already = written(out)
     process = start(base.command, out)
-    if there:  # it is being worked on when its lock is held; importing torch comes before
-        wait_until_locked(process, out)
-    else:
-        wait_for(process, partial.name, partial.parent)
-    time.sleep(seconds)
+    wait_until_locked(process, out)
+    while process.poll() is None and written(out) - already <= fraction * (base.size - already):
+        time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     code, said = finish(process)
     return code == -signal.SIGKILL, "going on" in said
 
 
 def wait_until_locked(process: subprocess.Popen[str], out: Path) -> None:
-    locks = f":{paths(out)[1].stat().st_ino} "
-    while process.poll() is None and locks not in Path("/proc/locks").read_text():
+    path = paths(out)[1]
+    while process.poll() is None and not (
+        path.exists() and f":{path.stat().st_ino} " in Path("/proc/locks").read_text()
+    ):
         time.sleep(0.001)
+
+
+def written(out: Path) -> int:
+    """Bytes of the partial directory that have a place on the disk."""
+    try:
+        return sum(512 * file.stat().st_blocks for file in paths(out)[0].iterdir())
+    except FileNotFoundError:  # not yet there, or renamed already
+        return 0
 
 
 def settle(base: Baseline, out: Path, counts: Counter[str]) -> None:
@@ -171,11 +171,11 @@ def settle(base: Baseline, out: Path, counts: Counter[str]) -> None:
 
 def killed_at(base: Baseline, out: Path, fraction: float, again: float | None, counts: Counter[str]) -> None:
     counts["runs"] += 1
-    killed, _ = kill_after(base, out, fraction * base.seconds)
+    killed, _ = kill_at(base, out, fraction)
     counts["killed"] += killed
     counts["partial"] += paths(out)[0].is_dir() and not out.exists()
     if again is not None and paths(out)[0].is_dir():
-        twice, resumed = kill_after(base, out, again * base.seconds)
+        twice, resumed = kill_at(base, out, again)
         counts["killed twice"] += twice and resumed
     settle(base, out, counts)
 
@@ -222,10 +222,10 @@ def small_disk(size: int) -> Iterator[Path | None]:
 def recipe_faults(recipe: str, source: Path, folder: Path, moments: int, rng: random.Random) -> Counter[str]:
     base = uninterrupted(recipe, source, folder)
     counts: Counter[str] = Counter(dict.fromkeys(COLUMNS, 0))
-    print(f"{recipe}: {base.size / 1e6:.1f} MB, partial for {base.seconds:.2f} s", flush=True)
+    print(f"{recipe}: {base.size / 1e6:.1f} MB", flush=True)
     for moment in range(moments):
         fraction = (moment + rng.random()) / moments
-        again = rng.random() * (1 - fraction) if moment % KILLED_TWICE == 0 else None
+        again = rng.random() if moment % KILLED_TWICE == 0 else None
         killed_at(base, folder / "out", fraction, again, counts)
     with small_disk(base.size + ROOM) as disk:
         for degree in DEGREES if disk is not None else ():

@@ -759,14 +759,6 @@ def test_calibration_that_ends_in_no_numbers(
     assert str(source) in line and expected in line
 
 
-# --- defects in convert/, quant/recipe.py and runtime/tokenizer.py that are known; drop a mark when its test passes ---
-
-
-def pending(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
-@pending("convert/show.py: inspected() trusts what lies inside dgq.json's objects")
 @pytest.mark.parametrize(
     "keys",
     [
@@ -783,7 +775,6 @@ def test_provenance_that_is_damaged(keys: dict[str, Any], good: Path, tmp_path: 
     assert "dgq.json" in line and next(iter(keys)) in line
 
 
-@pending("quant/recipe.py: _fitting() takes the last of no dimensions")
 @pytest.mark.parametrize("recipe", ("nvfp4-w4a16", "bnb4"))
 def test_vision_with_bounds(recipe: str, good: Path, tmp_path: Path) -> None:
     """Tensors of no dimension."""
@@ -798,19 +789,16 @@ def test_vision_with_bounds(recipe: str, good: Path, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], bound) for name, bound in bounds.items())
 
 
-@pending("convert/plan.py: layout_of() looks at each rule's scheme, not at more_bits and fallbacks")
 def test_double_quantisation_of_some(good: Path, tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path / "mine.toml", "bnb4", rule("*.experts.*", "bf16", 'more_bits = "nf4_dq"'))
     assert "nf4_dq" in works(convert(good / "source", tmp_path / "out", recipe, "bnb4"))["by_scheme"]
 
 
-@pending("convert/plan.py: a directory that says it is quantised and is not, which nothing opens")
 def test_a_recipe_that_quantises_nothing(good: Path, tmp_path: Path) -> None:
     recipe = recipe_file(tmp_path / "mine.toml", "bnb4")
     assert "mine" in fails(tmp_path, "plan", good / "source", "--to", "bnb4", "--recipe", recipe)
 
 
-@pending("convert/hf_artifact.py: _write() cannot encode it")
 def test_text_that_is_no_unicode(good: Path, tmp_path: Path) -> None:
     """A lone surrogate in config.json, of which JSON allows to speak."""
     source = edited(good, tmp_path / "in", lambda found: None)
@@ -818,14 +806,12 @@ def test_text_that_is_no_unicode(good: Path, tmp_path: Path) -> None:
     works(convert(source, tmp_path / "out", "bnb4"))
 
 
-@pending("runtime/vision.py: no bound, as the text's num_hidden_layers has one")
 def test_vision_layers_without_end(good: Path, tmp_path: Path) -> None:
     path = shutil.copytree(good / "bnb4", tmp_path / "out")
     section("vision_config", num_hidden_layers=5000)(path)
     assert "vision_config.num_hidden_layers is 5000" in fails(path, "inspect", path)
 
 
-@pending("runtime/tokenizer.py: the tokenizers library takes no lone surrogate")
 def test_a_token_that_is_no_unicode(good: Path, tmp_path: Path) -> None:
     path = shutil.copytree(good / "bnb4", tmp_path / "out")
     config("tokenizer_config.json", bos_token="\ud800")(path)

@@ -226,7 +226,7 @@ def test_bytes_do_not_depend_on_threads_or_slices(recipe: str, tmp_path: Path, m
     to = recipe.split("-")[0]
     digests = []
     for slices, threads in ((1 << 22, "1"), (1000, "7")):
-        monkeypatch.setattr("dgq.convert.pipeline.SLICE", {"cpu": slices})
+        monkeypatch.setattr("dgq.convert.slices.SLICE", {"cpu": slices})
         out = tmp_path / threads
         arguments = ["convert", "tiny", "--to", to, "--recipe", recipe, "-o", str(out), "--threads", threads]
         assert CliRunner().invoke(main, arguments).exit_code == 0
