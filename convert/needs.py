@@ -138,13 +138,15 @@ class Runtime:
             yield _moment(activations, before, decoded)
         chunk = min(config.vocab, max(1, layers.DECODE_BUDGET // config.hidden))  # rows of the table
         name = next(t.scheme.name for t in self.text if t.source == EMBEDDING)
-        table = self._decoding(name, chunk * config.hidden)
-        table += WIDTH * chunk * config.hidden if table and chunk < config.vocab else 0  # the rows before them
+        decoding = self._decoding(name, chunk * config.hidden)
+        decoded = WIDTH * chunk * config.hidden if decoding else 0
+        decoding += decoded if chunk < config.vocab else 0  # the rows before them
         hidden = config.canvas * config.hidden * (2 * WIDTH + 4)
-        piece = config.canvas * chunk * (WIDTH + 4)
+        product = config.canvas * chunk * (WIDTH + 4)
         yield _moment(canvas=before + 2 * logits)  # the softmax: its input cast, and its result
-        yield _moment(hidden, before + conditioning, table)
-        yield _moment(hidden, before + logits + piece, table)
+        yield _moment(hidden, before + conditioning, decoding)
+        yield _moment(hidden, before + logits, decoding)
+        yield _moment(hidden, before + logits + product, decoded)
 
     def _sampling(self) -> Iterator[dict[str, int]]:
         logits, conditioning = self._logits()

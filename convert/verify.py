@@ -56,7 +56,8 @@ def verify(path: Path, threads: int, progress: Progress) -> dict[str, Any]:
 
 def total_bytes(path: Path) -> int:
     """What a progress bar counts to; 0 if it cannot be known."""
-    return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file()) if path.is_dir() else 0
+    entries = os.scandir(path) if path.is_dir() else ()
+    return sum(entry.stat().st_size for entry in entries if entry.is_file(follow_symlinks=False))
 
 
 def _describes(said: Any) -> bool:
@@ -67,7 +68,7 @@ def _seal(file: Path, document: dict[str, Any]) -> Iterator[str]:
     rest = {key: value for key, value in document.items() if key != "sha256"}
     try:
         sealed, written = provenance.sealed(rest), provenance.text(document).encode()
-    except (ValueError, RecursionError):  # half a surrogate pair; nested too deeply
+    except RecursionError:  # it is nested too deeply
         sealed, written = {}, b""
     if document != sealed or list(document) != list(sealed):
         yield f"{file}: its SHA-256 of itself is wrong; it was changed or damaged"

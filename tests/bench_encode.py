@@ -138,7 +138,8 @@ def modelopt(weight: torch.Tensor) -> Parts:
 def same(ours: Parts, theirs: Parts) -> bool:
     """Whether the parts that the other side has too hold the same bytes (one scale_2 a matrix: ours is expanded)."""
     for name, right in theirs.items():
-        left = ours[name][..., 0, 0] if name == "weight_scale_2" else ours[name]
+        expanded = name == "weight_scale_2" and right.dim() < ours[name].dim()
+        left = ours[name][..., 0, 0] if expanded else ours[name]
         pair = [t.cpu().contiguous().flatten().view(torch.uint8) for t in (left, right)]
         if not torch.equal(*pair):
             return False
