@@ -155,9 +155,9 @@ class GGUFReader(Mapping[str, Packed]):
         try:
             with path.open("rb") as file:
                 self._parse(_Header(file, path.stat().st_size), path.stat().st_size)
+            self._data = np.memmap(path, dtype=np.uint8, mode="c")  # copy-on-write: torch wants writable memory
         except (OSError, ValueError, OverflowError) as error:
             raise InputError(f"{path}: not readable as GGUF ({error}); truncated or damaged, fetch it again") from None
-        self._data = np.memmap(path, dtype=np.uint8, mode="c")  # copy-on-write: torch wants writable memory
 
     def _parse(self, header: _Header, size: int) -> None:
         if header.take(4) != b"GGUF":

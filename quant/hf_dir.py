@@ -30,6 +30,7 @@ from dgq.quant.types import Packed, Spec
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
+MAX_JSON = 40_000_000  # bytes; twice the index of 184,320 expert tensors. Lists in a list take 21 times as much memory
 DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -44,10 +45,21 @@ DTYPES = {
 FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}  # safetensors dtype -> scheme
 
 
+def read_whole(path: Path, most: int) -> bytes:
+    """A file's bytes. OSError if it is no file (a pipe would wait, a device never end), ValueError if longer than most."""
+    size = path.stat().st_size
+    if not path.is_file():
+        raise OSError("is no plain file")
+    if size > most:
+        raise ValueError(f"{size} bytes, expected {most} at most")
+    with path.open("rb") as file:
+        return file.read(size)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; InputError if it is missing, unreadable or no object."""
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(read_whole(path, MAX_JSON))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -61,6 +73,8 @@ def read_header(path: Path) -> dict[str, Spec]:
     """Every tensor a safetensors file announces, in file order of their bytes."""
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            raise OSError("is no plain file")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > min(size - 8, MAX_HEADER):

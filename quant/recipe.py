@@ -16,8 +16,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dgq.quant.errors import InputError
+from dgq.quant.hf_dir import read_whole
 from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Scheme
+
+MAX_RECIPE = 1 << 20  # bytes
 
 # What each format can store. 16 bits is BF16 where transformers reads it.
 FORMAT_SCHEMES = {
@@ -136,13 +139,13 @@ def layer_of(name: str) -> int | None:
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe; InputError names the file and the key that is wrong."""
     try:
-        recipe = Recipe.model_validate(tomllib.loads(path.read_text("utf-8")))
+        recipe = Recipe.model_validate(tomllib.loads(read_whole(path, MAX_RECIPE).decode()))
     except FileNotFoundError:
         raise InputError(f"{path}: no such recipe") from None
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as TOML ({error})") from None
-    except ValidationError as error:
+    except ValidationError as error:  # which is a ValueError
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: {where}: {first['msg']}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as TOML ({error})") from None
     return recipe

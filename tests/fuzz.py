@@ -646,6 +646,9 @@ class Watch:
                 return
         elif event in self.WRITES:
             path = arguments[0]
+            folder = arguments[-1] if event in ("os.remove", "os.rmdir", "os.mkdir") else -1
+            if isinstance(folder, int) and folder >= 0 and isinstance(path, (str, bytes)):
+                path = os.path.join(f"/proc/self/fd/{folder}", os.fsdecode(path))  # noqa: PTH118
         else:
             return
         real = os.path.realpath(os.fsdecode(path)) if isinstance(path, (str, bytes, os.PathLike)) else str(path)
@@ -672,8 +675,11 @@ def invoke(command: Command) -> tuple[int, str, str]:
     """Exit code, 0 to 2, and what was printed; raises what the command raises."""
     from click.testing import CliRunner
 
+    from dgq.convert import show
     from dgq.convert.cli import main
 
+    for console in (show.out, show.err):  # what one command could not print, the next would print
+        console._buffer.clear()
     result = CliRunner().invoke(main, command)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -800,6 +806,9 @@ def work(first: int, step: int, cases: int, seed: int, scratch: Path, log: Path,
     for name in (*SOURCES, *QUANTISED, "gguf"):  # imports and first calls count for no case
         for command in (("inspect", str(scratch / "seeds" / name)), ("run", str(scratch / "seeds" / name), "hi", *RUN)):
             assert invoke(command)[0] == 0, command
+    sharded, imatrix = str(scratch / "seeds" / "sharded"), str(scratch / "seeds" / "imatrix" / "im.gguf")
+    code, _, stderr = invoke(("convert", sharded, "--to", "gguf", "--imatrix", imatrix, "-o", str(room / "warm")))
+    assert code == 0, stderr
     for name in (*QUANTISED, "gguf"):
         code, stdout, stderr = invoke(("verify", str(scratch / "seeds" / name)))
         assert code == 0, stdout + stderr

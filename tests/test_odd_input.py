@@ -200,7 +200,7 @@ def test_output_that_cannot_be_written_to(artifact: Path) -> None:
 def test_dgq_json_that_is_damaged(artifact: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(artifact, tmp_path / "copy")
     (copy / "dgq.json").write_text('{"source": "x"}')
-    assert "dgq.json: damaged" in error_of("inspect", str(copy))
+    assert "dgq.json: its source is not what dgq writes there; damaged" in error_of("inspect", str(copy))
 
 
 def test_a_file_without_provenance_does_not_borrow_it(artifact: Path, tmp_path: Path) -> None:

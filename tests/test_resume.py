@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from kinds import write_kinds
-from test_bad_input import error_of, tree
+from test_bad_input import edit_tensors, error_of, tree
 from test_odd_input import write_imatrix
 
 import dgq.convert.hf_artifact as hf_artifact
 import dgq.convert.journal as journal
+import dgq.convert.pipeline as pipeline
 import dgq.convert.slices as slices
 from dgq.convert import provenance
 from dgq.convert.cli import main
@@ -112,11 +114,13 @@ def done(out: Path) -> set[str]:
 
 
 def goes_on(source: Path, out: Path, recipe: str, expected: Contents, *more: str) -> None:
-    """The command again: it says how much was done, does the rest and no more, and the artifact is right."""
+    """The command again: it says how much was done, does the rest and no more (nor calibrates), and the artifact is
+    right."""
     before, worked = done(out), set[str]()
     with pytest.MonkeyPatch.context() as patch:
         run = slices.Slice.run
         patch.setattr(slices.Slice, "run", lambda job: (worked.add(job.tensor.name), run(job))[1])
+        patch.setattr("dgq.convert.input_scales.input_scales", None)
         result = convert(source, out, recipe, "--json", *more)
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
@@ -235,6 +239,66 @@ def test_a_disk_that_fills(recipe: str, source: Path, tmp_path: Path, whole: Cal
             shutil.rmtree(tmp_path / "new")
         assert tree(tmp_path) == before
     assert kept[0] == 0 and kept == sorted(kept) and kept[2] < kept[3] < kept[4], kept
+
+
+def test_what_was_not_synced_yet(source: Path, tmp_path: Path, whole: Callable[[str], Contents]) -> None:
+    """An end that dgq notices keeps everything that is whole, however short ago it was written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(journal, "SYNC_SECONDS", 1000.0)
+        out = stopped(source, tmp_path / "out", "bnb4", 0.8)
+    assert len(done(out)) > 20
+    goes_on(source, out, "bnb4", whole("bnb4"))
+
+
+def test_room_that_a_conversion_needs_to_go_on(
+    source: Path, tmp_path: Path, whole: Callable[[str], Contents], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has its place on the disk already, done or not, is not asked for again."""
+    out = stopped(source, tmp_path / "out", "bnb4", 0.9)
+    planned = json.loads(CliRunner().invoke(main, ["plan", str(source), *RECIPES["bnb4"], "--json"]).stdout)
+    taken = sum(512 * file.stat().st_blocks for file in journal.paths(out)[0].iterdir())
+    need = pipeline.HEADER_ALLOWANCE + planned["bytes"] - taken
+    assert taken > 0.8 * planned["bytes"]
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(need, 0, need - 1))
+        assert "GiB are free" in error_of(*arguments(source, out, "bnb4"))
+        assert contents(tmp_path) == before
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(need, 0, need))
+        goes_on(source, out, "bnb4", whole("bnb4"))
+
+
+def test_bad_input_leaves_nothing_however_much_was_done(source: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(source, tmp_path / "kinds")
+    edit_tensors(mine / WEIGHTS, lambda tensors: next(reversed(tensors.values())).fill_(float("nan")))
+    before, out = tree(tmp_path), tmp_path / "out"
+    assert f"{WEIGHTS}: " in error_of(*arguments(mine, out, "nvfp4-w4a16"))
+    assert tree(tmp_path) == before
+    stopped(mine, out, "nvfp4-w4a16", 0.4)
+    assert f"{WEIGHTS}: " in error_of(*arguments(mine, out, "nvfp4-w4a16"))
+    assert tree(tmp_path) == before
+
+
+def test_nobody_waits_for_hashes_of_what_failed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashing the 26B takes minutes; of a stopped conversion only files already begun are hashed."""
+    begun, go = list[Path](), threading.Event()
+
+    def hashing(path: Path) -> str:
+        begun.append(path)
+        go.wait(5)
+        return ""
+
+    monkeypatch.setattr(provenance, "sha256", hashing)
+    monkeypatch.setattr(pipeline, "HASHERS", 1)
+    shutdown = ThreadPoolExecutor.shutdown
+    monkeypatch.setattr(
+        ThreadPoolExecutor, "shutdown", lambda pool, **how: (shutdown(pool, wait=False, **how), go.set(), None)[2]
+    )
+    with full_disk(0):
+        error_of(*arguments(source, tmp_path / "out", "bnb4"))
+    assert len(begun) == 1
 
 
 def test_a_disk_that_fills_again_and_again(source: Path, tmp_path: Path, whole: Callable[[str], Contents]) -> None:
@@ -514,7 +578,7 @@ def test_the_order_of_syncs(recipe: str, source: Path, tmp_path: Path, monkeypat
     dirty: set[str] = set()
     synced: set[str] = set()
     append = Places.append
-    checked = 0
+    checked = renamed = 0
 
     def appending(self: Places, name: str, tensor: Any) -> None:
         dirty.add(name)
@@ -538,6 +602,8 @@ def test_the_order_of_syncs(recipe: str, source: Path, tmp_path: Path, monkeypat
             dirty.clear()
 
     def renaming(self: Path, target: Path) -> Path:
+        nonlocal renamed
+        renamed += target == out
         assert verify(self, 1, lambda n, name: None)["ok"]
         assert {str(file) for file in partial.iterdir()} <= synced
         assert path.exists() and not out.exists()
@@ -555,7 +621,7 @@ def test_the_order_of_syncs(recipe: str, source: Path, tmp_path: Path, monkeypat
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, patched)
     result = convert(source, out, recipe)
-    assert result.exit_code == 0 and checked > 100, result.output
+    assert result.exit_code == 0 and checked > 100 and renamed == 1, result.output
 
 
 def test_bytes_that_a_failed_sync_lost(source: Path, tmp_path: Path, whole: Callable[[str], Contents]) -> None:
