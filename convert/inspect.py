@@ -71,7 +71,8 @@ def _provenance(artifact: Artifact) -> dict[str, Any] | None:
     document = read_json(file)
     kept = {key: document.get(key) for key in ("dgq", "recipe", "effort", *_SOUND)}
     for key, sound in _SOUND.items():
-        if kept[key] is not None and not (isinstance(kept[key], dict) and sound(kept[key])):
+        said = kept[key]
+        if said is not None and not (isinstance(said, dict) and sound(said)):
             raise InputError(f"{file}: its {key} is not what dgq writes there; damaged")
     listed = kept.pop("files") or {}
     return kept if all(weights.name in listed for weights in artifact.weights.files) else None

@@ -125,7 +125,7 @@ def _as_it_was(partial: Path, facts: list[dict[str, Any]]) -> bool:
     """Are the files there that finished weights lie in? Whatever else lies there is removed."""
     if not partial.is_dir():
         return False
-    files = next((fact["files"] for fact in reversed(facts) if "files" in fact), {})
+    files: dict[str, int] = next((fact["files"] for fact in reversed(facts) if "files" in fact), {})
     for name in _sizes(partial).keys() - files.keys():
         (partial / name).unlink()
     return _sizes(partial) == files
@@ -152,7 +152,7 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
     """The first thing in which two identities differ, in words."""
     for key in here | there:
         if (was := there.get(key)) != (now := here.get(key)):
-            if key == "files":
+            if key == "files" and isinstance(was, dict) and isinstance(now, dict):
                 file = next(name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name))
                 return f"{file} has changed since"
             return f"its {key} was {str(was)[:60]}, not {str(now)[:60]}"

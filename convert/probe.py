@@ -6,7 +6,8 @@
     read               some MiB of the source's largest file           x bytes
     write              some MiB into a nameless file here, synced      x bytes
 
-An estimate, and of the least: what was just read may lie in memory, and threads share more than the cores.
+An estimate, and of the least: other programs want the cores too, threads share more than these, and what was just read
+may still lie in memory. Seconds of work are one thread's time on a core, divided by the threads.
 """
 
 from __future__ import annotations
@@ -47,14 +48,13 @@ def probe(plan: Plan, threads: int) -> dict[str, Any]:
     kept = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        encode = {name: n["params"] * _encode(SCHEMES[name]) / cores for name, n in plan.by_scheme().items()}
+        encoding = sum(n["params"] * _encode(SCHEMES[name]) for name, n in plan.by_scheme().items()) / cores
+        calibrate = _calibrate(plan) / kept if plan.recipe.activations is not None else None
     finally:
         torch.set_num_threads(kept)
     read = _scaled(_read(largest, source[largest]) if largest else None, nbytes)
     write = _scaled(_write(), plan.nbytes)
     hashing = _hash() * (nbytes / cores + plan.nbytes / min(cores, shards, HASHERS))
-    calibrate = _calibrate(plan) if plan.recipe.activations is not None else None
-    encoding = sum(encode.values())
     total = max(encoding + hashing, read or 0.0, write or 0.0) + (calibrate or 0.0)
     times = {"encode_s": encoding, "read_s": read, "write_s": write, "hash_s": hashing}
     times |= {"calibrate_s": calibrate, "total_s": total}
@@ -63,10 +63,10 @@ def probe(plan: Plan, threads: int) -> dict[str, Any]:
 
 
 def _seconds(action: Callable[[], object]) -> float:
-    """Of one action, the first one aside, which may have to load something."""
+    """This thread's own, for one action; the first is not counted, which may have to load something."""
     action()
-    began, count = time.perf_counter(), 0
-    while (spent := time.perf_counter() - began) < LEAST or not count:
+    began, count = time.process_time(), 0
+    while (spent := time.process_time() - began) < LEAST or not count:
         action()
         count += 1
     return spent / count
@@ -111,8 +111,8 @@ def _hash() -> float:
 
 
 def _calibrate(plan: Plan) -> float:
-    """Seconds of all passes, if the checkpoint stays in memory: in each of them every weight is cast, into memory that
-    is new to the process, and multiplied with all tokens, an expert's with its share of them."""
+    """One thread's seconds for all passes, if the checkpoint stays in memory: each casts all weights, into memory
+    that is new to the process, and multiplied with all tokens, an expert's with its share of them."""
     config = plan.source.config
     share = config.top_k / config.experts
     tokens = TEXTS * (PROMPT + 2 * config.canvas) + CHATS * (PROMPT + DRAFTS * config.canvas)

@@ -121,8 +121,7 @@ def _vram(plan: Plan, found: dict[int, dict[str, Any]]) -> Table:
         "decoded": "weights decoded for use",
     }
     for part, label in parts.items():
-        sizes = [needed["parts"][part] / GIB for needed in found.values()]
-        table.add_row(label, *(f"{size:,.2f}" if size else "–" for size in sizes))
+        table.add_row(label, *(f"{n / GIB:,.2f}" if (n := needed["parts"][part]) else "–" for needed in found.values()))
     table.add_row("at its peak", *(f"{needed['total'] / GIB:,.2f}" for needed in found.values()), style="bold")
     table.add_row("which comes", *(needed["peak"] for needed in found.values()))
     fits = (f"{needed['fits'][0]} GB up" if needed["fits"] else "none" for needed in found.values())
@@ -145,10 +144,8 @@ def _making(plan: Plan, found: dict[str, Any]) -> None:
         kinds = ("calibrate", "encode", "hash", "write", "read")
         times = ", ".join(f"{kind} {_duration(s)}" for kind in kinds if (s := time[f"{kind}_s"]) is not None)
         without = ", without the download" if download else ""
-        out.print(
-            f"time   {_duration(time['total_s'])} at least on the CPU, {time['threads']} threads{without}: {times}"
-        )
-        out.print("       (an estimate, from a short probe of this machine)")
+        out.print(f"time   {_duration(time['total_s'])} at least on the CPU, {time['threads']} threads: {times}")
+        out.print(f"       (an estimate, from a short probe of this machine{without})")
 
 
 def _duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dgq.convert import provenance
-from dgq.quant.errors import InputError
+from dgq.quant.errors import InputError, printable
 from dgq.quant.hf_dir import read_json
 from dgq.quant.schemes import SCHEMES
 from dgq.runtime.artifact import open_artifact
@@ -48,7 +48,7 @@ def verify(path: Path, threads: int, progress: Progress) -> dict[str, Any]:
         problems += _contents(path, document)
     return {
         "ok": not problems,
-        "problems": [_printable(problem) for problem in problems],
+        "problems": [printable(problem) for problem in problems],
         "files": len(there) + 1,
         "bytes": sum(listed[name]["bytes"] for name in there) + file.stat().st_size,
     }
@@ -67,18 +67,13 @@ def _describes(said: Any) -> bool:
 def _seal(file: Path, document: dict[str, Any]) -> Iterator[str]:
     rest = {key: value for key, value in document.items() if key != "sha256"}
     try:
-        sealed, written = provenance.sealed(rest), provenance.text(document).encode()
+        sealed = provenance.sealed(rest)
     except RecursionError:  # it is nested too deeply
-        sealed, written = {}, b""
-    if document != sealed or list(document) != list(sealed):
+        sealed = {}
+    if document != sealed:
         yield f"{file}: its SHA-256 of itself is wrong; it was changed or damaged"
-    elif file.read_bytes() != written:
+    elif file.read_bytes() != provenance.text(sealed).encode():
         yield f"{file}: is not written as dgq writes it; it was changed or damaged"
-
-
-def _printable(line: str) -> str:
-    """File names may hold anything; a line is one line, and has no control codes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _differs(file: Path, said: dict[str, Any]) -> list[str]:

@@ -7,8 +7,13 @@ raises `InputError`; the command line prints its text and exits with 2, without 
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """One line without control codes or lone surrogates, which names in strangers' files may hold."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
 class InputError(Exception):
     """Bad input. The text is one line: what is wrong, where (file, tensor, number), what to do."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(printable(message))

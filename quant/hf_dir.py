@@ -46,7 +46,7 @@ FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}  # safetensors dtype -> sc
 
 
 def read_whole(path: Path, most: int) -> bytes:
-    """A file's bytes. OSError if it is no file (a pipe would wait, a device never end), ValueError if longer than most."""
+    """A file's bytes. OSError if it is no file (a pipe waits, a device never ends), ValueError if longer than most."""
     size = path.stat().st_size
     if not path.is_file():
         raise OSError("is no plain file")

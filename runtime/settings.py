@@ -47,7 +47,8 @@ class GenerationConfig:
 
         EOS and pad fall back to config.json's (note: the released config.json knows 2 of the 3 EOS ids).
         """
-        return cls.from_json(read_json(path) if path.exists() else {}, config, str(path))
+        there = path.exists() or path.is_symlink()  # a link that leads nowhere is a broken download, not an absent file
+        return cls.from_json(read_json(path) if there else {}, config, str(path))
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], config: ModelConfig, source: str) -> GenerationConfig:

@@ -139,7 +139,9 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise InputError(f"{self._source}: the text, or a special token of tokenizer_config.json, is no Unicode") from None
+            raise InputError(
+                f"{self._source}: the text, or a special token of tokenizer_config.json, is no Unicode"
+            ) from None
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
 

@@ -1,6 +1,6 @@
-"""Fuzzing what strangers write: safetensors headers, indexes, configs, GGUF files, dgq.json, recipes, importance matrices.
+"""Fuzzing what strangers write: safetensors headers, indexes, configs, GGUF files, dgq.json, recipes, imatrices.
 
-    python tests/fuzz.py [--cases 6000] [--seed 1] [--workers 2] [--coverage] [--only CASE] [--keep DIR]
+    python tests/fuzz.py [--cases 6000] [--seed 1] [--workers 2] [--seconds S] [--coverage] [--only CASE] [--keep DIR]
 
 Structure-aware, and the same by seed: a good input is taken apart, changed where it is a value, a length, an offset, a
 name or a link, and put together again; a few are only damaged. Each goes through the commands that read it, in worker
@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 SECONDS, MEMORY = 5, 1 << 30
 SINGLE, INDEX, PROVENANCE = "model.safetensors", "model.safetensors.index.json", "dgq.json"
@@ -76,7 +77,9 @@ def near(value: Any, rng: random.Random) -> Any:
         return rng.choice((value * 2, -value, value / 3, float(int(value)), value))
     if isinstance(value, str):
         cut = rng.randrange(len(value) + 1)
-        return rng.choice((value + "x", value[:cut], value[:cut] + rng.choice("/.\n\x7fé0") + value[cut:], value.upper()))
+        return rng.choice(
+            (value + "x", value[:cut], value[:cut] + rng.choice("/.\n\x7fé0") + value[cut:], value.upper())
+        )
     if isinstance(value, list):
         return rng.choice((value[:-1], value + value[-1:], value[::-1], [value], value * 2))
     return dict(list(value.items())[1:]) if isinstance(value, dict) else value
@@ -123,7 +126,7 @@ def json_text(data: Any, rng: random.Random) -> bytes:
     for number, value in enumerate(raw):
         text = text.replace(f'"@@{number}@@"', value)
     if rng.random() < 0.06:  # one key twice
-        keys = [match for match in re.finditer(r'"[^"\\]+": ', text)]
+        keys = list(re.finditer(r'"[^"\\]+": ', text))
         if keys:
             key = rng.choice(keys)
             text = text[: key.start()] + key[0] + json.dumps(rng.choice(ODD)) + ", " + text[key.start() :]
@@ -178,7 +181,9 @@ def safetensors(data: bytes, rng: random.Random) -> bytes:
     states = [name for name in names if "quant_state" in name]
     if states and kind < 0.65:
         start, stop = header[rng.choice(states)]["data_offsets"]
-        text = json_text(json.loads(payload[start:stop]), rng) if rng.random() < 0.8 else damaged(payload[start:stop], rng)
+        text = (
+            json_text(json.loads(payload[start:stop]), rng) if rng.random() < 0.8 else damaged(payload[start:stop], rng)
+        )
         return data[: -len(payload)] + payload[:start] + text[: stop - start].ljust(stop - start) + payload[stop:]
     for _ in range(rng.choice((1, 1, 2))):
         payload = entry_changed(header, names, payload, rng)
@@ -197,7 +202,9 @@ def entry_changed(header: dict[str, Any], names: list[str], payload: bytes, rng:
         by = rng.choice((1, -1, 8, 2**31, 2**48, 2**63, -(2**31)))
         entry["data_offsets"] = [start + by, stop + by] if rng.random() < 0.5 else [start, stop + by]
     elif kind == 2:
-        entry["data_offsets"] = rng.choice(([stop, start], [start], [start, stop, 0], [float(start), stop], [True, stop]))
+        entry["data_offsets"] = rng.choice(
+            ([stop, start], [start], [start, stop, 0], [float(start), stop], [True, stop])
+        )
     elif kind == 3:
         same = {"BF16": "F16", "F32": "I32", "U8": "I8", "F8_E4M3": "F8_E5M2", "F16": "U16"}
         entry["dtype"] = rng.choice((same.get(entry["dtype"], "U8"), *("F64", "F4", "BOOL", "F8_E8M0", "bf16")))
@@ -213,7 +220,9 @@ def entry_changed(header: dict[str, Any], names: list[str], payload: bytes, rng:
     elif kind == 7:
         header[one], header[two] = header[two], header[one]
     elif kind == 8:
-        name = rng.choice((one + "x", "x" * 70_000, "a\nb", "\x1b[2J", "", "\ud800", "lm_head.weight", "..", one.upper()))
+        name = rng.choice(
+            (one + "x", "x" * 70_000, "a\nb", "\x1b[2J", "", "\ud800", "lm_head.weight", "..", one.upper())
+        )
         header[name] = header.pop(one)
         names.remove(one)
     elif kind == 9:
@@ -227,7 +236,9 @@ def entry_changed(header: dict[str, Any], names: list[str], payload: bytes, rng:
     elif kind == 11:
         entry[rng.choice(("dtype", "shape", "data_offsets"))] = rng.choice(ODD)
     elif kind == 12:
-        return payload[: rng.randrange(len(payload))] if rng.random() < 0.5 else payload + bytes(rng.choice((1, 8, 4096)))
+        return (
+            payload[: rng.randrange(len(payload))] if rng.random() < 0.5 else payload + bytes(rng.choice((1, 8, 4096)))
+        )
     elif kind == 13:  # copies of tied weights, the same and another
         text = "model.encoder.language_model."
         copy = "lm_head.weight" if "embed_tokens" in one else one.replace("model.decoder.", text)
@@ -298,7 +309,10 @@ class GGUF:
         return self._data[start : self._at]
 
     def bytes(self) -> bytes:
-        counts = [len(found) if lie is None else lie for lie, found in zip(self.counts, (self.tensors, self.keys), strict=True)]
+        counts = [
+            len(found) if lie is None else lie
+            for lie, found in zip(self.counts, (self.tensors, self.keys), strict=True)
+        ]
         parts = [b"GGUF", struct.pack("<IQQ", self.version, *counts)]
         for key, kind, value in self.keys:
             parts += [struct.pack("<Q", len(key)), key, struct.pack("<I", kind), value]
@@ -382,7 +396,7 @@ def key_changed(parts: GGUF, rng: random.Random) -> None:
 def tensor_changed(parts: GGUF, rng: random.Random) -> None:
     tensors = parts.tensors
     tensor, other = rng.choice(tensors), rng.choice(tensors)
-    name, dims, kind, offset = tensor
+    name, dims, _, offset = tensor
     what = rng.randrange(10)
     if what == 0:
         tensors.remove(tensor)
@@ -393,15 +407,30 @@ def tensor_changed(parts: GGUF, rng: random.Random) -> None:
         tensor[0] = rng.choice(texts)
     elif what == 3:
         tensor[1] = rng.choice(
-            ([], dims[::-1], [*dims, 1], [1] * 5, [*dims, 1, 1, 1], [1] * 300, [math.prod(dims)], [*dims[:-1], dims[-1] * 2])
+            (
+                [],
+                dims[::-1],
+                [*dims, 1],
+                [1] * 5,
+                [*dims, 1, 1, 1],
+                [1] * 300,
+                [math.prod(dims)],
+                [*dims[:-1], dims[-1] * 2],
+            )
         )
     elif what == 4:
         at = rng.randrange(len(dims)) if dims else 0
-        tensor[1] = [*dims[:at], rng.choice((*NUMBERS, *((dims[at] * 2, dims[at] + 32) if dims else ()))), *dims[at + 1 :]]
+        tensor[1] = [
+            *dims[:at],
+            rng.choice((*NUMBERS, *((dims[at] * 2, dims[at] + 32) if dims else ()))),
+            *dims[at + 1 :],
+        ]
     elif what == 5:
         tensor[2] = rng.choice((*range(42), 2**31, 2**32 - 1))
     elif what == 6:
-        tensor[3] = rng.choice((*NUMBERS, offset + 1, offset + 32, len(parts.payload), len(parts.payload) - 32, other[3]))
+        tensor[3] = rng.choice(
+            (*NUMBERS, offset + 1, offset + 32, len(parts.payload), len(parts.payload) - 32, other[3])
+        )
     elif what == 7:
         tensor[3], other[3] = other[3], tensor[3]
     elif what == 8:
@@ -495,7 +524,9 @@ def parses(file: Path) -> bool:
 
 def link_ops(file: Path, outside: Path, rng: random.Random) -> None:
     """The file gone, elsewhere, of another kind."""
-    kind = rng.choice(("gone", "elsewhere", "dangling", "directory", "loop", "empty", "fifo", "zero", "huge", "closed"))
+    kind = rng.choice(
+        ("gone", *("elsewhere",) * 4, "dangling", "directory", "loop", "empty", "fifo", "zero", "huge", "closed")
+    )
     data = file.read_bytes()
     file.unlink()
     if kind == "elsewhere":
@@ -554,7 +585,9 @@ def make_case(number: int, rng: random.Random, seeds: Path, room: Path) -> Input
         file.write_bytes(after)
         changed = after != before
     if rng.random() < 0.03:
-        (path / rng.choice(("extra", "b.gguf", "b.safetensors", "..x", "a\nb", "\x1b[2J", "model-2.json"))).write_bytes(b"x")
+        (path / rng.choice(("extra", "b.gguf", "b.safetensors", "..x", "a\nb", "\x1b[2J", "model-2.json"))).write_bytes(
+            b"x"
+        )
         changed = True
     sealed = (path / PROVENANCE).exists() and rng.random() < 0.5 and sealed_again(path, file)
     valid = parses(file)
@@ -601,7 +634,9 @@ def commands(case: Input, rng: random.Random, out: Path, seeds: Path) -> list[Co
             found.append(("convert", str(seeds / "sharded"), *recipe, "-o", str(out / "new"), "--threads", "1", *scale))
         return found
     if case.seed == "imatrix":
-        return [("convert", str(seeds / "sharded"), "--to", "gguf", "--imatrix", path, "-o", str(out / "new"), *as_json)]
+        return [
+            ("convert", str(seeds / "sharded"), "--to", "gguf", "--imatrix", path, "-o", str(out / "new"), *as_json)
+        ]
     found = [("inspect", path, *as_json)]
     if case.seed in SOURCES:
         to = rng.choice(("nvfp4", "bnb4", "gguf"))
@@ -641,7 +676,7 @@ class Watch:
         if not self.on:
             return
         if event == "open":
-            path, mode, flags = arguments
+            path, _, flags = arguments
             if isinstance(path, int) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 return
         elif event in self.WRITES:
@@ -657,7 +692,7 @@ class Watch:
 
 
 def snapshot(path: Path) -> dict[str, tuple[int, ...]]:
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for entry in path.rglob("*"):
         said = entry.lstat()
         found[str(entry.relative_to(path))] = (said.st_mode, said.st_size, said.st_ino, said.st_mtime_ns)
@@ -723,7 +758,7 @@ def wrong_result(case: Input, codes: dict[str, int]) -> str | None:
     if codes.get("verify") == 0 and codes.get("inspect") and case.file.name != PROVENANCE:
         return "verify finds it good, inspect does not"
     if codes.get("inspect") == 0 and case.path.is_dir():
-        for file in case.path.glob("*.safetensors"):
+        for file in case.path.glob("model*.safetensors"):
             if not tiles(file):
                 return f"{file.name}: tensors overlap, or leave gaps"
     if codes.get("run") == 0 and case.seed in QUANTISED:
@@ -786,11 +821,14 @@ def attempt(number: int, seed: int, seeds: Path, room: Path, watch: Watch) -> di
     return said | ({"found": found, "command": " ".join(command)} if found else {})
 
 
-def work(first: int, step: int, cases: int, seed: int, scratch: Path, log: Path, keep: Path | None, only: bool) -> None:
+def work(
+    first: int, step: int, cases: int, seed: int, scratch: Path, log: Path, keep: Path | None, only: bool, until: float
+) -> None:
     """Cases first, first + step, …; a line for each in `log`, before and after."""
     import torch
 
     torch.set_num_threads(1)
+    mock.patch("os.fsync", new=lambda _: None).start()  # most of a small conversion's time, and no matter here
     room = scratch / f"room{first % step if not only else 'x'}"
     room.mkdir(exist_ok=True)
     for name in ("tmp", "cwd"):
@@ -815,6 +853,8 @@ def work(first: int, step: int, cases: int, seed: int, scratch: Path, log: Path,
     watch = Watch(room / "out", room / "tmp")
     with log.open("a") as lines:
         for number in range(first, first + 1 if only else cases, step):
+            if time.time() > until:
+                break
             print(json.dumps({"began": number}), file=lines, flush=True)
             said = attempt(number, seed, scratch / "seeds", room, watch)
             print(json.dumps(said), file=lines, flush=True)
@@ -843,7 +883,9 @@ def build(seeds: Path) -> None:
     for recipe, to in {**QUANTISED, "q4_k_m": "gguf"}.items():
         scale = ("--input-scale", "0.01") if recipe == "nvfp4" else ()
         out = seeds / ("gguf" if to == "gguf" else recipe)
-        code, _, stderr = invoke(("convert", str(seeds / "sharded"), "--to", to, "--recipe", recipe, "-o", str(out), *scale))
+        code, _, stderr = invoke(
+            ("convert", str(seeds / "sharded"), "--to", to, "--recipe", recipe, "-o", str(out), *scale)
+        )
         assert code == 0, stderr
     for folder in ("bare", "recipes", "imatrix"):
         (seeds / folder).mkdir()
@@ -884,8 +926,19 @@ def spawn(first: int, options: argparse.Namespace, scratch: Path, log: Path) -> 
         where = ",".join(str(ROOT / f"{name}.py") for name in COVERED)
         config.write_text(f"[run]\nbranch = true\nparallel = true\ndata_file = {scratch}/cov\ninclude = {where}\n")
         arguments += ["-m", "coverage", "run", f"--rcfile={config}"]
-    arguments += [__file__, "--cases", str(options.cases), "--seed", str(options.seed), "--workers", str(options.workers)]
-    arguments += ["--work", str(first), str(scratch), str(log)] + (["--keep", str(options.keep)] if options.keep else [])
+    arguments += [
+        __file__,
+        "--cases",
+        str(options.cases),
+        "--seed",
+        str(options.seed),
+        "--workers",
+        str(options.workers),
+    ]
+    arguments += ["--until", str(options.until)]
+    arguments += ["--work", str(first), str(scratch), str(log)] + (
+        ["--keep", str(options.keep)] if options.keep else []
+    )
     arguments += ["--only", str(options.only)] if options.only is not None else []
     return subprocess.Popen(arguments)
 
@@ -916,7 +969,9 @@ def supervise(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]
             if last is None or ended:
                 raise SystemExit(f"worker {first} ended with {code}")
             kind = "timeout" if code == 1 else "crash"
-            results.append({"case": last, "found": [f"{kind}: the worker ended with {code}"], "codes": {}, "parses": True})
+            results.append(
+                {"case": last, "found": [f"{kind}: the worker ended with {code}"], "codes": {}, "parses": True}
+            )
             if options.only is None and last + options.workers < options.cases:
                 workers[first] = spawn(last + options.workers, options, scratch, scratch / f"log{first}")
     for first in starts:
@@ -935,7 +990,10 @@ def coverage_of(scratch: Path) -> dict[str, float]:
     for file, about in said["files"].items():
         print(Path(file).name, about["summary"]["percent_covered_display"], about["missing_lines"], file=sys.stderr)
         print("   branches", about["missing_branches"], file=sys.stderr)
-    files = {str(Path(file).relative_to(ROOT)) if Path(file).is_absolute() else file: about["summary"] for file, about in said["files"].items()}
+    files = {
+        str(Path(file).relative_to(ROOT)) if Path(file).is_absolute() else file: about["summary"]
+        for file, about in said["files"].items()
+    }
     total = said["totals"]
     return {
         **{file: round(about["percent_covered"], 1) for file, about in sorted(files.items())},
@@ -953,13 +1011,13 @@ def summary(results: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
             ends["errors" if any(code for code in result["codes"].values()) else "correct"] += 1
     return {
         "cases": len(results),
-        "parse": round(sum(result["parses"] for result in results) / len(results), 3),
+        "parse": round(sum(result["parses"] for result in results) / max(1, len(results)), 3),
         "clean_errors": ends["errors"],
         "correct": ends["correct"],
         **{f"{kind}s": ends[kind] for kind in ("traceback", "timeout", "crash")},
         **{kind: ends[kind] for kind in ("memory", "outside", "unclean", "wrong")},
         "commands": dict(Counter(name for result in results for name in result["codes"])),
-        "slowest_s": max(result.get("seconds", 0) for result in results),
+        "slowest_s": max((result.get("seconds", 0) for result in results), default=0),
         "seconds": round(seconds),
     }
 
@@ -972,6 +1030,8 @@ def main() -> int:
     parser.add_argument("--coverage", action="store_true", help="branch coverage of the readers, with coverage.py")
     parser.add_argument("--only", type=int, help="this case alone")
     parser.add_argument("--keep", type=Path, help="where inputs that broke something are left")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after this long")
+    parser.add_argument("--until", type=float, default=math.inf, help=argparse.SUPPRESS)
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.keep:
@@ -980,13 +1040,24 @@ def main() -> int:
     if options.work:
         first, scratch, log = options.work
         only = options.only is not None
-        work(int(first), options.workers, options.cases, options.seed, Path(scratch), Path(log), options.keep, only)
+        work(
+            int(first),
+            options.workers,
+            options.cases,
+            options.seed,
+            Path(scratch),
+            Path(log),
+            options.keep,
+            only,
+            options.until,
+        )
         return 0
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="dgq-fuzz-") as folder:
         scratch = Path(folder).resolve()
         (scratch / "seeds").mkdir()
         build(scratch / "seeds")
+        options.until = time.time() + options.seconds
         results = supervise(options, scratch)
         said = summary(results, time.perf_counter() - began)
         for result in sorted(results, key=lambda result: int(result["case"])):
@@ -995,7 +1066,9 @@ def main() -> int:
         if options.coverage:
             said["coverage"] = coverage_of(scratch)
     print(json.dumps(said))
-    return int(any(said[kind] for kind in ("tracebacks", "timeouts", "crashs", "memory", "outside", "unclean", "wrong")))
+    return int(
+        any(said[kind] for kind in ("tracebacks", "timeouts", "crashs", "memory", "outside", "unclean", "wrong"))
+    )
 
 
 if __name__ == "__main__":

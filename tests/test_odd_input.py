@@ -231,9 +231,7 @@ def test_paths_with_brackets_are_shown_as_they_are(source: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGHUP, signal.SIGINT))
-def test_a_signal_before_a_weight_is_done_leaves_nothing(
-    number: signal.Signals, source: Path, tmp_path: Path
-) -> None:
+def test_a_signal_before_a_weight_is_done_leaves_nothing(number: signal.Signals, source: Path, tmp_path: Path) -> None:
     """The conversion is stopped while it writes its first weight, and cleans up; test_resume.py has later signals."""
     code = (
         "import sys, time, dgq.convert.pipeline as p\n"

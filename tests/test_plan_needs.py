@@ -127,7 +127,7 @@ SHAPES: dict[str, tuple[dict[str, int], int, int, int]] = {
     "activations": (
         {"hidden_size": 256, "moe_intermediate_size": 64, "num_experts": 16, "top_k_experts": 8}, 64, 512, 1 << 26,
     ),
-    "vocabulary in chunks": ({"vocab_size": 65536, "hidden_size": 256}, 4, 20, 1 << 21),
+    "vocabulary in chunks": ({"vocab_size": 65536, "hidden_size": 256}, 16, 20, 1 << 21),
 }  # fmt: skip
 PEAKS = {"canvas x vocabulary": "sampling"} | dict.fromkeys(  # the others: prompt
     ("experts", "experts beside logits", "experts in groups"), "step"
@@ -160,9 +160,9 @@ def test_a_run_allocates_what_was_predicted(
     endless = replace(artifact.generation, sampler=replace(artifact.generation.sampler, confidence=0.0))
     allocated = peak(lambda: generate(model, [[5] * prompt], endless, canvas, seed=1, steps=3))
     print(f"{shape}, {recipe}: {predicted:,} predicted, {allocated:,} allocated, {predicted / allocated - 1:+.1%}")
-    assert predicted == pytest.approx(allocated, rel=0.1)
     vocabulary = "step" if recipe == "q4_k_m" else "sampling"  # in NVFP4 the table is BF16, and not decoded
     expected = (PEAKS | {"vocabulary in chunks": vocabulary}).get(shape, "prompt")
+    assert predicted == pytest.approx(allocated, rel=0.1 if expected == "prompt" else 0.02)
     assert found["moments"][expected] >= 0.98 * max(found["moments"].values()), "the shape is there for this moment"
 
 
@@ -282,6 +282,8 @@ def test_the_estimate_is_scaled_up(real: Path, monkeypatch: pytest.MonkeyPatch) 
     for name, rate in rates.items():
         monkeypatch.setattr(probe, name, lambda *_, rate=rate: rate)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     found = probe.probe(plan_of(real, "nvfp4"), 4)
     elements, written = 25_823_781_228, 18_818_050_776
     assert found["threads"] == 4 and probe.probe(plan_of(real, "nvfp4"), 100)["threads"] == 8
@@ -290,7 +292,7 @@ def test_the_estimate_is_scaled_up(real: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found["write_s"] == pytest.approx(written * 4e-10, rel=1e-3)
     assert found["hash_s"] == pytest.approx((2 * elements + written) * 1e-10 / 4, rel=1e-3)
     busy = max(found["encode_s"] + found["hash_s"], found["read_s"], found["write_s"])
-    assert found["total_s"] == pytest.approx(1000 + busy, abs=0.02)
+    assert found["total_s"] == pytest.approx(1000 / 2 + busy, abs=0.02)
     monkeypatch.setattr(probe, "_write", lambda: None)
     gguf = probe.probe(plan_of(real, "q4_k_m"), 4)
     assert gguf["hash_s"] == pytest.approx(2 * elements * 1e-10 / 4 + 16.79e9 * 1e-10, rel=1e-3), "one file, one thread"
@@ -314,7 +316,9 @@ def test_a_probe_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_the_page(real: Path, tmp_path: Path) -> None:
-    page = CliRunner().invoke(main, ["plan", str(real), "--to", "nvfp4", "--no-probe", "--threads", "16"]).stdout
+    result = CliRunner().invoke(main, ["plan", str(real), "--to", "nvfp4", "--no-probe", "--threads", "16"])
+    page = result.stdout
+    assert result.exit_code == 0, result.output
     for words in (
         "VRAM to run it, GiB, by context 4K 32K 128K 256K",
         "keys and values, 25 sliding layers 0.24 0.24 0.24 0.24",

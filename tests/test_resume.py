@@ -40,6 +40,7 @@ from dgq.convert.verify import verify
 from dgq.quant.errors import InputError
 from dgq.quant.hf_writer import shards
 from dgq.quant.places import Places
+from dgq.quant.types import Packed
 
 RECIPES = {
     "nvfp4": ("--to", "nvfp4", "--input-scale", "0.01"),
@@ -104,6 +105,11 @@ def finished(out: Path, expected: Contents) -> None:
     assert not any(path.exists() for path in journal.paths(out))
 
 
+def name_of(file: int) -> str:
+    """The path of an open file."""
+    return str(Path(f"/proc/self/fd/{file}").readlink())
+
+
 def facts(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line[9:]) for line in journal.paths(out)[1].read_text().splitlines()]
 
@@ -119,7 +125,12 @@ def goes_on(source: Path, out: Path, recipe: str, expected: Contents, *more: str
     before, worked = done(out), set[str]()
     with pytest.MonkeyPatch.context() as patch:
         run = slices.Slice.run
-        patch.setattr(slices.Slice, "run", lambda job: (worked.add(job.tensor.name), run(job))[1])
+
+        def running(job: slices.Slice) -> Packed:
+            worked.add(job.tensor.name)
+            return run(job)
+
+        patch.setattr(slices.Slice, "run", running)
         patch.setattr("dgq.convert.input_scales.input_scales", None)
         result = convert(source, out, recipe, "--json", *more)
     assert result.exit_code == 0, result.output
@@ -206,13 +217,18 @@ def killed(source: Path, out: Path, recipe: str, owner: Any, name: str, number: 
 
 
 def count_calls(source: Path, out: Path, recipe: str, name: str) -> int:
-    calls = []
+    calls, stock = 0, getattr(os, name)
+
+    def counted(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return stock(*given)
+
     with pytest.MonkeyPatch.context() as patch:
-        stock = getattr(os, name)
-        patch.setattr(os, name, lambda *given: (calls.append(1), stock(*given))[1])
+        patch.setattr(os, name, counted)
         assert convert(source, out, recipe).exit_code == 0
     shutil.rmtree(out)
-    return len(calls)
+    return calls
 
 
 # --- it goes on -------------------------------------------------------------------------------------------------------
@@ -279,9 +295,7 @@ def test_bad_input_leaves_nothing_however_much_was_done(source: Path, tmp_path: 
     assert tree(tmp_path) == before
 
 
-def test_nobody_waits_for_hashes_of_what_failed(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nobody_waits_for_hashes_of_what_failed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hashing the 26B takes minutes; of a stopped conversion only files already begun are hashed."""
     begun, go = list[Path](), threading.Event()
 
@@ -293,9 +307,13 @@ def test_nobody_waits_for_hashes_of_what_failed(
     monkeypatch.setattr(provenance, "sha256", hashing)
     monkeypatch.setattr(pipeline, "HASHERS", 1)
     shutdown = ThreadPoolExecutor.shutdown
-    monkeypatch.setattr(
-        ThreadPoolExecutor, "shutdown", lambda pool, **how: (shutdown(pool, wait=False, **how), go.set(), None)[2]
-    )
+
+    def ending(pool: ThreadPoolExecutor, wait: bool = True, cancel_futures: bool = False) -> None:
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        go.set()
+        shutdown(pool)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", ending)
     with full_disk(0):
         error_of(*arguments(source, tmp_path / "out", "bnb4"))
     assert len(begun) == 1
@@ -350,9 +368,7 @@ MOMENTS: tuple[tuple[Any, str, int, bool], ...] = (
 
 
 @pytest.mark.parametrize("recipe", ("calibrated", "q4_k_m"))
-def test_sigkill_at_every_stage(
-    recipe: str, source: Path, tmp_path: Path, whole: Callable[[str], Contents]
-) -> None:
+def test_sigkill_at_every_stage(recipe: str, source: Path, tmp_path: Path, whole: Callable[[str], Contents]) -> None:
     """From the lock to the moment before the rename, from nothing and once more; then a write."""
     for owner, name, number, after in MOMENTS:
         out = tmp_path / "out"
@@ -368,9 +384,7 @@ def test_sigkill_at_every_stage(
 
 
 @pytest.mark.parametrize("recipe", ("bnb4", "q4_k_m"))
-def test_sigkill_after_the_rename(
-    recipe: str, source: Path, tmp_path: Path, whole: Callable[[str], Contents]
-) -> None:
+def test_sigkill_after_the_rename(recipe: str, source: Path, tmp_path: Path, whole: Callable[[str], Contents]) -> None:
     """The artifact is there; the journal that is left disturbs nobody."""
     out = tmp_path / "out"
     assert killed(source, out, recipe, Path, "rename", 1, after=True)
@@ -530,6 +544,11 @@ def data_files(out: Path) -> list[Path]:
     return sorted(journal.paths(out)[0].glob("*.*"))[:2]
 
 
+def remove_all(out: Path) -> None:
+    for file in journal.paths(out)[0].iterdir():
+        file.unlink()
+
+
 def replace_by_directory(out: Path) -> None:
     file = data_files(out)[0]
     file.unlink()
@@ -539,7 +558,7 @@ def replace_by_directory(out: Path) -> None:
 PARTIALS: dict[str, Callable[[Path], object]] = {
     "no journal": lambda out: journal.paths(out)[1].unlink(),
     "no directory": lambda out: shutil.rmtree(journal.paths(out)[0]),
-    "an empty directory": lambda out: [file.unlink() for file in journal.paths(out)[0].iterdir()],
+    "an empty directory": remove_all,
     "first file gone": lambda out: data_files(out)[0].unlink(),
     "last file gone": lambda out: data_files(out)[-1].unlink(),
     "first file empty": lambda out: os.truncate(data_files(out)[0], 0),
@@ -551,6 +570,7 @@ PARTIALS: dict[str, Callable[[Path], object]] = {
     "a stray file": lambda out: (journal.paths(out)[0] / "model-00009-of-00009.safetensors").write_text("hi"),
     "half a config.json": lambda out: (journal.paths(out)[0] / "config.json").write_text('{"a'),
 }
+STRAY = ("an old dgq.json", "a stray file", "half a config.json")  # which cost no work
 
 
 @pytest.mark.parametrize("case", PARTIALS)
@@ -561,15 +581,19 @@ def test_partial_files_that_are_not_what_the_journal_says(
     for recipe in ("nvfp4-w4a16", "q4_k_m"):
         out = stopped(source, tmp_path / "out", recipe)
         PARTIALS[case](out)
-        if recipe == "q4_k_m":
+        if recipe == "q4_k_m" and case not in STRAY:
             killed(source, out, recipe, os, "pwrite", 5)
-        assert convert(source, out, recipe).exit_code == 0
+        if case in STRAY:
+            goes_on(source, out, recipe, whole(recipe))
+        assert out.exists() or convert(source, out, recipe).exit_code == 0
         finished(out, whole(recipe))
         shutil.rmtree(out)
 
 
-@pytest.mark.parametrize("recipe", ("calibrated", "q4_k_m"))
-def test_the_order_of_syncs(recipe: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("recipe", "seconds"), (("calibrated", 0), ("q4_k_m", 0), ("bnb4", 1000)))
+def test_the_order_of_syncs(
+    recipe: str, seconds: float, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the journal says done, the bytes were synced; before the rename, every file was; its name before the
     journal goes."""
     out = tmp_path / "out"
@@ -585,14 +609,14 @@ def test_the_order_of_syncs(recipe: str, source: Path, tmp_path: Path, monkeypat
         append(self, name, tensor)
 
     def writing(file: int, data: memoryview, at: int) -> int:
-        synced.discard(os.readlink(f"/proc/self/fd/{file}"))
+        synced.discard(name_of(file))
         return pwrite(file, data, at)
 
     def syncing(file: int) -> None:
         nonlocal checked
-        name = os.readlink(f"/proc/self/fd/{file}")
+        name = name_of(file)
         if name == str(path):
-            said = {weight for weight in done(out)}
+            said = done(out)
             checked += len(said)
             unsafe = {entry for entry in dirty if entry in said or entry.rsplit(".", 1)[0] in said}
             assert not unsafe
@@ -620,31 +644,40 @@ def test_the_order_of_syncs(recipe: str, source: Path, tmp_path: Path, monkeypat
         (Path, "unlink", unlinking),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, patched)
+    monkeypatch.setattr(journal, "SYNC_SECONDS", seconds)
     result = convert(source, out, recipe)
-    assert result.exit_code == 0 and checked > 100 and renamed == 1, result.output
+    assert result.exit_code == 0 and checked > 30 and renamed == 1, result.output
 
 
 def test_bytes_that_a_failed_sync_lost(source: Path, tmp_path: Path, whole: Callable[[str], Contents]) -> None:
     """After fsync fails, the next one succeeds, though the bytes are gone (Linux): they are not called done."""
-    out, fsync, calls = tmp_path / "out", os.fsync, 0
+    out, pwrite, calls = tmp_path / "out", os.pwrite, 0
+    unsafe: list[tuple[str, int, int]] = []
+
+    def writing(file: int, data: memoryview, at: int) -> int:
+        written = pwrite(file, data, at)
+        unsafe.append((name_of(file), at, written))
+        return written
 
     def failing(file: int) -> None:
         nonlocal calls
-        calls += ".partial/" in os.readlink(f"/proc/self/fd/{file}")
+        name = name_of(file)
+        lost = [place for place in unsafe if place[0] == name]
+        unsafe[:] = [place for place in unsafe if place[0] != name]
+        calls += ".partial/" in name and bool(lost)
         if calls == 12:
             calls += 1
-            with Path(os.readlink(f"/proc/self/fd/{file}")).open("r+b") as lost:
-                lost.seek(-100_000, os.SEEK_END)
-                lost.write(bytes(100_000))
+            for _, at, size in lost:
+                pwrite(file, memoryview(bytes(size)), at)
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        fsync(file)
 
     for recipe in ("q4_k_m", "bnb4"):
         calls = 0
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "pwrite", writing)
             patch.setattr(os, "fsync", failing)
             assert "Input/output error" in error_of(*arguments(source, out, recipe))
-        assert calls == 13
+        assert len(done(out)) >= 10
         goes_on(source, out, recipe, whole(recipe))
         shutil.rmtree(out)
 
@@ -968,9 +1001,7 @@ def test_somebody_makes_the_target_meanwhile(source: Path, tmp_path: Path) -> No
     assert {"out", "out/theirs"} == tree(tmp_path)
 
 
-def test_a_reader_never_meets_half_an_artifact(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_never_meets_half_an_artifact(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It looks again and again, and verifies what it sees at once."""
     out, fsync = tmp_path / "out", os.fsync
     looks, problems = 0, ["it never came"]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def header_length(file: Path) -> int:
 
 
 def test_a_bit_in_any_file(artifact: Path) -> None:
-    """The first and last byte, some between; in a header, at its end and right behind it. One problem, naming the file."""
+    """The first and last byte, some between; in a header, at its end and right behind it. One problem, by file."""
     rng = random.Random(7)
     for file in sorted(artifact.iterdir()):
         size = file.stat().st_size
@@ -131,7 +132,7 @@ def test_a_bit_in_padding(artifacts: Path) -> None:
     """GGUF leaves zeros between tensors, which no reader looks at."""
     file = next((artifacts / "q4_k_m").glob("*.gguf"))
     tensors = sorted(GGUFReader(file)._tensors.values(), key=lambda tensor: tensor.start)
-    gaps = [a.stop for a, b in zip(tensors, tensors[1:], strict=False) if a.stop < b.start]
+    gaps = [a.stop for a, b in pairwise(tensors) if a.stop < b.start]
     assert gaps
     flip(file, gaps[0], 0)
     assert noticed(artifacts / "q4_k_m")
@@ -164,6 +165,7 @@ def test_a_bit_in_any_byte_of_dgq_json(artifacts: Path, monkeypatch: pytest.Monk
         lambda data: data.decode().encode("utf-16"),
         lambda data: json.dumps(json.loads(data)).encode(),
         lambda data: data.replace(b'"dgq": ', b'"dgq": "9", "dgq": ', 1),
+        lambda data: provenance.text(dict(reversed(json.loads(data).items()))).encode(),
         lambda data: json.dumps(dict(sorted(json.loads(data).items())), indent=1).encode() + b"\n",
     ),
 )
@@ -305,6 +307,10 @@ def key(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda content: content.__setitem__(name, value)
 
 
+def without(name: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda content: content.pop(name)
+
+
 def nested(depth: int) -> Any:
     found: Any = 1
     for _ in range(depth):
@@ -312,14 +318,12 @@ def nested(depth: int) -> Any:
     return found
 
 
+KEYS = ("files", "tensors", "params", "quantized_params")
+VALUES: tuple[Any, ...] = (None, [], {}, "x", 10**400, -1, 1.5, float("nan"), float("inf"))
 LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "nothing": lambda content: content.clear(),
-    **{f"no {name}": lambda content, name=name: content.pop(name) for name in ("files", "tensors", "params", "quantized_params")},
-    **{
-        f"{name} {value!r}": key(name, value)
-        for name in ("files", "tensors", "params", "quantized_params")
-        for value in (None, [], {}, "x", 10**400, -1, 1.5, float("nan"), float("inf"))
-    },
+    **{f"no {name}": without(name) for name in KEYS},
+    **{f"{name} {value!r}"[:60]: key(name, value) for name in KEYS for value in VALUES},
     "a file of no description": lambda content: content["files"].__setitem__("config.json", None),
     "a file of another description": lambda content: content["files"].__setitem__("config.json", "sha"),
     "bytes missing": lambda content: content["files"]["config.json"].pop("bytes"),
@@ -334,7 +338,10 @@ LIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "hash half a surrogate": a_file(sha256="\ud800"),
     **{
         f"file {name!r}"[:60]: file_named(name)
-        for name in ("", ".", "..", "a/b", "../kinds/config.json", "/etc/passwd", "dgq.json", "x" * 5000, "a\0b", "a\nb", "\ud800")
+        for name in (
+            "", ".", "..", "a/b", "../kinds/config.json", "/etc/passwd", "dgq.json", "x" * 5000, "a\0b", "a\nb",
+            "\ud800",
+        )
     },
     "a tensor of another scheme": lambda content: content["tensors"].__setitem__(next(iter(content["tensors"])), "q9"),
     "a tensor of no scheme": lambda content: content["tensors"].__setitem__(next(iter(content["tensors"])), ["bf16"]),
