@@ -316,7 +316,7 @@ def test_nobody_waits_for_hashes_of_what_failed(source: Path, tmp_path: Path, mo
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", ending)
     with full_disk(0):
         error_of(*arguments(source, tmp_path / "out", "bnb4"))
-    assert len(begun) == 1
+    assert len(begun) <= 1, "the first may have begun"
 
 
 def test_a_disk_that_fills_again_and_again(source: Path, tmp_path: Path, whole: Callable[[str], Contents]) -> None:
