@@ -28,7 +28,7 @@ from dgq.convert.gguf_metadata import metadata
 from dgq.convert.hf_artifact import DirWriter, write_configs
 from dgq.convert.journal import Journal
 from dgq.convert.plan import Plan
-from dgq.convert.slices import SLICE, InputScales, Options, ordered, slices  # noqa: F401
+from dgq.convert.slices import InputScales, Options, ordered, slices
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFWriter
 from dgq.quant.imatrix import Imatrix

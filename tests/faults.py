@@ -38,10 +38,10 @@ from dgq.convert.journal import paths
 
 CODE = """
 import os, time
-import dgq.convert.journal as journal, dgq.convert.pipeline as pipeline
+import dgq.convert.journal as journal, dgq.convert.slices as slices
 from dgq.convert.cli import main
 
-journal.SYNC_SECONDS, pipeline.SLICE["cpu"] = 0.1, 1 << 19
+journal.SYNC_SECONDS, slices.SLICE["cpu"] = 0.1, 1 << 19
 pwrite = os.pwrite
 os.pwrite = lambda file, data, at: time.sleep(len(data) / 40e6) or pwrite(file, data, at)  # a disk of 40 MB/s
 main()
