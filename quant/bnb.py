@@ -9,8 +9,8 @@
       .absmax U8    .nested_absmax F32 [ceil(n/64/256)]    .nested_quant_map F32 [256]    nested_offset in the JSON
 
 bitsandbytes' own QuantState decodes each of them. Stock transformers loads the Linears and raises on the packed
-experts, for which it has no place. The JSON text of double quantisation is padded with
-spaces to one length, so that every size is known before the offset is.
+experts, for which it has no place. The JSON text of double quantisation is padded with spaces to one length, so that
+every size is known before the offset is.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
                       weight          U8       [out, in/2]
                       weight_scale    F8_E4M3  [out, in/16]
                       weight_scale_2  F32      []             the same for gate and up: vLLM keeps only gate's
-                      input_scale     F32      []             W4A4 only: activation amax / (6 * 448)
+                      input_scale     F32      []             W4A4 only: activation amax / (6 * 448), or more
 
 Everything else stays as it is in the checkpoint. config.json gains `quantization_config`, and hf_quant_config.json
 says the same in modelopt's older words. Source: nvidia-modelopt 0.47, export_hf_checkpoint, which these equal.
