@@ -47,7 +47,9 @@ class _Watch:
         self.side = "encoder"
         self.seen: dict[str, dict[str, torch.Tensor]] = {"encoder": {}, "decoder": {}}
 
-    def __call__(self, name: str, expert: int, x: torch.Tensor) -> None:
+    def __call__(self, name: str, x: torch.Tensor, expert: int | None, *_: torch.Tensor | None) -> None:
+        if expert is None:
+            return
         amax, known = x.abs().amax().float(), self.seen[self.side].get(name)
         self.seen[self.side][name] = amax if known is None else torch.maximum(known, amax)
 
@@ -78,7 +80,7 @@ def input_scales(
     amax = {side: {name: float(value) for name, value in found.items()} for side, found in watch.seen.items()}
     if not all(math.isfinite(value) for found in amax.values() for value in found.values()):
         model.refuse_weights()
-    amax = {side: {name: _rounded_up(value) for name, value in found.items()} for side, found in amax.items()}
+    amax = {side: {name: rounded_up(value) for name, value in found.items()} for side, found in amax.items()}
     scales = {
         name: float(global_scale(torch.tensor(HEADROOM * max(value, amax["encoder"][name]))))
         for name, value in amax["decoder"].items()
@@ -160,7 +162,7 @@ def _prompts() -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _rounded_up(value: float) -> float:
+def rounded_up(value: float) -> float:
     """The next bfloat16 that is not below a positive float32."""
     bits = torch.tensor(value, dtype=torch.float32).view(torch.int32)
     return float(((bits + 0xFFFF) & ~0xFFFF).view(torch.float32))

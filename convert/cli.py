@@ -110,11 +110,11 @@ def plan(
 @click.option("--imatrix", type=click.Path(path_type=Path), help="GGUF importance matrix to weigh the columns with.")
 @click.option(
     "--effort",
-    type=click.Choice(["stock"]),
-    default="stock",
-    show_default=True,
-    help="stock: exactly the bytes of the format's own quantiser.",
+    type=click.Choice(["stock", "fast", "standard"]),
+    help="stock: exactly the bytes of the format's own quantiser. fast: the best scales without data. standard: error"
+    " feedback by --stats. [default: stock; standard with --stats]",
 )
+@click.option("--stats", type=click.Path(path_type=Path), help="What `dgq calibrate` found out about SRC.")
 @click.option(
     "--input-scale",
     default="calibrate",
@@ -131,7 +131,8 @@ def convert(
     recipe: str | None,
     revision: str | None,
     imatrix: Path | None,
-    effort: str,
+    effort: str | None,
+    stats: Path | None,
     input_scale: str,
     device: str,
     threads: int | None,
@@ -146,8 +147,16 @@ def convert(
     from dgq.convert.recipes import find_recipe
     from dgq.convert.slices import Options
     from dgq.convert.source import open_source
+    from dgq.convert.stats import read_stats
     from dgq.quant.imatrix import read_imatrix
 
+    effort = effort or ("standard" if stats else "stock")
+    if (effort == "standard") != (stats is not None):
+        raise InputError(
+            f"--effort {effort}: {'takes no --stats' if stats else 'needs --stats; dgq calibrate makes them'}"
+        )
+    if imatrix and effort != "stock":
+        raise InputError(f"--imatrix: weighs the columns of effort stock, not of {effort}")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     out = out.expanduser()
@@ -160,13 +169,58 @@ def convert(
     if not as_json:
         show.notices(planned)
     options = Options(
-        effort, read_imatrix(imatrix) if imatrix else None, threads or os.cpu_count() or 1, device, input_scale,
+        effort, read_imatrix(imatrix) if imatrix else None, threads or os.cpu_count() or 1, device,
+        read_stats(stats, planned.source) if stats else None, input_scale,
         find_input_scales(planned, input_scale, device),
     )  # fmt: skip
     with show.bar("converting", planned.nbytes) as advance:
         done = pipeline.convert(planned, out, options, advance, show.note)
     about = {"output": str(done.file), "seconds": done.seconds, "resumed_weights": done.resumed}
     show.print_json({**about, **done.document}) if as_json else show.converted(planned, done)
+
+
+@main.command()
+@_SOURCE
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="File to create.")
+@click.option("--prompts", type=click.Path(path_type=Path), help=".jsonl of {text} or {messages}, or .txt.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, 1000),
+    default=4,
+    show_default=True,
+    help="Through the documents; up to four times as many while an expert has seen too few tokens.",
+)
+@click.option("--imatrix", type=click.Path(path_type=Path), help="Write these statistics for llama-quantize, too.")
+@_REVISION
+@_DEVICE
+@_JSON
+def calibrate(
+    src: str,
+    out: Path,
+    prompts: Path | None,
+    seed: int,
+    rounds: int,
+    imatrix: Path | None,
+    revision: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Find out what goes through each weight of SRC, for `convert --stats`. Goes on where it broke off."""
+    from dgq.convert import show
+    from dgq.convert.device import chosen_device
+    from dgq.convert.source import open_source
+    from dgq.convert.survey import calibrated
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _stop)
+    with show.count_bar("calibrating") as advance:
+        found = calibrated(
+            open_source(src, revision), out.expanduser(), prompts, seed, rounds, chosen_device(device), imatrix,
+            advance, show.note,
+        )  # fmt: skip
+    if found is not None:
+        show.print_json(found) if as_json else show.calibrated(src, out, found)
 
 
 @main.command()

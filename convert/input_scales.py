@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import torch
 
-from dgq.convert import show
-from dgq.convert.calibrate import input_scales
+from dgq.convert import calibrate, show
+from dgq.convert.calibrate import input_scales, rounded_up
 from dgq.convert.plan import Plan
 from dgq.convert.slices import InputScales
+from dgq.convert.stats import Stats
 from dgq.quant.errors import InputError
+from dgq.quant.nvfp4 import global_scale
 
 HEADROOM = 1.2  # of the weights' bytes: what a calibration on a GPU needs besides them, at least
 
@@ -36,6 +38,20 @@ def find_input_scales(plan: Plan, asked: str, device: str) -> Callable[[], Input
         raise InputError(f"--input-scale {asked!r}: expected 'calibrate' or a number above 0 that a float32 holds")
     names = [tensor.name for tensor in plan.tensors if tensor.scheme.name == "nvfp4"]
     return lambda: InputScales(dict.fromkeys(names, scale), {"method": "given", "value": scale})
+
+
+def scales_of(stats: Stats) -> InputScales:
+    """Input scales from STATS: of both sides' amax, with the same headroom."""
+    amax: dict[str, dict[str, float]] = {"encoder": {}, "decoder": {}}
+    for key, value in stats.tensors.items():
+        if key.endswith(".amax") and ".experts." in key:
+            for side, most in zip(amax, value.reshape(-1, 2).amax(0).tolist(), strict=True):
+                amax[side][key.removesuffix(".amax")] = rounded_up(most)
+    scales = {
+        name: float(global_scale(torch.tensor(calibrate.HEADROOM * max(value, amax["encoder"][name]))))
+        for name, value in amax["decoder"].items()
+    }
+    return InputScales(scales, {"method": "calibrated", "headroom": calibrate.HEADROOM, "amax": amax})
 
 
 def _calibrated(plan: Plan, device: str) -> InputScales:

@@ -12,12 +12,14 @@ command goes on from there; bad input leaves nothing.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,12 @@ import torch
 
 from dgq.convert import journal, provenance
 from dgq.convert.gguf_metadata import metadata
+from dgq.convert.hashes import describe, dgq_version, digest
 from dgq.convert.hf_artifact import DirWriter, write_configs
+from dgq.convert.input_scales import scales_of
 from dgq.convert.journal import Journal
 from dgq.convert.plan import Plan
+from dgq.convert.refine import refinable, refined
 from dgq.convert.slices import InputScales, Options, ordered, slices
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFWriter
@@ -72,7 +77,7 @@ def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice:
     InputError for weights that are not finite, an imatrix that does not fit, a full disk, a source that changes, an
     unfinished conversion of something else. notice: told when work goes on.
     """
-    source, version, identity = plan.source, provenance.dgq_version(), _identity(plan, options)
+    source, version, identity = plan.source, dgq_version(), _identity(plan, options)
     gguf = plan.recipe.format == "gguf"
     if options.imatrix is not None:
         _check_imatrix(plan, options.imatrix)
@@ -84,7 +89,7 @@ def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice:
         with _timed(seconds, "checking copies"):
             source.check_copies()
         with _timed(seconds, "input scales"):
-            scales = _scales(options, log)
+            scales = _scales(plan, options, log)
         writer: GGUFWriter | DirWriter
         if gguf:
             writer = GGUFWriter(partial / file, GGUF_ARCH, keys, {t.name: (t.shape, t.scheme) for t in plan.tensors})
@@ -92,7 +97,7 @@ def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice:
             writer = DirWriter(plan, partial)
         resumed = len(log.done)
         with _timed(seconds, "quantising"):
-            _write(plan, writer, log, options, scales, progress)
+            _write(plan, writer, log, options, scales, progress, partial.parent)
             writer.close()
         for name in COPIED:
             if (source.path / name).is_file():
@@ -106,7 +111,7 @@ def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice:
         with _timed(seconds, "hashing the artifact"):
             files = {name: f.result() for name, f in _hashes(hashers, sorted(partial.iterdir())).items()}
         about = scales.about if scales else None
-        document = provenance.document(plan, options.effort, options.imatrix, about, sources, files)
+        document = provenance.document(plan, options.effort, options.imatrix, about, sources, files, options.stats)
         (partial / provenance.FILE).write_text(provenance.text(document), "utf-8")
     return Converted(out, out / file, document, seconds, resumed)
 
@@ -118,6 +123,7 @@ def _write(
     options: Options,
     scales: InputScales | None,
     progress: Progress,
+    scratch: Path,
 ) -> None:
     """Quantise and write every weight that the journal does not have."""
     for tensor in plan.tensors:
@@ -125,13 +131,18 @@ def _write(
             writer.places.skip(tensor.entries or (tensor.name,))
             progress(tensor.nbytes, tensor.name)
     todo = [tensor for tensor in plan.tensors if tensor.name not in log.done]
-    jobs = (job for tensor in todo for job in slices(plan, tensor, options, scales))
+    careful = [tensor for tensor in todo if options.stats is not None and refinable(tensor)]
+    plain = [tensor for tensor in todo if tensor not in careful]
+    jobs = (job for tensor in plain for job in slices(plan, tensor, options, scales))
     threads = options.threads if options.device == "cpu" else min(options.threads, GPU_THREADS)
     before = torch.get_num_threads()
     # one OpenMP thread each: there are enough of ours
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            for job, piece in ordered(pool, jobs, 2 * threads):
+            step = functools.partial(progress, 0)
+            for job, piece in chain(
+                ordered(pool, jobs, 2 * threads), refined(plan, careful, options, scratch, scales, step)
+            ):
                 writer.append(job.tensor.name, piece)
                 progress(job.tensor.nbytes * piece.numel // job.tensor.numel, job.tensor.name)
                 if job.last and log.finish(job.tensor.name):
@@ -148,8 +159,10 @@ def _write(
         log.flush()
 
 
-def _scales(options: Options, log: Journal) -> InputScales | None:
+def _scales(plan: Plan, options: Options, log: Journal) -> InputScales | None:
     """The journal's input scales, or new ones; noted there if they were calibrated, which takes long."""
+    if options.stats is not None and plan.recipe.activations and options.input_scale == "calibrate":
+        return scales_of(options.stats)
     if log.scales is not None:
         return InputScales(**log.scales)
     scales = options.find_scales()
@@ -176,7 +189,7 @@ def _hashers() -> Iterator[ThreadPoolExecutor]:
 
 
 def _hashes(pool: ThreadPoolExecutor, files: list[Path]) -> dict[str, Future[dict[str, Any]]]:
-    return {file.name: pool.submit(provenance.describe, file) for file in files}
+    return {file.name: pool.submit(describe, file) for file in files}
 
 
 def _check_imatrix(plan: Plan, imatrix: Imatrix) -> None:
@@ -210,10 +223,11 @@ def _identity(plan: Plan, options: Options) -> dict[str, Any]:
     source = plan.source
     names = [source.path / name for name in COPIED]
     return {
-        "dgq version": provenance.dgq_version(),
-        "recipe": f"{plan.recipe.name} ({provenance.digest(plan.recipe.model_dump_json())})",
+        "dgq version": dgq_version(),
+        "recipe": f"{plan.recipe.name} ({digest(plan.recipe.model_dump_json())})",
         "effort": options.effort,
-        "imatrix": provenance.describe(Path(options.imatrix.file)) if options.imatrix else None,
+        "imatrix": describe(Path(options.imatrix.file)) if options.imatrix else None,
+        "stats": options.stats.sha256 if options.stats else None,
         "input scale": options.input_scale if plan.recipe.activations else None,
         "source": f"{source.where.repo or source.where.name} {source.where.revision or ''}".strip(),
         "files": {file.name: _stamp(file) for file in (*source.files, *names) if file.is_file()},

@@ -7,33 +7,16 @@ text without that key. No dates and no local paths: the same input gives the sam
 
 from __future__ import annotations
 
-import hashlib
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dgq.convert.hashes import describe, dgq_version, digest
 from dgq.convert.plan import Plan
+from dgq.convert.stats import Stats
 from dgq.quant.imatrix import Imatrix
 
 FILE = "dgq.json"
-
-
-def dgq_version() -> str:
-    return version("dgq")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def document(
@@ -43,6 +26,7 @@ def document(
     input_scales: dict[str, Any] | None,
     sources: dict[str, Any],
     files: dict[str, Any],
+    stats: Stats | None = None,
 ) -> dict[str, Any]:
     """The content of dgq.json. sources, files: file name -> {"bytes", "sha256"}; input_scales: how they were found."""
     where = plan.source.where
@@ -59,6 +43,7 @@ def document(
         "dropped": plan.dropped,
         "imatrix": None,
         "input_scales": input_scales,
+        "calibration": stats.describe() if stats else None,
         "tensors": {tensor.name: tensor.scheme.name for tensor in plan.tensors},
         "files": files,
     }

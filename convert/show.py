@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -162,6 +163,21 @@ def converted(plan: Plan, done: Converted) -> None:
         out.print(f"input scales {scales['method']}: {_scales(scales)}")
     out.print(f"{done.file}  {size / MIB:,.1f} MiB, {plan.quantized_share:.2%} of the parameters quantised")
     _next(f"dgq run {shlex.quote(str(done.path))} --chat 'Sort: wind apple king door'")
+
+
+def calibrated(src: str, path: Path, found: dict[str, Any]) -> None:
+    """What `dgq calibrate` found: how many tokens each expert saw."""
+    table = Table("layer", "least", "median", "most", "tokens an expert, few to many", title="Experts' tokens")
+    for layer, counts in found["coverage"].items():
+        ranked = sorted(counts)
+        bars = "".join("▁▂▃▄▅▆▇█"[min(7, 8 * n // (ranked[-1] + 1))] for n in ranked[:: max(1, len(ranked) // 32)])
+        table.add_row(layer, *(_count(ranked[i]) for i in (0, len(ranked) // 2, -1)), bars)
+    out.print(table)
+    if found["starved"]:
+        names = ", ".join(f"{name} ({seen})" for name, seen in found["starved"].items())
+        err.print(f"note: too few tokens (layer.expert): {names}; these lean on their layer", style="yellow")
+    out.print(f"{path}: {_count(found['tokens'])} tokens in {found['rounds']} rounds")
+    _next(f"dgq convert {shlex.quote(src)} --to gguf --stats {shlex.quote(str(path))} -o OUT")
 
 
 def verified(path: str, found: dict[str, Any]) -> None:

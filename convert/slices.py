@@ -17,10 +17,13 @@ import torch
 
 from dgq.convert.gguf_metadata import rope_freqs
 from dgq.convert.plan import Plan, PlannedTensor
+from dgq.convert.stats import Stats
 from dgq.quant.errors import InputError
+from dgq.quant.feedback import search
 from dgq.quant.imatrix import Imatrix
 from dgq.quant.types import Packed, Scheme
 
+SEARCHED = ("nvfp4", "nf4")  # by effort fast; ggml's own search leaves nothing to gain without data
 SLICE = {"cpu": 1 << 22, "cuda": 1 << 24}  # elements quantised at a time: 16 and 64 MiB of float32
 
 
@@ -34,7 +37,8 @@ class InputScales:
 
 @dataclass(frozen=True)
 class Options:
-    """What besides plan and target decides a conversion. effort: "stock", the reference quantiser's exact bytes.
+    """What besides plan and target decides a conversion. effort: "stock", the reference quantiser's exact bytes;
+    "fast", the best without data; "standard", with error feedback by `stats`.
     threads: slices quantised at the same time; device: where; the bytes depend on neither.
 
     input_scale: what was asked for; find_scales makes it so, if the recipe has activations.
@@ -44,13 +48,15 @@ class Options:
     imatrix: Imatrix | None = None
     threads: int = 1
     device: str = "cpu"
+    stats: Stats | None = None
     input_scale: str = "calibrate"
     find_scales: Callable[[], InputScales | None] = lambda: None
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice of a weight: run() reads it, checks it and quantises it. last: no other of the weight follows."""
+    """A slice of a weight: run() reads it, checks it and quantises it. last: no other of the weight follows; searched:
+    effort fast, by scales of our own search instead of the reference's."""
 
     plan: Plan
     tensor: PlannedTensor
@@ -60,25 +66,35 @@ class Slice:
     importance: torch.Tensor | None
     device: str
     input_scale: float | None
+    searched: bool
 
     def run(self) -> Packed:
         if self.tensor.source is None:
             factors = torch.tensor(rope_freqs(self.plan.source))
             return Packed(self.scheme, self.tensor.shape, self.scheme.quantize(factors))
         with _own_stream() if self.device == "cuda" else nullcontext():
-            return self._quantised(self.tensor.source)
+            return self.quantised(self._searched if self.searched else self._stock)
 
-    def _quantised(self, name: str) -> Packed:
+    def quantised(self, quantise: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]) -> Packed:
+        """Read, checked and made into parts by `quantise`; on the CPU."""
+        name = str(self.tensor.source)
         values = self.plan.source.rows(name, self.part.start, self.part.stop).to(self.device)
         where = f"{self.plan.source.file(name)}: {name}"
         self._check(values, where)
-        packed = Packed(self.scheme, tuple(values.shape), self.scheme.quantize(values, self.importance))
+        packed = Packed(self.scheme, tuple(values.shape), quantise(values))
         if self.importance is not None and not torch.isfinite(packed.dequantize()).all():
             raise InputError(f"{where}: the imatrix's importance overflows {self.scheme.name}; the imatrix is damaged")
         if self.input_scale is not None:
             scale = torch.full((*values.shape[:-1], 1), self.input_scale)
             packed = Packed(packed.scheme, packed.shape, {**packed.parts, "input_scale": scale})
         return packed.to("cpu")
+
+    def _stock(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.scheme.quantize(values, self.importance)
+
+    def _searched(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        parts = search(values.float() if values.dim() == 3 else values.float().unsqueeze(0), None, self.scheme)
+        return parts if values.dim() == 3 else {suffix: part[0] for suffix, part in parts.items()}
 
     def _check(self, values: torch.Tensor, where: str) -> None:
         low, high = torch.aminmax(values)
@@ -95,18 +111,21 @@ class Slice:
         raise InputError(f"{where} holds a weight of {largest:.4g}, {limit}; the checkpoint is damaged")
 
 
-def slices(plan: Plan, tensor: PlannedTensor, options: Options, scales: InputScales | None) -> Iterator[Slice]:
-    """The slices of a tensor along its first axis."""
+def slices(
+    plan: Plan, tensor: PlannedTensor, options: Options, scales: InputScales | None, rows: int = 0
+) -> Iterator[Slice]:
+    """The slices of a tensor along its first axis, `rows` long or as suits the device."""
     weights = options.imatrix.weights if options.imatrix is not None else {}
     importance = weights.get(tensor.name)
     scheme = plan.layout.slices if len(tensor.entries) > 1 else tensor.scheme
     scale = scales.values.get(tensor.name) if scales else None
     length = tensor.shape[0] if tensor.shape else 1
-    rows = max(1, SLICE[options.device] // max(1, tensor.numel // length)) if tensor.source else length
+    rows = rows or (max(1, SLICE[options.device] // max(1, tensor.numel // length)) if tensor.source else length)
+    searched = options.effort == "fast" and scheme.name in SEARCHED
     for start in range(0, length, rows):
         part = slice(start, min(start + rows, length))
         columns = importance[part] if importance is not None and importance.dim() == 2 else importance
-        yield Slice(plan, tensor, part, part.stop == length, scheme, columns, options.device, scale)
+        yield Slice(plan, tensor, part, part.stop == length, scheme, columns, options.device, scale, searched)
 
 
 def ordered(pool: ThreadPoolExecutor, jobs: Iterable[Slice], ahead: int) -> Iterator[tuple[Slice, Packed]]:

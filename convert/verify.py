@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dgq.convert import provenance
+from dgq.convert.hashes import sha256
 from dgq.quant.errors import InputError, printable
 from dgq.quant.hf_dir import read_json
 from dgq.quant.schemes import SCHEMES
@@ -82,7 +83,7 @@ def _differs(file: Path, said: dict[str, Any]) -> list[str]:
     size = file.stat().st_size
     if size != said["bytes"]:
         return [f"{file}: has {size} bytes, dgq.json says {said['bytes']}"]
-    if provenance.sha256(file) != said["sha256"]:
+    if sha256(file) != said["sha256"]:
         return [f"{file}: its SHA-256 is not dgq.json's; it was changed or damaged"]
     return []
 

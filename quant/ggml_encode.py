@@ -139,9 +139,13 @@ def _q5_0(x: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
         weight = importance * square_root(sigma2.unsqueeze(1) + squares)
         d, level = make_qx_quants(16, _positions(x, 32), _positions(weight, 32))
         level = level.t()
-    q = level.to(torch.int32)
-    bits = (q >> 4).view(-1, 4, 8) << torch.arange(8, dtype=torch.int32, device=x.device)
-    return _join(_half(d), _bytes(bits.sum(-1)), _bytes(q[:, :16] & 15 | (q[:, 16:] & 15) << 4))
+    return pack_q5_0(_half(d), level.to(torch.int32))
+
+
+def pack_q5_0(d: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """d float16 (blocks, 1), q int32 (blocks, 32) in 0 … 31 -> uint8 (blocks, 22)."""
+    bits = (q >> 4).view(-1, 4, 8) << torch.arange(8, dtype=torch.int32, device=q.device)
+    return _join(d, _bytes(bits.sum(-1)), _bytes(q[:, :16] & 15 | (q[:, 16:] & 15) << 4))
 
 
 def _q6_k(x: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
@@ -155,12 +159,17 @@ def _q6_k(x: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
     quantised = nearest_int(iscale.unsqueeze(1) * scales.view(-1, 16)).clamp(max=127)
     scale = (d.float() * quantised).view(-1)
     level = torch.where(scale != 0, nearest_int(columns / scale).clamp_(-32, 31) + 32, level.to(torch.int32))
-    q = level.t().reshape(-1, 2, 4, 32)  # half, k, l
+    packed = pack_q6_k(d, quantised, level.t().reshape(-1, 256))
+    return torch.where(magnitude.unsqueeze(1) < GROUP_MAX_EPS, 0, packed)
+
+
+def pack_q6_k(d: torch.Tensor, scales: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """d float16 (blocks, 1), scales int32 (blocks, 16), q int32 (blocks, 256) in 0 … 63 -> uint8 (blocks, 210)."""
+    q = q.view(-1, 2, 4, 32)  # half, k, l
     low, high = q & 15, q >> 4
     ql = (low[:, :, :2] | low[:, :, 2:] << 4).flatten(1)
-    qh = (high << torch.arange(0, 8, 2, dtype=torch.int32, device=x.device).unsqueeze(1)).sum(2).flatten(1)
-    packed = _join(_bytes(ql), _bytes(qh), _bytes(quantised), d)
-    return torch.where(magnitude.unsqueeze(1) < GROUP_MAX_EPS, 0, packed)
+    qh = (high << torch.arange(0, 8, 2, dtype=torch.int32, device=q.device).unsqueeze(1)).sum(2).flatten(1)
+    return _join(_bytes(ql), _bytes(qh), _bytes(scales), d)
 
 
 def _q4_k(x: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
@@ -179,17 +188,31 @@ def _q4_k(x: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
         both = torch.cat((_positions(scales, 8), _positions(mins, 8)), 1)
         d_dmin, ls_lm = make_qp_quants(63, both, _positions(sum_positions(weight), 8).repeat(1, 2))
         (d, dmin), (ls, lm) = d_dmin.chunk(2), ls_lm.t().chunk(2)
-    # 6 bits each; the low four of scales are whole bytes first, so that a wrapped 255 spoils their neighbours as in C
-    packed = (ls[:, :4] | ls[:, 4:] >> 4 << 6, lm[:, :4] | lm[:, 4:] >> 4 << 6, ls[:, 4:] & 15 | (lm[:, 4:] & 15) << 4)
-    low, mid, high = (part & 255 for part in packed)
+    low, mid, high = _six_bits(ls, lm)
     d16, dmin16 = _half(d), _half(dmin)
     sc = torch.cat((low & 63, high & 15 | low >> 6 << 4), 1)
     m = torch.cat((mid & 63, high >> 4 | mid >> 6 << 4), 1)
     scale, minimum = (d16.float() * sc).view(-1), (dmin16.float() * m).view(-1)
     rounded = nearest_int((columns + minimum) / scale).clamp_(0, 15)
-    q = torch.where(scale != 0, rounded, level.to(torch.int32)).t().reshape(-1, 4, 2, 32)
+    q = torch.where(scale != 0, rounded, level.to(torch.int32)).t().reshape(-1, 256)
+    return pack_q4_k(d16, dmin16, ls, lm, q)
+
+
+def pack_q4_k(
+    d: torch.Tensor, dmin: torch.Tensor, scales: torch.Tensor, mins: torch.Tensor, q: torch.Tensor
+) -> torch.Tensor:
+    """d, dmin float16 (blocks, 1); scales, mins int32 (blocks, 8) of 6 bits; q int32 (blocks, 256) in 0 … 15 -> uint8
+    (blocks, 144)."""
+    q = q.view(-1, 4, 2, 32)
     qs = (q[:, :, 0] | q[:, :, 1] << 4).flatten(1)
-    return _join(d16, dmin16, _bytes(low), _bytes(mid), _bytes(high), _bytes(qs))
+    return _join(d, dmin, *map(_bytes, _six_bits(scales, mins)), _bytes(qs))
+
+
+def _six_bits(ls: torch.Tensor, lm: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The twelve bytes of scales and mins (blocks, 8), in three times four; the low four of scales are whole bytes
+    first, so that a wrapped 255 spoils their neighbours as in C."""
+    packed = (ls[:, :4] | ls[:, 4:] >> 4 << 6, lm[:, :4] | lm[:, 4:] >> 4 << 6, ls[:, 4:] & 15 | (lm[:, 4:] & 15) << 4)
+    return tuple(part & 255 for part in packed)
 
 
 def _fractions_of_largest(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ x ── norm ── attention ── norm ──(+)──┬── norm ── 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,13 @@ from dgq.runtime.cache import Cache
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.layers import STEADY_ROWS, Observer, experts, gated_mlp, linear, rms_norm
 from dgq.runtime.names import DECODER
+
+
+class Keys(Protocol):
+    """What a layer needs of a cache.Cache; see there."""
+
+    def starts(self, layer: int) -> list[int] | None: ...
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Layer:
@@ -37,6 +45,7 @@ class Layer:
         self._config = config
         self._weights = weights
         self._norms = {name: w.dequantize(torch.float32) for name, w in weights.items() if "norm" in name}
+        self._dense = (weights["mlp.gate_proj.weight"], weights["mlp.up_proj.weight"], weights["mlp.down_proj.weight"])
         self._router_scale = weights["router.scale"].dequantize(dtype)
         self._per_expert_scale = weights["router.per_expert_scale"].dequantize(dtype)
 
@@ -45,19 +54,30 @@ class Layer:
     ) -> Tensor:
         """x (rows, tokens, hidden) -> the same. tables: cos and sin of the tokens' positions; mask: see attend();
         keys and values are written to the cache, behind what it holds, and not committed."""
+        return self.feed(self.mix(x, tables, mask, cache), STEADY_ROWS if cache.stacked else 1) * scalar
+
+    def mix(self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Keys) -> Tensor:
+        """The first half, where tokens see each other."""
         a = self._attention(self._norm(x, "input_layernorm"), tables, mask, cache)
-        x = x + self._norm(a, "post_attention_layernorm")
+        return x + self._norm(a, "post_attention_layernorm")
+
+    def feed(self, x: Tensor, least: int = 1) -> Tensor:
+        """The second half, without the scalar, for tokens of any sequences: x (…, hidden). least: see experts()."""
         dense = gated_mlp(
             self._norm(x, "pre_feedforward_layernorm"),
-            *(self._weights[f"mlp.{part}_proj.weight"] for part in ("gate", "up", "down")),
+            self._dense,
+            self._observer("mlp."),
         )
-        routed = self._experts(x, STEADY_ROWS if cache.stacked else 1)
+        routed = self._experts(x, least)
         both = self._norm(dense, "post_feedforward_layernorm_1") + self._norm(routed, "post_feedforward_layernorm_2")
-        return (x + self._norm(both, "post_feedforward_layernorm")) * scalar
+        return x + self._norm(both, "post_feedforward_layernorm")
 
-    def _attention(self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache) -> Tensor:
+    def _attention(self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Keys) -> Tensor:
         w, eps = self._weights, self._config.norm_eps
         heads = (*x.shape[:-1], -1, self.shape.head_dim)
+        watch = self._observer("self_attn.")
+        if watch is not None:
+            watch("q_proj.weight", x, None, None, None)
         q = linear(x, w["self_attn.q_proj.weight"]).view(heads)
         k = linear(x, w["self_attn.k_proj.weight"]).view(heads)
         v = linear(x, w["self_attn.v_proj.weight"]).view(heads) if self.shape.has_v_proj else k
@@ -66,18 +86,32 @@ class Layer:
         v = rms_norm(v, None, eps)
         keys, values = cache.write(self.index, k.transpose(1, 2), v.transpose(1, 2))
         seen = attend(q, keys, values, mask, cache.starts(self.index))
+        if watch is not None:
+            watch("o_proj.weight", seen, None, None, None)
         return linear(seen, w["self_attn.o_proj.weight"])
 
     def _experts(self, x: Tensor, least: int) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         chosen, share = self._route(rows)
         gate_up, down = self._weights["experts.gate_up_proj"], self._weights["experts.down_proj"]
+        watch = self._observer("experts.", rows)
         rows = self._norm(rows, "pre_feedforward_layernorm_2")
-        return experts(rows, chosen, share, gate_up, down, self._watch, least).view_as(x)
+        return experts(rows, chosen, share, gate_up, down, watch, least).view_as(x)
 
-    def _watch(self, name: str, expert: int, rows: Tensor) -> None:
-        if self._observe is not None:
-            self._observe(f"{DECODER}layers.{self.index}.experts.{name}", expert, rows)
+    def _observer(self, part: str, beside: Tensor | None = None) -> Observer | None:
+        """The model's observer, told full names by one that sees those below `part`. beside (tokens, hidden): what
+        the experts' output joins; it is felt more where that is small."""
+        observe, prefix = self._observe, f"{DECODER}layers.{self.index}.{part}"
+        if observe is None:
+            return None
+        size = None if beside is None else beside.float().pow(2).mean(-1).sqrt().clamp(min=1e-20)
+
+        def watch(name: str, x: Tensor, expert: int | None, tokens: Tensor | None, felt: Tensor | None) -> None:
+            if size is not None and felt is not None:
+                felt = felt / size[tokens]
+            observe(prefix + name, x, expert, tokens, felt)
+
+        return watch
 
     def _route(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's experts: residual (tokens, hidden) -> numbers and shares (float32), both (tokens, top_k)."""

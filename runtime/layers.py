@@ -33,8 +33,10 @@ DECODE_BUDGET = 1 << 26
 # result is the same whatever other rows are multiplied with it.
 STEADY_ROWS = 4
 
-# Sees what goes into a product: the weight's name, the expert, rows (tokens, in).
-Observer = Callable[[str, int, Tensor], None]
+# Sees what goes into a product: the weight's name (the first one's, if several read the same input), rows (…, in); and
+# of an expert its number, which tokens the rows are, int64 (rows,), and what share it has in each token's output,
+# float32 (rows,), as a part of the output's rms: how much an error there will be felt.
+Observer = Callable[[str, Tensor, int | None, Tensor | None, Tensor | None], None]
 
 
 def linear(x: Tensor, weight: Packed) -> Tensor:
@@ -48,9 +50,14 @@ def rounded(x: Tensor, weight: Packed) -> Tensor:
     return x if scale is None else round_activations(x, scale[:1])
 
 
-def gated_mlp(x: Tensor, gate: Packed, up: Packed, down: Packed) -> Tensor:
-    """down(gelu(gate x) * up x), x (…, hidden)."""
-    return linear(_gelu(linear(x, gate)) * linear(x, up), down)
+def gated_mlp(x: Tensor, weights: tuple[Packed, Packed, Packed], observe: Observer | None = None) -> Tensor:
+    """down(gelu(gate x) * up x), x (…, hidden); weights: gate, up, down."""
+    gate, up, down = weights
+    inner = _gelu(linear(x, gate)) * linear(x, up)
+    if observe is not None:
+        observe("gate_proj.weight", x, None, None, None)
+        observe("down_proj.weight", inner, None, None, None)
+    return linear(inner, down)
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -119,6 +126,7 @@ def experts(
     counts = torch.bincount(picks, minlength=gate_up.shape[0]).tolist()
     rows = x[order % tokens]
     result = torch.empty_like(rows)
+    seen: list[tuple[int, slice, Tensor]] = []
     per_expert = gate_up.shape[1] * gate_up.shape[2] + down.shape[1] * down.shape[2]
     group = max(1, DECODE_BUDGET // per_expert)
     start = 0
@@ -136,8 +144,7 @@ def experts(
                 inner = _gelu(gate) * up
                 result[own] = _product(rounded(inner, down[expert]), w_out[i], least)
                 if observe is not None:
-                    observe("gate_up_proj", expert, rows[own])
-                    observe("down_proj", expert, inner)
+                    seen.append((expert, own, inner))
                 start += count
     unsorted = torch.empty_like(result)
     unsorted[order] = result
@@ -146,6 +153,12 @@ def experts(
     total = torch.zeros_like(weighted[0])
     for part in weighted.gather(0, rising):
         total += part
+    if observe is not None:
+        felt = share / total.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-20)
+        felt = felt.t().flatten()[order]
+        for expert, own, inner in seen:
+            observe("gate_up_proj", rows[own], expert, order[own] % tokens, felt[own])
+            observe("down_proj", inner, expert, order[own] % tokens, felt[own])
     return total.to(x.dtype)
 
 

@@ -71,6 +71,8 @@ class Model:
         self._encoder_scalars = [self._vector(f"{ENCODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
         self._final_norm = self._vector(DECODER + "norm.weight", torch.float32)
         self._condition = self._below(DECODER + "self_conditioning.")
+        gate, up, down = (self._condition[f"{part}_proj.weight"] for part in ("gate", "up", "down"))
+        self._condition_mlp = (gate, up, down)
         self._condition_norm = self._condition["pre_norm.weight"].dequantize(torch.float32)
         self._frequencies = {
             layer.is_sliding: rope_frequencies(config, layer).to(self.device) for layer in config.layers
@@ -133,7 +135,7 @@ class Model:
             soft = soft_embed(logits, self.table, self.dtype)
             soft = rms_norm(soft, self._condition_norm, self.config.norm_eps)
             # Without logits the signal is zero, and so is the MLP's output: it has no biases.
-            x = x + gated_mlp(soft, *(self._condition[f"{part}_proj.weight"] for part in ("gate", "up", "down")))
+            x = x + gated_mlp(soft, self._condition_mlp)
         return rms_norm(x, None, self.config.norm_eps)
 
     def _run(

@@ -23,6 +23,7 @@ import dgq.convert.hf_artifact as hf_artifact
 import dgq.convert.verify as checking
 from dgq.convert import provenance
 from dgq.convert.cli import main
+from dgq.convert.hashes import describe
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFReader
 from dgq.quant.hf_dir import read_header
@@ -386,7 +387,7 @@ def test_files_that_agree_with_each_other_and_open_as_nothing(copy: Path) -> Non
     """A broken index with the right hash: what opens it says what is wrong."""
     file = copy / "config.json"
     file.write_text("{}")
-    tell(copy, lambda content: content["files"].__setitem__("config.json", provenance.describe(file)))
+    tell(copy, lambda content: content["files"].__setitem__("config.json", describe(file)))
     result = command(copy)
     assert result.exit_code == 1 and SEAL not in result.stderr and "config.json" in result.stderr
 

@@ -1,0 +1,125 @@
+"""Two passes of calibration samples through the model, layer by layer.
+
+    first    prompts, canvases                             -> what every canvas is conditioned on
+    second   prompts, canvases, canvases conditioned       -> watched
+
+Between two layers the hidden states lie in one of two files in turn: layer i reads file i % 2 and writes the other, so
+work that broke off in a layer begins again with that layer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import BinaryIO
+
+import torch
+
+from dgq.convert.samples import Document, doubled
+from dgq.convert.source import Source
+from dgq.quant.types import Packed
+from dgq.runtime.stream import Chunk, States, Stream, Watch
+
+DRAFTS = 2  # steps in which a model writes what follows an open document
+
+
+class Rows(Mapping[str, Packed]):
+    """A source's weights, read and not mapped."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def __getitem__(self, name: str) -> Packed:
+        weight = self._source[name]
+        shape = weight.shape
+        return Packed(weight.scheme, shape, {"": self._source.rows(name, 0, shape[0])})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+
+class Passes:
+    """Both passes over `chunks`, of which this process does those numbered in `mine`."""
+
+    def __init__(self, stream: Stream, chunks: Sequence[Chunk], mine: Sequence[int], files: Sequence[BinaryIO]) -> None:
+        """files: three, empty or of the same work broken off."""
+        self.stream, self._chunks, self.mine = stream, chunks, mine
+        self.layers = len(stream.config.layers)
+        hidden, dtype = stream.config.hidden, stream.dtype
+        tokens = [chunk.encoded + 2 * chunk.canvases.numel() for chunk in chunks]
+        self._states = [States(file, tokens, hidden, dtype) for file in files[:2]]
+        self._plain = [States(file, [chunk.tokens for chunk in chunks], hidden, dtype) for file in files[:2]]
+        self._soft = States(files[2], [chunk.canvases.numel() for chunk in chunks], hidden, dtype)
+
+    def first(self, progress: Callable[[], None]) -> None:
+        """The first pass; afterwards the second can begin."""
+        for number in self.mine:
+            self._plain[0].write(number, self.stream.enter(self._chunks[number], None))
+        for index in range(self.layers):
+            layer = self.stream.layer(index)
+            for number in self.mine:
+                self._plain[(index + 1) % 2].write(
+                    number, layer(self._chunks[number], self._plain[index % 2].read(number))
+                )
+            progress()
+        for number in self.mine:
+            x = self._plain[self.layers % 2].read(number).to(self.stream.device)
+            soft = [self.stream.soften(logits) for _, logits in self.stream.leave(self._chunks[number], x)]
+            self._soft.write(number, torch.cat(soft).flatten(0, 1))
+        os.fsync(self._soft.file.fileno())
+
+    def enter(self, watch: Watch | None) -> None:
+        """Second pass, before the first layer: self-conditioning."""
+        for number in self.mine:
+            chunk, soft = self._both(number)
+            self._states[0].write(number, self.stream.enter(chunk, soft, watch))
+        os.fsync(self._states[0].file.fileno())
+
+    def layer(self, index: int, watch: Watch | None) -> None:
+        """Second pass, layer `index`, after the one before it."""
+        layer = self.stream.layer(index, watch)
+        states = self._states[(index + 1) % 2]
+        for number in self.mine:
+            states.write(number, layer(self._both(number)[0], self._states[index % 2].read(number)))
+        os.fsync(states.file.fileno())
+
+    def leave(self, watch: Watch | None) -> None:
+        """Second pass, after the last layer: the head."""
+        for number in self.mine:
+            x = self._states[self.layers % 2].read(number).to(self.stream.device)
+            for _ in self.stream.leave(self._both(number)[0], x, watch):
+                pass
+
+    def _both(self, number: int) -> tuple[Chunk, torch.Tensor]:
+        chunk = self._chunks[number]
+        return doubled(chunk, self._soft.read(number).view(*chunk.canvases.shape, -1))
+
+
+def drafted(stream: Stream, found: list[Document], seed: int, progress: Callable[[], None]) -> list[Document]:
+    """The documents, the open ones continued by the model itself: the likeliest tokens after DRAFTS steps."""
+    size = 32
+    wanted = [document for document in found if document.open]
+    canvas = stream.config.canvas
+    generator = torch.Generator().manual_seed(seed)
+    groups = [wanted[i : i + size] for i in range(0, len(wanted), size)]
+    made = [torch.randint(0, stream.config.vocab, (len(group), canvas), generator=generator) for group in groups]
+    soft: list[torch.Tensor | None] = [None] * len(groups)
+    for _ in range(DRAFTS if wanted else 0):
+        chunks = [
+            Chunk(tuple(d.ids for d in group), ids, tuple(range(len(group))), torch.ones(len(group), dtype=torch.int64))
+            for group, ids in zip(groups, made, strict=True)
+        ]
+        states = [stream.enter(chunk, given) for chunk, given in zip(chunks, soft, strict=True)]
+        for index in range(len(stream.config.layers)):
+            layer = stream.layer(index)
+            states = [layer(chunk, x) for chunk, x in zip(chunks, states, strict=True)]
+            progress()
+        for i, (chunk, x) in enumerate(zip(chunks, states, strict=True)):
+            pieces = [(logits.argmax(-1).cpu(), stream.soften(logits)) for _, logits in stream.leave(chunk, x)]
+            made[i] = torch.cat([ids for ids, _ in pieces])
+            soft[i] = torch.cat([values for _, values in pieces])
+    answers = iter([ids for group in made for ids in group.tolist()])
+    return [Document((*d.ids, *next(answers)), d.first, d.chat) if d.open else d for d in found]

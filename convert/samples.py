@@ -1,0 +1,175 @@
+"""What calibration runs on: documents cut into prompt | canvas, the canvas at many noise levels. All by a seed.
+
+    text     t t t t t t|c c c c c c|…          cut anywhere
+    chat     user's turn |the answer, block by block
+    open     user's turn |the model's own draft            a chat without an answer
+
+    canvas   c r c c r c      a share of its tokens replaced by random ones: the share is spread evenly over 0 … 1
+
+Every canvas is run twice, plain and conditioned on its own logits, so nothing else has to be stored. A round takes
+every document once; more rounds cut and noise anew. Sequences come in chunks of about CHUNK tokens, which are what is
+handed out to processes: whatever their number, the sums are over the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgq.convert.hub import TINY
+from dgq.convert.source import Source
+from dgq.quant.errors import InputError
+from dgq.quant.hf_dir import read_whole
+from dgq.runtime.stream import Chunk
+from dgq.runtime.tokenizer import Tokenizer
+
+CHUNK = 1 << 14  # tokens of a chunk, canvases counted twice
+PER_PROMPT = 4  # canvases behind a prompt
+BINS = 4  # of noise, in the counts
+KINDS = 1 + 2 * BINS  # the prompt; canvases by noise; conditioned canvases by noise
+LONGEST = 1024  # tokens of a prompt
+SHORTEST = 8
+MAX_FILE = 1 << 28
+
+
+@dataclass(frozen=True)
+class Document:
+    """ids, and where canvases begin: anywhere from `first` on (text), or there and every canvas later (a chat).
+    open: nothing follows; the model has to write it."""
+
+    ids: tuple[int, ...]
+    first: int
+    chat: bool
+
+    @property
+    def open(self) -> bool:
+        return self.first == len(self.ids)
+
+
+def documents(source: Source, file: Path | None) -> tuple[list[Document], dict[str, Any]]:
+    """The documents of a .jsonl of {"messages"} or {"text"}, or of a .txt with empty lines between them; without a
+    file those that ship with dgq. And their name and SHA-256. InputError names the line that is wrong."""
+    tokenizer = Tokenizer.from_dir(source.path)
+    if file is None:
+        name = "calibration.jsonl" if source.where.asked == TINY or not _general().is_file() else "general.jsonl"
+        raw = files("dgq.recipes").joinpath("prompts", name).read_bytes()
+    else:
+        try:
+            name, raw = file.name, read_whole(file, MAX_FILE)
+        except OSError as error:
+            raise InputError(f"{file}: not readable ({error})") from None
+    where = str(file or name)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        raise InputError(f"{where}: is not UTF-8 text") from None
+    items = _lines(text, where) if name.endswith(".jsonl") else _paragraphs(text)
+    found = [document for at, item in items if (document := _document(item, at, tokenizer, source))]
+    if not found:
+        raise InputError(f"{where}: holds no document of at least {SHORTEST + 1} tokens")
+    return found, {"name": name, "sha256": hashlib.sha256(raw).hexdigest(), "documents": len(found)}
+
+
+def _general() -> Any:
+    return files("dgq.recipes").joinpath("prompts", "general.jsonl")
+
+
+def _lines(text: str, where: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        at = f"{where}, line {number}"
+        try:
+            item = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{at}: no JSON ({error})") from None
+        messages = item.get("messages") if isinstance(item, dict) else None
+        good = isinstance(messages, list) and messages and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )  # fmt: skip
+        if not good and not (isinstance(item, dict) and isinstance(item.get("text"), str)):
+            raise InputError(f'{at}: expected {{"text": "…"}} or {{"messages": [{{"role", "content"}}, …]}}')
+        yield at, item
+
+
+def _paragraphs(text: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    return (("", {"text": part}) for part in text.split("\n\n") if part.strip())
+
+
+def _document(item: dict[str, Any], at: str, tokenizer: Tokenizer, source: Source) -> Document | None:
+    vocab = source.config.vocab
+    if "text" in item:
+        ids, first, chat = tokenizer.encode(item["text"]), SHORTEST, False
+    else:
+        messages = item["messages"]
+        answered = messages[-1]["role"] == "assistant"
+        ids = tokenizer.chat(messages[:-1] if answered else messages)
+        first, chat = len(ids), True
+        if answered:
+            ids = tokenizer.chat(messages, add_generation_prompt=False)
+            first = min(first, len(ids) - 1)
+    if ids and max(ids) >= vocab:
+        raise InputError(f"{at}: its tokenizer gives token {max(ids)}, the vocabulary of {source.path} has {vocab}")
+    return Document(tuple(ids), first, chat) if len(ids) > first or (chat and ids) else None
+
+
+def chunks(found: list[Document], seed: int, turn: int, source: Source) -> list[Chunk]:
+    """Round `turn` over the documents, none of them open."""
+    config = source.config
+    rng = random.Random(f"{seed} {turn}")
+    generator = torch.Generator().manual_seed(rng.getrandbits(62))
+    room = max(1, min(LONGEST, config.context - config.canvas))
+    sequences = []
+    for document in found:
+        ids = document.ids
+        if document.chat:
+            start = document.first + config.canvas * rng.randrange(-(-(len(ids) - document.first) // config.canvas))
+        else:
+            start = rng.randint(document.first, max(document.first, len(ids) - config.canvas))
+        canvas = (ids[start : start + config.canvas] + (config.pad_id,) * config.canvas)[: config.canvas]
+        sequences.append((ids[max(0, start - room) : start], canvas))
+    rng.shuffle(sequences)
+    made, waiting, size = [], [], 0
+    for prompt, canvas in sequences:
+        waiting.append((prompt, canvas))
+        size += len(prompt) + 2 * PER_PROMPT * config.canvas
+        if size >= CHUNK:
+            made.append(_chunk(waiting, rng, generator, config.vocab))
+            waiting, size = [], 0
+    return [*made, _chunk(waiting, rng, generator, config.vocab)] if waiting else made
+
+
+def _chunk(
+    sequences: list[tuple[tuple[int, ...], tuple[int, ...]]], rng: random.Random, generator: torch.Generator, vocab: int
+) -> Chunk:
+    canvases, owner, kind = [], [], []
+    for number, (_, canvas) in enumerate(sequences):
+        for i in range(PER_PROMPT):
+            level = (i + rng.random()) / PER_PROMPT
+            noise = torch.randint(0, vocab, (len(canvas),), generator=generator)
+            replaced = torch.rand(len(canvas), generator=generator) < level
+            canvases.append(torch.where(replaced, noise, torch.tensor(canvas)))
+            owner.append(number)
+            kind.append(1 + min(BINS - 1, int(level * BINS)))
+    return Chunk(tuple(prompt for prompt, _ in sequences), torch.stack(canvases), tuple(owner), torch.tensor(kind))
+
+
+def doubled(chunk: Chunk, soft: torch.Tensor) -> tuple[Chunk, torch.Tensor]:
+    """Every canvas a second time, conditioned. soft (n, canvas, hidden) -> (2n, canvas, hidden), zeros for the plain
+    ones."""
+    n = len(chunk.owner)
+    order = sorted(range(2 * n), key=lambda i: (chunk.owner[i % n], i))
+    index = torch.tensor([i % n for i in order])
+    conditioned = torch.tensor([i >= n for i in order])
+    owner = tuple(chunk.owner[i] for i in index.tolist())
+    both = Chunk(chunk.prompts, chunk.canvases[index], owner, chunk.kind[index] + BINS * conditioned)
+    return both, soft[index] * conditioned[:, None, None]

@@ -1,0 +1,143 @@
+"""STATS, what `dgq calibrate` finds out: one safetensors file, its header's metadata a JSON text under "dgq".
+
+    samples.prompts    int32 (tokens,)     ids of all prompts, one after the other; samples.lengths int32: of each
+    samples.canvases   int32 (n, canvas)   samples.owner int32 (n,): each one's prompt; samples.kind int32 (n,)
+    samples.chunks     int32               prompts in each chunk
+    <weight>.sum2      float32 (2, in) or (E, 2, in)      sum of x² over the prompts' tokens, and the canvases'
+    <weight>.amax      float32 (2,) or (E, 2)             the largest |x|
+    <weight>.count     int64 (KINDS,) or (E, KINDS)       tokens seen: prompts'; canvases by noise; the same conditioned
+
+A weight is named once for all that read the same input (q_proj stands for k and v, gate_proj for up). Hessians are not
+kept: `dgq convert --stats` makes a layer's anew from the samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dgq.convert.hashes import sha256
+from dgq.convert.samples import BINS, KINDS
+from dgq.convert.source import Source
+from dgq.quant.errors import InputError
+from dgq.runtime.stream import Chunk
+
+FLOOR = 256  # tokens below which an expert leans on its layer
+
+
+@dataclass(frozen=True)
+class Stats:
+    """An opened STATS file. about: its metadata; sha256: of the file."""
+
+    file: Path
+    sha256: str
+    about: dict[str, Any]
+    chunks: list[Chunk]
+    tensors: dict[str, torch.Tensor]
+
+    def starved(self) -> dict[str, int]:
+        """Experts that saw fewer than FLOOR tokens: "layer.expert" -> tokens."""
+        return starved(self.tensors)
+
+    def describe(self) -> dict[str, Any]:
+        """For dgq.json."""
+        return {"name": self.file.name, "sha256": self.sha256, **self.about, "starved": self.starved()}
+
+
+def starved(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """See Stats.starved."""
+    found = {}
+    for name, count in tensors.items():
+        if name.endswith("experts.gate_up_proj.count"):
+            layer = name.split("layers.")[1].split(".")[0]
+            for expert, seen in enumerate(count.sum(-1).tolist()):
+                if seen < FLOOR:
+                    found[f"{layer}.{expert}"] = seen
+    return found
+
+
+def sample_tensors(chunks: list[Chunk]) -> dict[str, torch.Tensor]:
+    prompts = [prompt for chunk in chunks for prompt in chunk.prompts]
+    owners, before = [], 0
+    for chunk in chunks:
+        owners += [before + owner for owner in chunk.owner]
+        before += len(chunk.prompts)
+    numbers = {
+        "prompts": [token for prompt in prompts for token in prompt],
+        "lengths": [len(prompt) for prompt in prompts],
+        "owner": owners,
+        "chunks": [len(chunk.prompts) for chunk in chunks],
+    }
+    found = {f"samples.{name}": torch.tensor(values, dtype=torch.int32) for name, values in numbers.items()}
+    found["samples.canvases"] = torch.cat([chunk.canvases for chunk in chunks]).int()
+    found["samples.kind"] = torch.cat([chunk.kind for chunk in chunks]).int()
+    return found
+
+
+def read_stats(file: Path, source: Source) -> Stats:
+    """Open and check STATS. InputError if it is none, damaged, or of another model."""
+    try:
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {})["dgq"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        chunks = _chunks({n.removeprefix("samples."): t for n, t in tensors.items() if n.startswith("samples.")})
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; `dgq calibrate` makes it") from None
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, IndexError, RecursionError) as error:
+        raise InputError(f"{file}: no STATS of dgq calibrate, or damaged ({error})") from None
+    config = source.config
+    ids = [chunk.canvases for chunk in chunks] + [tensors["samples.prompts"]]
+    lowest, highest = (int(f(torch.stack([f(part) for part in ids]))) for f in (torch.min, torch.max))
+    if chunks[0].canvases.shape[1] != config.canvas or lowest < 0 or highest >= config.vocab:
+        raise InputError(f"{file}: its samples do not fit {source.path}; calibrate this model")
+    if about.get("weights") != weights_digest(source):
+        raise InputError(f"{file}: was made from other weights than {source.path}; calibrate these")
+    return Stats(file, sha256(file), about, chunks, tensors)
+
+
+def weights_digest(source: Source) -> str:
+    """Of the weights that every token goes through: the last norm, and each layer's router."""
+    digest = hashlib.sha256()
+    for name in source:
+        if ".router." in name or name.endswith("norm.weight"):
+            digest.update(source.rows(name, 0, source[name].shape[0]).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _chunks(samples: dict[str, torch.Tensor]) -> list[Chunk]:
+    lengths, counts = samples["lengths"].tolist(), samples["chunks"].tolist()
+    if min(lengths) < 1 or sum(lengths) != len(samples["prompts"]) or sum(counts) != len(lengths) or min(counts) < 1:
+        raise ValueError("lengths of prompts and chunks do not add up")
+    owner, kind = samples["owner"].long(), samples["kind"].long()
+    wrong = owner.diff() < 0 if len(owner) > 1 else torch.zeros(1, dtype=torch.bool)
+    if len(owner) != len(samples["canvases"]) or len(kind) != len(owner) or bool(wrong.any()):
+        raise ValueError("canvases and their owners do not match")
+    if not (
+        int(owner.min()) >= 0 and int(owner.max()) < len(lengths) and 0 < int(kind.min()) <= int(kind.max()) <= BINS
+    ):
+        raise ValueError("a canvas belongs to no prompt, or is of no known kind")
+    prompts = [tuple(part.tolist()) for part in samples["prompts"].split(lengths)]
+    made, first = [], 0
+    for count in counts:
+        own = (owner >= first) & (owner < first + count)
+        owners = tuple((owner[own] - first).tolist())
+        made.append(Chunk(tuple(prompts[first : first + count]), samples["canvases"][own].long(), owners, kind[own]))
+        first += count
+    return made
+
+
+def imatrix_entries(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Weight -> in_sum2 (E or 1, in) and counts (E or 1,) float32, of prompts and canvases together."""
+    found = {}
+    for key, sums in tensors.items():
+        if key.endswith(".sum2"):
+            name = key.removesuffix(".sum2")
+            count = tensors[name + ".count"].reshape(-1, KINDS).sum(-1).float()
+            found[name] = (sums.reshape(len(count), 2, -1).sum(1), count)
+    return found

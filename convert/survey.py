@@ -1,0 +1,291 @@
+"""`dgq calibrate`: what goes through each weight of the model, by side, noise level and expert.
+
+    documents ── round 0, 1, … ──> chunks ──> both passes ──> sums, maxima, counts ──> STATS
+                     └────────── then on, until every expert saw FLOOR tokens, or 4 times as many are over
+
+Everything lies in .NAME.partial while it is made: hidden states, drafts, and a file of sums for each layer that is
+done. The same command goes on from there, and ends in the same bytes. Under torchrun the chunks are dealt out to the
+processes, and the sums of a layer are added up before they are written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch import distributed as dist
+
+from dgq.convert.hashes import dgq_version
+from dgq.convert.passes import DRAFTS, Passes, Rows, drafted
+from dgq.convert.samples import KINDS, Document, chunks, documents
+from dgq.convert.source import Source
+from dgq.convert.stats import imatrix_entries, sample_tensors, starved, weights_digest
+from dgq.quant.errors import InputError
+from dgq.runtime.names import DECODER, EMBEDDING, gguf_name
+from dgq.runtime.stream import Chunk, Stream
+
+MORE = 4  # times the rounds asked for are made while an expert has too few tokens
+Progress = Callable[[int, int], None]
+
+
+def calibrated(
+    source: Source, out: Path, prompts: Path | None, seed: int, rounds: int, device: str, imatrix: Path | None,
+    progress: Progress, notice: Callable[[str], None],
+) -> dict[str, Any] | None:  # fmt: skip
+    """survey(), by one process or by those of torchrun; None in all of these but the first."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several:
+        dist.init_process_group("gloo")
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        found = survey(source, out, prompts, seed, rounds, device, dtype, progress, notice)
+        if imatrix is not None and (not several or dist.get_rank() == 0):
+            write_imatrix(imatrix, source, out, found)
+        return found if not several or dist.get_rank() == 0 else None
+    finally:
+        if several:
+            dist.destroy_process_group()
+
+
+class Survey:
+    """A Watch that adds up. Sums are float64: their order does not show."""
+
+    kinds: Tensor
+
+    def __init__(self, experts: int) -> None:
+        self._experts = experts
+        self.found: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, x: Tensor, expert: int | None, tokens: Tensor | None, felt: Tensor | None) -> None:
+        x = x.reshape(-1, x.shape[-1])
+        kinds = self.kinds if tokens is None else self.kinds[tokens]
+        sides = torch.stack((kinds == 0, kinds != 0))  # (2, rows)
+        sums = sides.double() @ x.double().square()
+        amax = (sides * x.abs().amax(-1).float()).amax(-1)
+        count = torch.bincount(kinds, minlength=KINDS)
+        if name + ".sum2" not in self.found:
+            lead = () if expert is None else (self._experts,)
+            self.found[name + ".sum2"] = sums.new_zeros(*lead, *sums.shape)
+            self.found[name + ".amax"] = amax.new_zeros(*lead, 2)
+            self.found[name + ".count"] = count.new_zeros(*lead, KINDS)
+        at = ... if expert is None else expert
+        self.found[name + ".sum2"][at] += sums
+        self.found[name + ".count"][at] += count
+        self.found[name + ".amax"][at] = torch.maximum(self.found[name + ".amax"][at], amax)
+
+    def result(self, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """The sums of all processes, on the CPU. expected: weights that the others may have seen -> shape of sum2."""
+        done = {}
+        for name, shape in expected.items():
+            zeros = {"sum2": torch.zeros(shape, dtype=torch.float64), "amax": torch.zeros(shape[:-1]),
+                     "count": torch.zeros(*shape[:-2], KINDS, dtype=torch.int64)}  # fmt: skip
+            for part, zero in zeros.items():
+                value = self.found.get(f"{name}.{part}", zero).cpu()
+                if dist.is_initialized():
+                    dist.all_reduce(value, dist.ReduceOp.MAX if part == "amax" else dist.ReduceOp.SUM)
+                done[f"{name}.{part}"] = value
+        return done
+
+
+def survey(
+    source: Source, out: Path, prompts: Path | None, seed: int, rounds: int, device: str, dtype: torch.dtype,
+    progress: Progress, notice: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Write STATS to `out`; what it says about itself. InputError for bad prompts, or an `out` that exists."""
+    if out.exists():
+        raise InputError(f"{out}: exists already; choose another -o or remove it")
+    found, data = documents(source, prompts)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    about = {"dgq": dgq_version(), "weights": weights_digest(source), "data": data, "seed": seed, "dtype": str(dtype)}
+    folder = out.absolute().parent / f".{out.name[:200]}.partial"
+    work = _Work(folder, {**about, "rounds": rounds, "world": world}, rank, notice)
+    stream = Stream(source.config, Rows(source), device, dtype)
+    layers = len(source.config.layers)
+    total, done = DRAFTS * layers * any(d.open for d in found) + 2 * layers * rounds, 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    found = work.drafts(lambda: drafted(stream, found, seed, step), found)
+    tensors: dict[str, Tensor] = {}
+    made: list[Chunk] = []
+    turn = 0
+    for turn in range(MORE * rounds):
+        new = chunks(found, seed, turn, source)
+        made += new
+        _add(tensors, _round(source, stream, new, work, turn, step))
+        if turn + 1 >= rounds and not starved(tensors):
+            break
+    about |= {"rounds": turn + 1, "tokens": sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in made)}
+    if rank == 0:
+        tensors = {name: t.float() if t.dtype == torch.float64 else t for name, t in tensors.items()}
+        save_file({**sample_tensors(made), **tensors}, folder / "stats", {"dgq": json.dumps(about)})
+        (folder / "stats").replace(out)
+    if dist.is_initialized():
+        dist.barrier()
+    if rank == 0:
+        shutil.rmtree(folder)
+    return {**about, "starved": starved(tensors), "coverage": _coverage(tensors)}
+
+
+def _round(
+    source: Source, stream: Stream, new: list[Chunk], work: _Work, turn: int, step: Callable[[], None]
+) -> dict[str, Tensor]:
+    layers = len(source.config.layers)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = range(rank, len(new), world)
+    tensors: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        files = [stack.enter_context(work.file(f"states-{rank}-{i}")) for i in range(3)]
+        passes = Passes(stream, new, mine, files)
+        if not work.has(f"{turn}-first"):
+            passes.first(step)
+            work.note(f"{turn}-first", {})
+        stages = ["enter", *range(layers), "leave"]
+        for stage in stages:
+            name = f"{turn}-{stage}"
+            if not work.has(name):
+                watch = Survey(source.config.experts)
+                if isinstance(stage, int):
+                    passes.layer(stage, watch)
+                    step()
+                elif stage == "enter":
+                    passes.enter(watch)
+                else:
+                    passes.leave(watch)
+                work.note(name, watch.result(_expected(source, stage)))
+            tensors |= work.read(name)
+    return tensors
+
+
+def _expected(source: Source, stage: str | int) -> dict[str, tuple[int, ...]]:
+    """Weights that are watched in a stage -> shape of their sums."""
+    if stage == "leave":
+        return {EMBEDDING: (2, source.text[EMBEDDING].shape[1])}
+    prefix = f"{DECODER}self_conditioning." if stage == "enter" else f"{DECODER}layers.{stage}."
+    found: dict[str, tuple[int, ...]] = {}
+    for name, spec in source.text.items():
+        if name.startswith(prefix) and name.endswith(WATCHED):
+            lead = spec.shape[:1] if len(spec.shape) == 3 else ()
+            found[name] = (*lead, 2, spec.shape[-1])
+    return found
+
+
+READERS = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}
+WATCHED = (
+    "q_proj.weight",
+    "o_proj.weight",
+    "gate_proj.weight",
+    "down_proj.weight",
+    "gate_up_proj",
+    "experts.down_proj",
+)
+
+
+def write_imatrix(path: Path, source: Source, stats: Path, about: dict[str, Any]) -> None:
+    """The sums as a GGUF importance matrix, under the names of a .gguf; layout: quant/imatrix.py."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "diffusion-gemma")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [about["data"]["name"]])
+    writer.add_uint32("imatrix.chunk_count", about["rounds"])
+    writer.add_uint32("imatrix.chunk_size", about["tokens"] // about["rounds"])
+    for name, (sums, count) in imatrix_entries(load_file(stats)).items():
+        kind = name.removesuffix(".weight").rpartition(".")[2]
+        for reader in READERS.get(kind, (kind,)):
+            same = name.replace(kind, reader)
+            if same in source.text and (known := gguf_name(same)) is not None:
+                writer.add_tensor(f"{known}.in_sum2", sums.numpy())
+                writer.add_tensor(f"{known}.counts", count.unsqueeze(-1).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add(total: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    for name, value in more.items():
+        known = total.get(name)
+        if known is None:
+            total[name] = value
+        else:
+            total[name] = torch.maximum(known, value) if name.endswith(".amax") else known + value
+
+
+def _coverage(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
+    """Layer -> tokens that each expert saw."""
+    return {
+        name.split("layers.")[1].split(".")[0]: count.sum(-1).tolist()
+        for name, count in tensors.items()
+        if name.endswith("experts.gate_up_proj.count")
+    }
+
+
+class _Work:
+    """The folder of an unfinished survey. Of several processes the first one writes what all share."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], rank: int, notice: Callable[[str], None]) -> None:
+        self._folder, self._rank = folder, rank
+        path = folder / "identity.json"
+        text = json.dumps(identity, sort_keys=True)
+        if rank == 0:
+            try:
+                if folder.is_dir() and (not path.is_file() or path.read_text("utf-8") != text):
+                    notice(f"{folder}: was another calibration's, broken off; begun anew")
+                    shutil.rmtree(folder)
+                elif folder.is_dir():
+                    count = len(list(folder.glob("*.done")))
+                    notice(f"going on with {folder}: {count} stages are done")
+                folder.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, "utf-8")
+            except OSError as error:
+                raise InputError(f"{folder}: cannot be written ({error})") from None
+        self._wait()
+
+    def file(self, name: str) -> Any:
+        path = self._folder / name
+        return path.open("r+b" if path.exists() else "x+b", buffering=0)
+
+    def has(self, name: str) -> bool:
+        found = (self._folder / f"{name}.done").is_file()
+        self._wait()
+        return found
+
+    def note(self, name: str, tensors: dict[str, Tensor]) -> None:
+        self._wait()  # until every process has its hidden states on the disk
+        if self._rank == 0:
+            save_file(tensors, self._folder / "new")
+            with (self._folder / "new").open("rb") as file:
+                os.fsync(file.fileno())
+            (self._folder / "new").replace(self._folder / f"{name}.done")
+        self._wait()
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = load_file(self._folder / f"{name}.done")
+        return found
+
+    def drafts(self, make: Callable[[], list[Document]], found: list[Document]) -> list[Document]:
+        if not any(document.open for document in found):
+            return found
+        if not self.has("drafts"):
+            done = make()
+            self.note("drafts", {str(i): torch.tensor(d.ids) for i, d in enumerate(done)})
+        ids = self.read("drafts")
+        return [Document(tuple(ids[str(i)].tolist()), d.first, d.chat) for i, d in enumerate(found)]
+
+    def _wait(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()

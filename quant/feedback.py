@@ -1,0 +1,195 @@
+"""Quantisers that know what goes through a weight: error feedback, with scales chosen by what they cost.
+
+A weight row w multiplies inputs x; what it loses is (w - q) H (w - q)^T with H = E[x x^T]. Columns are rounded one
+after the other, and each one's error is made good in the columns still to come (GPTQ, arXiv 2210.17323):
+
+    H^-1 = U^T U          e_j = (w_j - q_j) / U_jj          w_k -= e_j U_jk   for all k > j          loss = sum e_j^2
+
+Every few columns share a scale. Each candidate scale is tried by rounding those columns with feedback among them, and
+the one with the least loss is taken: so the scale is chosen on the weights as the columns before have left them.
+Blocks come in the order of their inputs' power, and so do the columns that share a scale: what matters most is rounded
+first, while there is still much to make it good with. All experts of a weight are done side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dgq.quant.grids import Grid, grid_of
+from dgq.quant.types import Scheme
+
+DAMP = 0.02
+SWEEPS = 2
+LAZY = 64  # columns between two products with the whole matrix
+
+
+def feedback(
+    weight: Tensor, hessian: Tensor, scheme: Scheme, damp: float = DAMP, sweeps: int = SWEEPS
+) -> dict[str, Tensor]:
+    """weight (B, rows, in) float32 and hessian (B or 1, in, in) float32, of E experts or one matrix -> parts.
+
+    damp: of the mean power, added to every column's; sweeps: of going over the codes again at the end.
+    """
+    grid = grid_of(scheme, weight)
+    order = _order(hessian.diagonal(dim1=-2, dim2=-1), grid)
+    h = _damped(hessian, order, damp)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    order = order.expand(len(weight), -1)
+    wanted = weight.gather(-1, order.unsqueeze(1).expand_as(weight))
+    w = wanted.clone()
+    factor, h = factor.expand(len(w), -1, -1), h.expand(len(w), -1, -1)
+    cost = factor.diagonal(dim1=-2, dim2=-1).pow(-2).unsqueeze(1)
+    states: list[Any] = []
+    chosen: list[_Rounded] = []
+    for start in range(0, w.shape[-1], grid.block):
+        whole = slice(start, start + grid.block)
+        state = grid.open(w[..., whole], cost[..., whole])
+        states.append(state)
+        for number, first in enumerate(range(start, start + grid.block, grid.sub)):
+            own, rest = slice(first, first + grid.sub), slice(first + grid.sub, None)
+            found = _round(w[..., own], cost[..., own], grid, state, number, factor[:, own, own])
+            chosen.append(found)
+            w[..., rest].baddbmm_(found.error, factor[:, own, rest], alpha=-1)
+    codes = torch.cat([found.codes for found in chosen], -1)
+    scale, low = (torch.stack([getattr(found, part) for found in chosen], -1) for part in ("scale", "low"))
+    for _ in range(sweeps):
+        _polish(codes, wanted, h, grid, scale, low)
+    return _packed(grid, codes, states, [found.notes for found in chosen], order)
+
+
+def _polish(codes: Tensor, wanted: Tensor, h: Tensor, grid: Grid, scale: Tensor, low: Tensor) -> None:
+    """Each column once more to the level that is best for all the others as they are now (coordinate descent)."""
+    bounds = (grid.levels[:-1] + grid.levels[1:]) / 2
+    inverse = _inverse(scale)
+    power = h.diagonal(dim1=-2, dim2=-1).unsqueeze(1)
+    value = grid.levels[codes.int()] * scale.repeat_interleave(grid.sub, -1) + low.repeat_interleave(grid.sub, -1)
+    for start in range(0, codes.shape[-1], LAZY):
+        own = slice(start, min(start + LAZY, codes.shape[-1]))
+        slope = (value - wanted) @ h[:, :, own]
+        moved = torch.zeros_like(slope)
+        for i in range(slope.shape[-1]):
+            j, s = start + i, (start + i) // grid.sub
+            now = slope[..., i] + (moved[..., :i] @ h[:, own.start : own.start + i, j].unsqueeze(-1)).squeeze(-1)
+            best = value[..., j] - now / power[..., j]
+            code = torch.bucketize((best - low[..., s]) * inverse[..., s], bounds)
+            new = grid.levels[code] * scale[..., s] + low[..., s]
+            codes[..., j] = code.to(torch.uint8)
+            moved[..., i] = new - value[..., j]
+            value[..., j] = new
+
+
+def search(weight: Tensor, importance: Tensor | None, scheme: Scheme) -> dict[str, Tensor]:
+    """Scales with the least weighted squared error, each column rounded for itself. weight (B, rows, in) float32,
+    importance (B or 1, in) float32 or None -> parts."""
+    grid = grid_of(scheme, weight)
+    cost = torch.ones_like(weight[:1, :1]) if importance is None else importance.unsqueeze(1)
+    states: list[Any] = []
+    chosen: list[_Rounded] = []
+    for start in range(0, weight.shape[-1], grid.block):
+        whole = slice(start, start + grid.block)
+        state = grid.open(weight[..., whole], cost[..., whole])
+        states.append(state)
+        for number, first in enumerate(range(start, start + grid.block, grid.sub)):
+            own = slice(first, first + grid.sub)
+            chosen.append(_round(weight[..., own], cost[..., own], grid, state, number, None))
+    codes = torch.cat([found.codes for found in chosen], -1)
+    notes = zip(*(found.notes for found in chosen), strict=True)
+    return grid.pack(codes, states, [torch.stack(kind, -1) for kind in notes])
+
+
+def _order(power: Tensor, grid: Grid) -> Tensor:
+    """(B, in) power of each column -> the order to go through them: blocks by power; within a block the columns of a
+    scale stay where they are, sorted by power among themselves."""
+    blocks = power.unflatten(-1, (-1, grid.block))
+    first = blocks.sum(-1).argsort(dim=-1, descending=True, stable=True)  # (B, blocks)
+    inside = power.unflatten(-1, (-1, grid.sub)).argsort(dim=-1, descending=True, stable=True)
+    base = torch.arange(0, power.shape[-1], grid.sub, device=power.device).unsqueeze(-1)
+    columns = (inside + base).flatten(1).unflatten(-1, (-1, grid.block))
+    found: Tensor = columns.gather(1, first.unsqueeze(-1).expand_as(columns)).flatten(1)
+    return found
+
+
+def _damped(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
+    """hessian (B, in, in) in the given order, its power raised."""
+    h: Tensor = hessian.gather(1, order.unsqueeze(2).expand_as(hessian)).gather(
+        2, order.unsqueeze(1).expand_as(hessian)
+    )
+    power = h.diagonal(dim1=-2, dim2=-1)
+    mean = power.mean(-1, keepdim=True)
+    power += damp * mean + (mean == 0)
+    return h
+
+
+class _Rounded(NamedTuple):
+    """What became of some columns: codes uint8 and errors (B, rows, sub), scale and low and notes (B, rows)."""
+
+    codes: Tensor
+    error: Tensor
+    scale: Tensor
+    low: Tensor
+    notes: tuple[Tensor, ...]
+
+
+def _round(x: Tensor, cost: Tensor, grid: Grid, state: Any, number: int, factor: Tensor | None) -> _Rounded:
+    """Round columns x (B, rows, sub) with each candidate scale and keep each row's best.
+
+    factor (B, sub, sub): feedback among the columns; None: none, and cost weighs their squared errors."""
+    scale, low, notes = grid.scales(x, cost, state, number)
+    low = torch.zeros_like(scale) if low is None else low
+    inverse = _inverse(scale)
+    bounds = (grid.levels[:-1] + grid.levels[1:]) / 2
+    left = x.expand(len(scale), *x.shape)
+    if factor is None:
+        index = torch.bucketize((left - low.unsqueeze(-1)) * inverse.unsqueeze(-1), bounds, out_int32=True)
+        codes = index.to(torch.uint8)
+        error = left - (grid.levels[index] * scale.unsqueeze(-1) + low.unsqueeze(-1))
+    else:
+        left = left.clone()
+        codes = torch.empty_like(left, dtype=torch.uint8)
+        error = torch.empty_like(left)
+        for i in range(x.shape[-1]):
+            column = left[..., i]
+            code = torch.bucketize((column - low) * inverse, bounds)
+            codes[..., i] = code
+            error[..., i] = (column - (grid.levels[code] * scale + low)) / factor[:, i, i].unsqueeze(-1)
+            left[..., i + 1 :] -= error[..., i : i + 1] * factor[:, i, i + 1 :].unsqueeze(1)
+    loss = (error * error * (cost if factor is None else 1)).sum(-1)
+    best = loss.argmin(0, keepdim=True)  # (1, B, rows)
+    pick = best.unsqueeze(-1).expand(1, *x.shape)
+
+    def of(values: Tensor) -> Tensor:
+        found: Tensor = values.gather(0, best)[0]
+        return found
+
+    return _Rounded(codes.gather(0, pick)[0], error.gather(0, pick)[0], of(scale), of(low), tuple(map(of, notes)))
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    inverse: Tensor = torch.where(scale != 0, 1 / scale, 0.0)
+    return inverse
+
+
+def _packed(
+    grid: Grid, codes: Tensor, states: list[Any], notes: list[tuple[Tensor, ...]], order: Tensor
+) -> dict[str, Tensor]:
+    """Back into the row's order, and into parts."""
+    natural = torch.empty_like(codes).scatter_(-1, order.unsqueeze(1).expand_as(codes), codes)
+    blocks = (order[:, :: grid.block] // grid.block).argsort(-1)  # where each block went
+    number = blocks.shape[-1]
+
+    def back(values: Tensor) -> Tensor:  # (B, rows, in / sub) by block
+        by_block = values.unflatten(-1, (number, -1))
+        found: Tensor = by_block.gather(2, blocks[:, None, :, None].expand_as(by_block)).flatten(2)
+        return found
+
+    stacked = [back(torch.stack(kind, -1)) for kind in zip(*notes, strict=True)]
+    kinds: list[Any] = states
+    if states[0] is not None:
+        several = isinstance(states[0], tuple)
+        columns = list(zip(*states, strict=True)) if several else [states]
+        turned = [back(torch.stack(column, -1)).unbind(-1) for column in columns]
+        kinds = list(zip(*turned, strict=True)) if several else list(turned[0])
+    return grid.pack(natural, kinds, stacked)

@@ -1,0 +1,115 @@
+"""Calibrating and quantising with Hessians at the real widths: seconds and memory a layer, projected to the 26B.
+
+    python tests/bench_calibrate.py [--layers 2] [--device cuda] [--folder DIR] [--rounds 1] [--recipes R …]
+
+Makes a random checkpoint of a few layers (tests/bench_convert.py), runs `dgq calibrate` on it with the prompts that
+ship for `tiny` (their tokenizer, the real canvas of 256), and then the refined conversion of each recipe, weights
+dropped instead of written. Also effort fast for the recipes that have it. Projection: the middle layer's seconds times
+30, and what comes once. Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_convert import write_checkpoint
+
+from dgq.convert.plan import make_plan
+from dgq.convert.recipes import find_recipe
+from dgq.convert.refine import refinable, refined
+from dgq.convert.slices import SEARCHED, Options, slices
+from dgq.convert.source import open_source
+from dgq.convert.stats import read_stats
+from dgq.convert.survey import calibrated
+
+LAYERS = 30
+FORMATS = {"nvfp4-w4a16": "nvfp4", "bnb4": "bnb4", "q4_k_m": "gguf"}
+
+
+def clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak(device: str) -> float:
+    return round(torch.cuda.max_memory_reserved() / 2**30, 2) if device == "cuda" else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--folder")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--recipes", nargs="+", default=list(FORMATS))
+    options = parser.parse_args()
+    report: dict[str, Any] = {"layers": options.layers, "device": options.device}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        path = Path(folder) / "source"
+        write_checkpoint(path, options.layers)
+        source = open_source(str(path))
+        marks: list[float] = []
+        began = clock(options.device)
+        about = calibrated(
+            source, Path(folder) / "stats", None, 0, options.rounds, options.device, None,
+            lambda done, total: marks.append(clock(options.device)), print,
+        )  # fmt: skip
+        assert about is not None
+        report["calibrate"] = {
+            "tokens": about["tokens"], "rounds": about["rounds"], "seconds": round(clock(options.device) - began, 1),
+            "steps": [round(b - a, 2) for a, b in zip([began, *marks], marks, strict=False)],
+            "peak_gpu_gib": peak(options.device), "least": min(min(n) for n in about["coverage"].values()),
+        }  # fmt: skip
+        print(report["calibrate"], flush=True)
+        stats = read_stats(Path(folder) / "stats", source)
+        for recipe in options.recipes:
+            if options.device == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            plan = make_plan(source, find_recipe(FORMATS[recipe], recipe))
+            todo = [tensor for tensor in plan.tensors if refinable(tensor)]
+            steps: list[tuple[str, float]] = []
+            how = Options("standard", None, 1, options.device, stats)
+            began = clock(options.device)
+            spent: dict[str, float] = {}
+            last = began
+
+            def mark(what: str, steps: list[tuple[str, float]] = steps) -> None:
+                steps.append((what, clock(options.device)))
+
+            for job, _ in refined(plan, todo, how, Path(folder), None, mark):
+                now = clock(options.device)
+                spent[job.tensor.name] = spent.get(job.tensor.name, 0) + now - max(last, steps[-1][1])
+                last = now
+            ends = [*(at for _, at in steps[1:]), clock(options.device)]
+            stages = [(what, round(end - at, 2)) for (what, at), end in zip(steps, ends, strict=True)]
+            first = sum(s for what, s in stages if "first" in what) / options.layers
+            layer = next(s for what, s in reversed(stages) if what == f"samples, {options.layers - 1}")
+            once = sum(s for what, s in stages if what in ("samples, enter", "samples, leave"))
+            row: dict[str, Any] = {
+                "stages": stages, "layer_s": layer, "once_s": round(once, 2), "peak_gpu_gib": peak(options.device),
+                "projected_26b_s": round(LAYERS * (first + layer) + once),
+                "slowest": sorted(((round(s, 2), n) for n, s in spent.items()), reverse=True)[:4],
+            }  # fmt: skip
+            if any(tensor.scheme.name in SEARCHED for tensor in todo):
+                began = clock(options.device)
+                count = 0
+                for tensor in [t for t in todo if f"layers.{options.layers - 1}." in t.name]:
+                    for piece in slices(plan, tensor, Options("fast", None, 1, options.device), None):
+                        count += piece.run().numel
+                seconds = clock(options.device) - began
+                row["fast"] = {"layer_s": round(seconds, 2), "projected_26b_s": round(LAYERS * seconds)}
+            report[recipe] = row
+            print(recipe, row, flush=True)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

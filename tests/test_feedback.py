@@ -1,0 +1,121 @@
+"""Quantisers that know what goes through a weight: what they write decodes as planned, and loses less."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from dgq.quant import feedback as module
+from dgq.quant.feedback import feedback, search
+from dgq.quant.grids import grid_of
+from dgq.quant.schemes import SCHEMES
+from dgq.quant.types import Scheme
+
+NAMES = ("nvfp4", "nf4", "q8_0", "q5_0", "q6_k", "q4_k")
+
+
+def _case(experts: int = 3, rows: int = 24, columns: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(3)
+    mix = torch.randn(experts, columns, columns, generator=g) / columns**0.5 + torch.eye(columns)
+    x = torch.randn(experts, 2048, columns, generator=g) @ mix * (2 * torch.rand(experts, 1, columns, generator=g))
+    return torch.randn(experts, rows, columns, generator=g) * 0.02, x.mT @ x / 2048
+
+
+def _loss(scheme: Scheme, parts: dict[str, torch.Tensor], weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    error = scheme.dequantize(parts).view(weight.shape) - weight
+    return float((error @ hessian * error).sum())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_step_loses_less(name: str) -> None:
+    scheme = SCHEMES[name]
+    weight, hessian = _case()
+    plain = torch.eye(weight.shape[-1]).expand_as(hessian)
+    stock = scheme.quantize(weight)
+    searched, weighted = search(weight, None, scheme), search(weight, hessian.diagonal(dim1=1, dim2=2), scheme)
+    once, done = (feedback(weight, hessian, scheme, sweeps=sweeps) for sweeps in (0, 2))
+    assert _loss(scheme, searched, weight, plain) <= _loss(scheme, stock, weight, plain)
+    losses = [_loss(scheme, parts, weight, hessian) for parts in (stock, weighted, once, done)]
+    assert losses[1] < losses[0] and losses[2] < 0.65 * losses[0] and losses[3] < 0.95 * losses[2], losses
+    for parts in (searched, weighted, once, done):
+        assert {k: (v.shape, v.dtype) for k, v in parts.items()} == {k: (v.shape, v.dtype) for k, v in stock.items()}
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q5_0", "q6_k", "q4_k"])
+def test_bytes_mean_the_same_to_gguf_py(name: str) -> None:
+    weight, hessian = _case(1)
+    parts = feedback(weight, hessian, SCHEMES[name])
+    found = gguf.quants.dequantize(parts[""][0].numpy(), gguf.GGMLQuantizationType[name.upper()])
+    np.testing.assert_array_equal(found, SCHEMES[name].dequantize(parts)[0].numpy())
+    assert _loss(SCHEMES[name], {"": parts[""]}, weight, hessian) < 0.6 * _loss(
+        SCHEMES[name], SCHEMES[name].quantize(weight), weight, hessian
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_expert_does_not_depend_on_the_others(name: str) -> None:
+    weight, hessian = _case(4, 8, 256)
+    whole = feedback(weight, hessian, SCHEMES[name])
+    alone = feedback(weight[2:3], hessian[2:3], SCHEMES[name])
+    same = [(whole[part][2:3] == alone[part]).float().mean() for part in whole]
+    assert min(map(float, same)) > 0.98, "but for float32 sums of another order"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["zero", "constant", "tiny", "huge", "outlier", "zero column", "dead inputs"])
+def test_odd_weights_and_inputs(name: str, kind: str) -> None:
+    weight, hessian = _case(2, 8, 256)
+    if kind == "zero":
+        weight.zero_()
+    elif kind == "constant":
+        weight.fill_(0.01)
+    elif kind in ("tiny", "huge"):
+        weight *= {"tiny": 1e-6, "huge": 1e5}[kind]
+    elif kind == "outlier":
+        weight[:, :, 7] *= 1000
+    elif kind == "zero column":
+        hessian[:, 5] = 0
+        hessian[:, :, 5] = 0
+    else:
+        hessian.zero_()
+    scheme = SCHEMES[name]
+    for parts in (feedback(weight, hessian, scheme), search(weight, None, scheme)):
+        found = scheme.dequantize(parts).view(weight.shape)
+        assert bool(found.isfinite().all())
+        assert float((found - weight).square().sum()) <= 1.0 * float(weight.square().sum()) + 1e-30
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_levels_are_rounded_to_the_nearest_without_correlation(name: str) -> None:
+    """With H = 1 and no damping there is nothing to make good: feedback is the search, up to the order of blocks."""
+    weight, _ = _case(1, 8, 256)
+    scheme = SCHEMES[name]
+    eye = torch.eye(256).unsqueeze(0)
+    found = scheme.dequantize(feedback(weight, eye, scheme, damp=0.0)).view(weight.shape)
+    torch.testing.assert_close(found, scheme.dequantize(search(weight, None, scheme)).view(weight.shape))
+
+
+def test_polish_never_makes_it_worse() -> None:
+    weight, hessian = _case(1, 16, 256)
+    scheme = SCHEMES["nvfp4"]
+    losses = [_loss(scheme, feedback(weight, hessian, scheme, 0.0, sweeps), weight, hessian) for sweeps in range(5)]
+    assert all(b <= a * (1 + 1e-6) for a, b in pairwise(losses)), losses
+    assert module.SWEEPS == 2
+
+
+def test_blocks_go_by_power_and_stay_together() -> None:
+    power = torch.rand(2, 1024, generator=torch.Generator().manual_seed(0))
+    grid = grid_of(SCHEMES["q4_k"], torch.zeros(2, 1, 1024))
+    order = module._order(power, grid)
+    for row, own in zip(order, power, strict=True):
+        assert sorted(row.tolist()) == list(range(1024))
+        blocks = row.view(-1, 256) // 256
+        assert bool((blocks == blocks[:, :1]).all())
+        sums = own.view(-1, 256).sum(-1)[blocks[:, 0]]
+        assert bool((sums.diff() <= 0).all())
+        assert bool((row.view(-1, 32) // 32 == (row.view(-1, 32) // 32)[:, :1]).all())
+        assert bool((own[row].view(-1, 32).diff(dim=-1) <= 0).all())

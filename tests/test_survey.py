@@ -1,0 +1,311 @@
+"""`dgq calibrate` and `convert --stats`: sums held against the whole model's, resume, processes, errors, artifacts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from micro import micro_config, write_micro
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from dgq.convert import passes, survey
+from dgq.convert.cli import main
+from dgq.convert.refine import watched_name
+from dgq.convert.samples import BINS, chunks, documents, doubled
+from dgq.convert.source import open_source
+from dgq.convert.stats import read_stats
+from dgq.quant.hf_dir import HFDir
+from dgq.quant.imatrix import read_imatrix
+from dgq.runtime.model import Model
+from dgq.runtime.names import EMBEDDING
+from dgq.runtime.stream import Stream
+
+PROMPTS = [
+    {"text": "the king went to the wind and the apple of the door was in the house of the king for a day " * 3},
+    {"messages": [{"role": "user", "content": "say apple"}, {"role": "assistant", "content": "apple"}]},
+    {"messages": [{"role": "user", "content": "say wind"}]},
+]
+
+
+def dgq(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows that every scheme takes, inputs of both sides past the sliding window."""
+    config = micro_config()
+    config["text_config"] |= {
+        "hidden_size": 256, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 64,
+        "sliding_window": 8,
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("micro") / "model"
+    write_micro(path, config)
+    (path / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
+    return path
+
+
+def _calibrate(micro: Path, out: Path, *more: object) -> Result:
+    options = ("--prompts", micro / "prompts.jsonl", "--rounds", 2, "--device", "cpu", "--json")
+    return dgq("calibrate", micro, "-o", out, *options, *more)
+
+
+@pytest.fixture(scope="module")
+def stats(micro: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stats") / "stats"
+    result = _calibrate(micro, out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_a_stream_is_the_model(micro: Path) -> None:
+    """Layer by layer, a chunk at a time: the logits of the whole model, plain and conditioned."""
+    source = open_source(str(micro))
+    found, _ = documents(source, micro / "prompts.jsonl")
+    chunk = chunks([d for d in found if not d.open], 1, 0, source)[0]
+    stream, model = (kind(source.config, source, "cpu", torch.float32) for kind in (Stream, Model))
+    soft: torch.Tensor | None = None
+    plain: list[torch.Tensor] = []
+    for turn in range(2):
+        x = stream.enter(chunk, soft)
+        for index in range(2):
+            x = stream.layer(index)(chunk, x)
+        logits = torch.cat([rows for _, rows in stream.leave(chunk, x)])
+        for i, owner in enumerate(chunk.owner):
+            cache = model.new_cache(1)
+            model.encode(torch.tensor([chunk.prompts[owner]]), cache)
+            wanted = model.decode(chunk.canvases[i : i + 1], cache, plain[i] if turn else None)
+            torch.testing.assert_close(logits[i : i + 1], wanted, atol=2e-5, rtol=1e-4)
+            plain.append(wanted)
+        soft = stream.soften(logits)
+
+
+def test_sums_are_those_of_the_whole_model(micro: Path, stats: Path) -> None:
+    source = open_source(str(micro))
+    found = read_stats(stats, source)
+    sums: dict[Any, Any] = defaultdict(lambda: 0)
+    counts: dict[Any, int] = defaultdict(int)
+    side = 0
+
+    def see(name: str, x: torch.Tensor, expert: int | None, *_: object) -> None:
+        x = x.reshape(-1, x.shape[-1]).double()
+        sums[name, expert, side] = sums[name, expert, side] + x.square().sum(0)
+        counts[name, expert, side] += len(x)
+
+    model = Model(source.config, source, "cpu", torch.float32, observe=see)
+    for chunk in found.chunks:
+        for number, prompt in enumerate(chunk.prompts):
+            cache, side = model.new_cache(1), 0
+            model.encode(torch.tensor([prompt]), cache)
+            side = 1
+            for i, owner in enumerate(chunk.owner):
+                if owner == number:
+                    model.decode(chunk.canvases[i : i + 1], cache, model.decode(chunk.canvases[i : i + 1], cache))
+    seen = {name for name, _, _ in sums}
+    assert seen <= {key.removesuffix(".sum2") for key in found.tensors if key.endswith(".sum2")} and len(seen) == 12
+    for (name, expert, which), value in sums.items():
+        at = () if expert is None else (expert,)
+        torch.testing.assert_close(found.tensors[name + ".sum2"][(*at, which)].double(), value, rtol=1e-3, atol=1e-4)
+        kinds = found.tensors[name + ".count"][at or ...]
+        assert int(kinds[0] if which == 0 else kinds[1:].sum()) == counts[name, expert, which]
+
+
+def test_samples_cover_noise_and_conditioning(micro: Path, stats: Path) -> None:
+    found = read_stats(stats, open_source(str(micro)))
+    count = found.tensors[EMBEDDING + ".count"]
+    assert int(count[0]) == 0 and bool((count[1 : 1 + BINS] == count[1 + BINS :]).all()) and bool((count[1:] > 0).all())
+    chunk = found.chunks[0]
+    both, soft = doubled(chunk, torch.arange(1.0, 1 + len(chunk.owner)).view(-1, 1, 1).expand(-1, 16, 4))
+    assert sorted(both.owner) == list(both.owner)
+    for i, kind in enumerate(both.kind.tolist()):
+        twin = [j for j in range(len(chunk.owner)) if torch.equal(chunk.canvases[j], both.canvases[i])]
+        assert any(soft[i, 0, 0] == (j + 1 if kind > BINS else 0) for j in twin)
+
+
+def test_a_broken_off_calibration_goes_on(
+    micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = passes.Passes.layer, []
+
+    def fail(self: passes.Passes, index: int, watch: Any) -> None:
+        calls.append(index)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(self, index, watch)
+
+    monkeypatch.setattr(passes.Passes, "layer", fail)
+    out = tmp_path / "stats"
+    assert _calibrate(micro, out).exit_code == 130 and not out.exists()
+    result = _calibrate(micro, out)
+    assert result.exit_code == 0 and "going on with" in result.stderr
+    assert len(calls) == 5, "one layer again, and no more"
+    assert out.read_bytes() == stats.read_bytes() and [p.name for p in tmp_path.iterdir()] == ["stats"]
+
+
+def test_two_processes_find_the_same(micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys; from dgq.convert import samples; samples.CHUNK = 300; from dgq.convert.cli import main; main()"
+    (tmp_path / "small.py").write_text(code)
+    arguments = ["calibrate", micro, "--prompts", micro / "prompts.jsonl", "--rounds", 2, "--device", "cpu"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+    for count in (1, 2):
+        command = [*launch, count, tmp_path / "small.py", *arguments, "-o", tmp_path / f"of{count}"]
+        subprocess.run([*map(str, command)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    one, two = (load_file(tmp_path / f"of{count}") for count in (1, 2))
+    assert one.keys() == two.keys() and len(one["samples.chunks"]) > 2
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-6, atol=0.0, msg=name)
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-w4a16", "bnb4", "bnb4-dq", "q4_k_m"])
+def test_artifacts_are_of_the_same_shape_and_lose_less(recipe: str, micro: Path, stats: Path, tmp_path: Path) -> None:
+    to = recipe.split("-")[0] if recipe != "q4_k_m" else "gguf"
+    common = ("convert", micro, "--to", to, "--recipe", recipe, "--device", "cpu")
+    scale = ("--input-scale", "0.01") if recipe == "nvfp4" else ()
+    for name, more in (("stock", scale), ("fast", ("--effort", "fast", *scale)), ("standard", ("--stats", stats))):
+        result = dgq(*common, "-o", tmp_path / name, *more)
+        assert result.exit_code == 0, result.output
+        assert dgq("verify", tmp_path / name).exit_code == 0
+        assert dgq("run", tmp_path / name, "hi", "--max-new-tokens", 1, "--steps", 1, "--device", "cpu").exit_code == 0
+    plain, _, fine = sorted(tmp_path.iterdir(), key=lambda p: ("stock", "fast", "standard").index(p.name))
+    if to == "gguf":
+        sizes = [next(path.glob("*.gguf")).stat().st_size for path in (plain, fine)]
+        assert sizes[0] == sizes[1]
+    else:
+        specs = [{n: (s.shape, s.dtype) for n, s in HFDir(path).specs.items()} for path in (plain, fine)]
+        assert specs[0] == specs[1]
+    document = json.loads((fine / "dgq.json").read_text())
+    assert document["effort"] == "standard" and document["calibration"]["data"]["name"] == "prompts.jsonl"
+    source = open_source(str(micro))
+    found = read_stats(stats, source)
+    name = "model.decoder.layers.1.experts.gate_up_proj"
+    power = found.tensors[name + ".sum2"].sum(1).unsqueeze(1)
+    from dgq.convert.generate import open_model
+
+    losses = {}
+    for path in (plain, fine):
+        error = open_model(str(path)).weights[name].dequantize() - source[name].dequantize()
+        losses[path.name] = float((error.square() * power).sum())
+    assert losses["standard"] != losses["stock"]
+
+
+def test_conversions_with_stats_go_on(
+    micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dgq.convert import refine
+
+    command = ("convert", micro, "--to", "gguf", "--stats", stats, "--device", "cpu", "-o")
+    assert dgq(*command, tmp_path / "whole").exit_code == 0
+    real, calls = refine.feedback, []
+
+    def fail(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(refine, "feedback", fail)
+    assert dgq(*command, tmp_path / "again").exit_code == 130
+    result = dgq(*command, tmp_path / "again")
+    assert result.exit_code == 0 and "going on with" in result.stderr
+    for file in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_starved_experts_are_named(micro: Path, tmp_path: Path) -> None:
+    """The router of layer 0 is made to choose two experts only."""
+    config = json.loads((micro / "config.json").read_text())
+    tensors: dict[str, torch.Tensor] = {}
+    for file in micro.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors["model.decoder.layers.0.router.scale"] = torch.zeros_like(
+        tensors["model.decoder.layers.0.router.scale"]
+    )  # all scores equal: the same two win every time
+    path = write_micro(tmp_path / "model", config, tensors)
+    (path / "prompts.jsonl").write_text((micro / "prompts.jsonl").read_text())
+    result = _calibrate(path, tmp_path / "stats")
+    found = json.loads(result.stdout.splitlines()[-1])
+    none = [name for name, seen in found["starved"].items() if seen == 0]
+    assert len(none) == 2 and all(name.startswith("0.") for name in none)
+    assert found["rounds"] == survey.MORE * 2, "it tried"
+    result = dgq(
+        "convert", path, "--to", "bnb4", "--stats", tmp_path / "stats", "-o", tmp_path / "out", "--device", "cpu"
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "dgq.json").read_text())["calibration"]["starved"] == found["starved"]
+
+
+def test_imatrix(micro: Path, stats: Path, tmp_path: Path) -> None:
+    assert _calibrate(micro, tmp_path / "stats", "--imatrix", tmp_path / "im.gguf").exit_code == 0
+    matrix = read_imatrix(tmp_path / "im.gguf")
+    sums = load_file(stats)
+    name = "model.decoder.layers.1.experts.gate_up_proj"
+    wanted = sums[name + ".sum2"].sum(1) / sums[name + ".count"].sum(-1, keepdim=True)
+    torch.testing.assert_close(matrix.weights["blk.1.ffn_gate_up_exps.weight"], wanted)
+    assert torch.equal(matrix.weights["blk.0.attn_q.weight"], matrix.weights["blk.0.attn_k.weight"])
+    assert {"token_embd.weight", "self_cond_up.weight", "blk.1.ffn_down_exps.weight"} <= matrix.weights.keys()
+    out = tmp_path / "out"
+    assert dgq("convert", micro, "--to", "gguf", "--imatrix", tmp_path / "im.gguf", "-o", out).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("{", "line 1: no JSON"),
+        ('{"text": 3}', "line 1: expected"),
+        ('\n{"messages": []}', "line 2: expected"),
+        ('{"messages": [{"role": "user"}]}', "line 1: expected"),
+        ("", "holds no document"),
+    ],
+)
+def test_bad_prompts(lines: str, expected: str, micro: Path, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(lines)
+    result = dgq("calibrate", micro, "-o", tmp_path / "stats", "--prompts", file, "--device", "cpu")
+    assert result.exit_code == 2 and expected in result.stderr and len(result.stderr.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_bad_stats(micro: Path, stats: Path, tmp_path: Path) -> None:
+    other = write_micro(tmp_path / "other", json.loads((micro / "config.json").read_text()))
+    (tmp_path / "cut").write_bytes(stats.read_bytes()[:-100])
+    (tmp_path / "text").write_text("hello")
+    for model, file, more, expected in (
+        (micro, tmp_path / "none", (), "no such file"),
+        (micro, tmp_path / "cut", (), "damaged"),
+        (micro, tmp_path / "text", (), "damaged"),
+        (micro, stats, ("--effort", "fast"), "takes no --stats"),
+        (micro, stats, ("--imatrix", stats), "--imatrix"),
+        ("tiny", stats, (), "do not fit"),
+    ):
+        out = tmp_path / "out"
+        result = dgq("convert", model, "--to", "bnb4", "--stats", file, "-o", out, "--device", "cpu", *more)
+        assert result.exit_code == 2 and expected in result.stderr, result.output
+        assert len(result.stderr.splitlines()) <= 2 and not out.exists()
+    assert dgq("convert", micro, "--to", "bnb4", "--effort", "standard", "-o", tmp_path / "out").exit_code == 2
+    result = dgq("convert", other, "--to", "bnb4", "--stats", stats, "-o", tmp_path / "out", "--device", "cpu")
+    assert result.exit_code == 0, "the same weights elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("name", "watched"),
+    [
+        ("model.decoder.layers.3.self_attn.v_proj.weight", "model.decoder.layers.3.self_attn.q_proj.weight"),
+        ("model.decoder.layers.3.self_attn.o_proj.weight", "model.decoder.layers.3.self_attn.o_proj.weight"),
+        ("model.decoder.self_conditioning.up_proj.weight", "model.decoder.self_conditioning.gate_proj.weight"),
+        ("model.decoder.layers.3.mlp.down_proj.weight", "model.decoder.layers.3.mlp.down_proj.weight"),
+        ("model.decoder.layers.3.experts.down_proj", "model.decoder.layers.3.experts.down_proj"),
+        (EMBEDDING, EMBEDDING),
+    ],
+)
+def test_who_reads_the_same(name: str, watched: str) -> None:
+    assert watched_name(name) == watched
