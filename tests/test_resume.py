@@ -34,7 +34,7 @@ import dgq.convert.hf_artifact as hf_artifact
 import dgq.convert.journal as journal
 import dgq.convert.pipeline as pipeline
 import dgq.convert.slices as slices
-from dgq.convert import provenance
+from dgq.convert import hashes, pipeline, provenance
 from dgq.convert.cli import main
 from dgq.convert.verify import verify
 from dgq.quant.errors import InputError
@@ -304,7 +304,7 @@ def test_nobody_waits_for_hashes_of_what_failed(source: Path, tmp_path: Path, mo
         go.wait(5)
         return ""
 
-    monkeypatch.setattr(provenance, "sha256", hashing)
+    monkeypatch.setattr(hashes, "sha256", hashing)
     monkeypatch.setattr(pipeline, "HASHERS", 1)
     shutdown = ThreadPoolExecutor.shutdown
 
@@ -731,7 +731,7 @@ def test_another_conversion_into_the_same_place(
     same = shutil.copytree(source, tmp_path / "of the same name" / "kinds", copy_function=shutil.copyfile)
     assert " has changed since" in refused(out, *arguments(same, out, "nvfp4"))
     with monkeypatch.context() as patch:
-        patch.setattr(provenance, "dgq_version", lambda: "9.9.9")
+        patch.setattr(pipeline, "dgq_version", lambda: "9.9.9")
         assert "its dgq version was 0.1.0, not 9.9.9" in refused(out, *arguments(source, out, "nvfp4"))
     recipe = tmp_path / "nvfp4.toml"
     stock = (Path(__file__).parent.parent / "recipes" / "nvfp4.toml").read_text()
