@@ -34,7 +34,7 @@ import dgq.convert.hf_artifact as hf_artifact
 import dgq.convert.journal as journal
 import dgq.convert.pipeline as pipeline
 import dgq.convert.slices as slices
-from dgq.convert import hashes, pipeline, provenance
+from dgq.convert import hashes, provenance
 from dgq.convert.cli import main
 from dgq.convert.verify import verify
 from dgq.quant.errors import InputError
