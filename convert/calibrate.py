@@ -80,11 +80,7 @@ def input_scales(
     amax = {side: {name: float(value) for name, value in found.items()} for side, found in watch.seen.items()}
     if not all(math.isfinite(value) for found in amax.values() for value in found.values()):
         model.refuse_weights()
-    amax = {side: {name: rounded_up(value) for name, value in found.items()} for side, found in amax.items()}
-    scales = {
-        name: float(global_scale(torch.tensor(HEADROOM * max(value, amax["encoder"][name]))))
-        for name, value in amax["decoder"].items()
-    }
+    scales, amax = scales_from(amax)
     about = {"texts": TEXTS, "chats": CHATS, "prompt_tokens": texts.shape[1] - source.config.canvas, "drafts": DRAFTS}
     return scales, {"method": "calibrated", "headroom": HEADROOM, **about, "amax": amax}
 
@@ -162,7 +158,17 @@ def _prompts() -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def rounded_up(value: float) -> float:
+def scales_from(amax: dict[str, dict[str, float]]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Both sides' amax of each weight's input -> its input scale, and the amax rounded up that it was made of."""
+    amax = {side: {name: _rounded_up(value) for name, value in found.items()} for side, found in amax.items()}
+    scales = {
+        name: float(global_scale(torch.tensor(HEADROOM * max(value, amax["encoder"][name]))))
+        for name, value in amax["decoder"].items()
+    }
+    return scales, amax
+
+
+def _rounded_up(value: float) -> float:
     """The next bfloat16 that is not below a positive float32."""
     bits = torch.tensor(value, dtype=torch.float32).view(torch.int32)
     return float(((bits + 0xFFFF) & ~0xFFFF).view(torch.float32))

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import torch
 
-from dgq.convert import calibrate, show
-from dgq.convert.calibrate import input_scales, rounded_up
+from dgq.convert import show
+from dgq.convert.calibrate import HEADROOM as HEADROOM_OF_AMAX
+from dgq.convert.calibrate import input_scales, scales_from
 from dgq.convert.plan import Plan
 from dgq.convert.slices import InputScales
 from dgq.convert.stats import Stats
 from dgq.quant.errors import InputError
-from dgq.quant.nvfp4 import global_scale
 
 HEADROOM = 1.2  # of the weights' bytes: what a calibration on a GPU needs besides them, at least
 
@@ -46,12 +46,9 @@ def scales_of(stats: Stats) -> InputScales:
     for key, value in stats.tensors.items():
         if key.endswith(".amax") and ".experts." in key:
             for side, most in zip(amax, value.reshape(-1, 2).amax(0).tolist(), strict=True):
-                amax[side][key.removesuffix(".amax")] = rounded_up(most)
-    scales = {
-        name: float(global_scale(torch.tensor(calibrate.HEADROOM * max(value, amax["encoder"][name]))))
-        for name, value in amax["decoder"].items()
-    }
-    return InputScales(scales, {"method": "calibrated", "headroom": calibrate.HEADROOM, "amax": amax})
+                amax[side][key.removesuffix(".amax")] = most
+    scales, amax = scales_from(amax)
+    return InputScales(scales, {"method": "calibrated", "headroom": HEADROOM_OF_AMAX, "amax": amax})
 
 
 def _calibrated(plan: Plan, device: str) -> InputScales:

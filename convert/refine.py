@@ -21,15 +21,17 @@ from torch import Tensor
 from dgq.convert.passes import Passes, Rows
 from dgq.convert.plan import Plan, PlannedTensor
 from dgq.convert.slices import InputScales, Options, Slice, slices
-from dgq.quant.feedback import feedback
-from dgq.quant.types import Packed, Scheme
+from dgq.convert.stats import READERS
+from dgq.quant.errors import InputError
+from dgq.quant.feedback import by_matrix, feedback
+from dgq.quant.types import Packed
 from dgq.runtime.names import DECODER, EMBEDDING
 from dgq.runtime.stream import Chunk, Stream
 
 LEAN = 128.0
 GROUP = 1 << 28  # elements of the Hessians that are inverted at once
 ROWS = 1 << 27  # elements of a weight quantised at once
-_READS = {"k_proj.weight": "q_proj.weight", "v_proj.weight": "q_proj.weight", "up_proj.weight": "gate_proj.weight"}
+_READS = {reader: first for first, others in READERS.items() for reader in others}
 
 
 def watched_name(name: str) -> str:
@@ -38,7 +40,7 @@ def watched_name(name: str) -> str:
     if not dot or last or ".experts." in name:
         return name
     stem, _, kind = name.rpartition(".weight")[0].rpartition(".")
-    return f"{stem}.{_READS.get(f'{kind}.weight', f'{kind}.weight')}"
+    return f"{stem}.{_READS.get(kind, kind)}.weight"
 
 
 class Hessians:
@@ -69,13 +71,12 @@ class Hessians:
     def of(self, name: str, part: slice) -> Tensor:
         """(n, in, in) of experts `part`, or of the one matrix."""
         total, tokens = self._sums[name], self._tokens[name]
+        if not bool(total.isfinite().all()):
+            raise InputError(f"{name}: its inputs are not numbers; the checkpoint is damaged")
         if len(total) == 1:
             return total
         average = total.sum(0) / tokens.sum()
         return (total[part] + LEAN * average) / (tokens[part] + LEAN).view(-1, 1, 1)
-
-    def has(self, name: str) -> bool:
-        return name in self._sums
 
 
 def refinable(tensor: PlannedTensor) -> bool:
@@ -144,10 +145,5 @@ def _quantised(
         hessian = watch.of(name, job.part)
         if tensor.source == EMBEDDING:  # a head to some, a table of vectors to others
             hessian = hessian + hessian.diagonal(dim1=1, dim2=2).mean() * torch.eye(columns, device=hessian.device)
-        yield job, job.quantised(partial(_with_feedback, hessian=hessian, scheme=job.scheme))
-
-
-def _with_feedback(values: Tensor, hessian: Tensor, scheme: Scheme) -> dict[str, Tensor]:
-    if values.dim() == 3:
-        return feedback(values.float(), hessian, scheme)
-    return {suffix: part[0] for suffix, part in feedback(values.float().unsqueeze(0), hessian, scheme).items()}
+        quantise = partial(feedback, hessian=hessian, scheme=job.scheme)
+        yield job, job.quantised(partial(by_matrix, quantise))

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 
-from dgq.convert.hub import TINY
 from dgq.convert.source import Source
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_whole
@@ -59,7 +58,7 @@ def documents(source: Source, file: Path | None) -> tuple[list[Document], dict[s
     file those that ship with dgq. And their name and SHA-256. InputError names the line that is wrong."""
     tokenizer = Tokenizer.from_dir(source.path)
     if file is None:
-        name = "calibration.jsonl" if source.where.asked == TINY or not _general().is_file() else "general.jsonl"
+        name = "calibration.jsonl"
         raw = files("dgq.recipes").joinpath("prompts", name).read_bytes()
     else:
         try:
@@ -76,10 +75,6 @@ def documents(source: Source, file: Path | None) -> tuple[list[Document], dict[s
     if not found:
         raise InputError(f"{where}: holds no document of at least {SHORTEST + 1} tokens")
     return found, {"name": name, "sha256": hashlib.sha256(raw).hexdigest(), "documents": len(found)}
-
-
-def _general() -> Any:
-    return files("dgq.recipes").joinpath("prompts", "general.jsonl")
 
 
 def _lines(text: str, where: str) -> Iterable[tuple[str, dict[str, Any]]]:

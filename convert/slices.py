@@ -19,7 +19,7 @@ from dgq.convert.gguf_metadata import rope_freqs
 from dgq.convert.plan import Plan, PlannedTensor
 from dgq.convert.stats import Stats
 from dgq.quant.errors import InputError
-from dgq.quant.feedback import search
+from dgq.quant.feedback import by_matrix, search
 from dgq.quant.imatrix import Imatrix
 from dgq.quant.types import Packed, Scheme
 
@@ -93,8 +93,7 @@ class Slice:
         return self.scheme.quantize(values, self.importance)
 
     def _searched(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        parts = search(values.float() if values.dim() == 3 else values.float().unsqueeze(0), None, self.scheme)
-        return parts if values.dim() == 3 else {suffix: part[0] for suffix, part in parts.items()}
+        return by_matrix(lambda weight: search(weight, None, self.scheme), values)
 
     def _check(self, values: torch.Tensor, where: str) -> None:
         low, high = torch.aminmax(values)

@@ -26,8 +26,20 @@ from dgq.convert.hashes import sha256
 from dgq.convert.samples import BINS, KINDS
 from dgq.convert.source import Source
 from dgq.quant.errors import InputError
+from dgq.runtime.names import DECODER, EMBEDDING
 from dgq.runtime.stream import Chunk
 
+# The weights that stand for all that read the same input, and who reads it besides.
+WATCHED = (
+    "q_proj.weight",
+    "o_proj.weight",
+    "gate_proj.weight",
+    "down_proj.weight",
+    "experts.gate_up_proj",
+    "experts.down_proj",
+    "embed_tokens.weight",
+)
+READERS = {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}
 FLOOR = 256  # tokens below which an expert leans on its layer
 
 
@@ -47,7 +59,7 @@ class Stats:
 
     def describe(self) -> dict[str, Any]:
         """For dgq.json."""
-        return {"name": self.file.name, "sha256": self.sha256, **self.about, "starved": self.starved()}
+        return {**self.about, "name": self.file.name, "sha256": self.sha256, "starved": self.starved()}
 
 
 def starved(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -92,25 +104,51 @@ def read_stats(file: Path, source: Source) -> Stats:
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, IndexError, RecursionError) as error:
         raise InputError(f"{file}: no STATS of dgq calibrate, or damaged ({error})") from None
     config = source.config
-    ids = [chunk.canvases for chunk in chunks] + [tensors["samples.prompts"]]
-    lowest, highest = (int(f(torch.stack([f(part) for part in ids]))) for f in (torch.min, torch.max))
-    if chunks[0].canvases.shape[1] != config.canvas or lowest < 0 or highest >= config.vocab:
+    ids = torch.cat([tensors["samples.prompts"], tensors["samples.canvases"].flatten()])
+    if chunks[0].canvases.shape[1:] != (config.canvas,) or int(ids.min()) < 0 or int(ids.max()) >= config.vocab:
         raise InputError(f"{file}: its samples do not fit {source.path}; calibrate this model")
-    if about.get("weights") != weights_digest(source):
+    if not isinstance(about, dict) or about.get("weights") != weights_digest(source):
         raise InputError(f"{file}: was made from other weights than {source.path}; calibrate these")
+    for name, shape in watched(source).items():
+        expected = {"sum2": (shape, torch.float32), "amax": (shape[:-1], torch.float32),
+                    "count": ((*shape[:-2], KINDS), torch.int64)}  # fmt: skip
+        for part, kind in expected.items():
+            value = tensors.get(f"{name}.{part}")
+            if value is None or (tuple(value.shape), value.dtype) != kind:
+                raise InputError(f"{file}: {name}.{part} is missing, or not {kind[1]} {list(kind[0])}; damaged")
+            if not bool(value.isfinite().all() and (value >= 0).all()):
+                raise InputError(f"{file}: {name}.{part} holds values that are negative or not finite; damaged")
     return Stats(file, sha256(file), about, chunks, tensors)
 
 
+def watched(source: Source, stage: str | int | None = None) -> dict[str, tuple[int, ...]]:
+    """Weights that are named in STATS -> shape of their sums. stage: only those seen in it: "enter" (before the
+    layers), a layer, "leave"."""
+    stages: dict[str | int | None, str] = {
+        None: DECODER,
+        "enter": f"{DECODER}self_conditioning.",
+        "leave": EMBEDDING,
+    }
+    prefix = stages.get(stage, f"{DECODER}layers.{stage}.")
+    return {
+        name: (*(spec.shape[:1] if len(spec.shape) == 3 else ()), 2, spec.shape[-1])
+        for name, spec in source.text.items()
+        if name.startswith(prefix) and name.endswith(WATCHED)
+    }
+
+
 def weights_digest(source: Source) -> str:
-    """Of the weights that every token goes through: the last norm, and each layer's router."""
+    """Of the first row of every matrix, the first expert of every layer, and all vectors: what a fine-tune changes."""
     digest = hashlib.sha256()
-    for name in source:
-        if ".router." in name or name.endswith("norm.weight"):
-            digest.update(source.rows(name, 0, source[name].shape[0]).contiguous().view(torch.uint8).numpy().tobytes())
+    for name, spec in source.text.items():
+        rows = source.rows(name, 0, spec.shape[0] if len(spec.shape) == 1 else 1)
+        digest.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def _chunks(samples: dict[str, torch.Tensor]) -> list[Chunk]:
+    if any(part.dtype != torch.int32 for part in samples.values()):
+        raise ValueError("samples are no int32")
     lengths, counts = samples["lengths"].tolist(), samples["chunks"].tolist()
     if min(lengths) < 1 or sum(lengths) != len(samples["prompts"]) or sum(counts) != len(lengths) or min(counts) < 1:
         raise ValueError("lengths of prompts and chunks do not add up")
@@ -127,6 +165,8 @@ def _chunks(samples: dict[str, torch.Tensor]) -> list[Chunk]:
     for count in counts:
         own = (owner >= first) & (owner < first + count)
         owners = tuple((owner[own] - first).tolist())
+        if not owners:
+            raise ValueError("a chunk has no canvas")
         made.append(Chunk(tuple(prompts[first : first + count]), samples["canvases"][own].long(), owners, kind[own]))
         first += count
     return made

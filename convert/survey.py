@@ -3,7 +3,7 @@
     documents ── round 0, 1, … ──> chunks ──> both passes ──> sums, maxima, counts ──> STATS
                      └────────── then on, until every expert saw FLOOR tokens, or 4 times as many are over
 
-Everything lies in .NAME.partial while it is made: hidden states, drafts, and a file of sums for each layer that is
+Everything lies in .NAME.calibration while it is made: hidden states, drafts, and a file of sums for each layer that is
 done. The same command goes on from there, and ends in the same bytes. Under torchrun the chunks are dealt out to the
 processes, and the sums of a layer are added up before they are written.
 """
@@ -19,17 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
 from dgq.convert.hashes import dgq_version
 from dgq.convert.passes import DRAFTS, Passes, Rows, drafted
+from dgq.convert.pipeline import check_target
 from dgq.convert.samples import KINDS, Document, chunks, documents
 from dgq.convert.source import Source
-from dgq.convert.stats import imatrix_entries, sample_tensors, starved, weights_digest
+from dgq.convert.stats import READERS, imatrix_entries, sample_tensors, starved, watched, weights_digest
 from dgq.quant.errors import InputError
-from dgq.runtime.names import DECODER, EMBEDDING, gguf_name
+from dgq.runtime.names import gguf_name
 from dgq.runtime.stream import Chunk, Stream
 
 MORE = 4  # times the rounds asked for are made while an expert has too few tokens
@@ -48,6 +50,8 @@ def calibrated(
         if device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
+        if imatrix is not None:
+            check_target(imatrix)
         found = survey(source, out, prompts, seed, rounds, device, dtype, progress, notice)
         if imatrix is not None and (not several or dist.get_rank() == 0):
             write_imatrix(imatrix, source, out, found)
@@ -93,6 +97,8 @@ class Survey:
                 value = self.found.get(f"{name}.{part}", zero).cpu()
                 if dist.is_initialized():
                     dist.all_reduce(value, dist.ReduceOp.MAX if part == "amax" else dist.ReduceOp.SUM)
+                if not bool(value.isfinite().all()):
+                    raise InputError(f"{name}: its inputs are not numbers; the checkpoint is damaged")
                 done[f"{name}.{part}"] = value
         return done
 
@@ -102,12 +108,11 @@ def survey(
     progress: Progress, notice: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Write STATS to `out`; what it says about itself. InputError for bad prompts, or an `out` that exists."""
-    if out.exists():
-        raise InputError(f"{out}: exists already; choose another -o or remove it")
+    check_target(out)
     found, data = documents(source, prompts)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     about = {"dgq": dgq_version(), "weights": weights_digest(source), "data": data, "seed": seed, "dtype": str(dtype)}
-    folder = out.absolute().parent / f".{out.name[:200]}.partial"
+    folder = out.absolute().parent / f".{out.name[:200]}.calibration"
     work = _Work(folder, {**about, "rounds": rounds, "world": world}, rank, notice)
     stream = Stream(source.config, Rows(source), device, dtype)
     layers = len(source.config.layers)
@@ -131,7 +136,7 @@ def survey(
     about |= {"rounds": turn + 1, "tokens": sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in made)}
     if rank == 0:
         tensors = {name: t.float() if t.dtype == torch.float64 else t for name, t in tensors.items()}
-        save_file({**sample_tensors(made), **tensors}, folder / "stats", {"dgq": json.dumps(about)})
+        save({**sample_tensors(made), **tensors}, folder / "stats", {"dgq": json.dumps(about)})
         (folder / "stats").replace(out)
     if dist.is_initialized():
         dist.barrier()
@@ -165,47 +170,24 @@ def _round(
                     passes.enter(watch)
                 else:
                     passes.leave(watch)
-                work.note(name, watch.result(_expected(source, stage)))
+                work.note(name, watch.result(watched(source, stage)))
             tensors |= work.read(name)
     return tensors
-
-
-def _expected(source: Source, stage: str | int) -> dict[str, tuple[int, ...]]:
-    """Weights that are watched in a stage -> shape of their sums."""
-    if stage == "leave":
-        return {EMBEDDING: (2, source.text[EMBEDDING].shape[1])}
-    prefix = f"{DECODER}self_conditioning." if stage == "enter" else f"{DECODER}layers.{stage}."
-    found: dict[str, tuple[int, ...]] = {}
-    for name, spec in source.text.items():
-        if name.startswith(prefix) and name.endswith(WATCHED):
-            lead = spec.shape[:1] if len(spec.shape) == 3 else ()
-            found[name] = (*lead, 2, spec.shape[-1])
-    return found
-
-
-READERS = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}
-WATCHED = (
-    "q_proj.weight",
-    "o_proj.weight",
-    "gate_proj.weight",
-    "down_proj.weight",
-    "gate_up_proj",
-    "experts.down_proj",
-)
 
 
 def write_imatrix(path: Path, source: Source, stats: Path, about: dict[str, Any]) -> None:
     """The sums as a GGUF importance matrix, under the names of a .gguf; layout: quant/imatrix.py."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, "diffusion-gemma")
+    partial = path.with_name(f".{path.name}.partial")
+    writer = gguf.GGUFWriter(partial, "diffusion-gemma")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [about["data"]["name"]])
     writer.add_uint32("imatrix.chunk_count", about["rounds"])
     writer.add_uint32("imatrix.chunk_size", about["tokens"] // about["rounds"])
     for name, (sums, count) in imatrix_entries(load_file(stats)).items():
         kind = name.removesuffix(".weight").rpartition(".")[2]
-        for reader in READERS.get(kind, (kind,)):
+        for reader in (kind, *READERS.get(kind, ())):
             same = name.replace(kind, reader)
             if same in source.text and (known := gguf_name(same)) is not None:
                 writer.add_tensor(f"{known}.in_sum2", sums.numpy())
@@ -214,6 +196,7 @@ def write_imatrix(path: Path, source: Source, stats: Path, about: dict[str, Any]
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    partial.replace(path)
 
 
 def _add(total: dict[str, Tensor], more: dict[str, Tensor]) -> None:
@@ -234,6 +217,13 @@ def _coverage(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
     }
 
 
+def save(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
+    try:
+        save_file(tensors, path, about)
+    except SafetensorError as error:  # a full disk, to the library
+        raise InputError(f"{path}: cannot be written ({error}); the same command goes on from there") from None
+
+
 class _Work:
     """The folder of an unfinished survey. Of several processes the first one writes what all share."""
 
@@ -244,9 +234,8 @@ class _Work:
         if rank == 0:
             try:
                 if folder.is_dir() and (not path.is_file() or path.read_text("utf-8") != text):
-                    notice(f"{folder}: was another calibration's, broken off; begun anew")
-                    shutil.rmtree(folder)
-                elif folder.is_dir():
+                    raise InputError(f"{folder}: another calibration's unfinished work; finish it, or remove it")
+                if folder.is_dir():
                     count = len(list(folder.glob("*.done")))
                     notice(f"going on with {folder}: {count} stages are done")
                 folder.mkdir(parents=True, exist_ok=True)
@@ -267,7 +256,7 @@ class _Work:
     def note(self, name: str, tensors: dict[str, Tensor]) -> None:
         self._wait()  # until every process has its hidden states on the disk
         if self._rank == 0:
-            save_file(tensors, self._folder / "new")
+            save(tensors, self._folder / "new")
             with (self._folder / "new").open("rb") as file:
                 os.fsync(file.fileno())
             (self._folder / "new").replace(self._folder / f"{name}.done")

@@ -13,6 +13,7 @@ first, while there is still much to make it good with. All experts of a weight a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -98,6 +99,13 @@ def search(weight: Tensor, importance: Tensor | None, scheme: Scheme) -> dict[st
     codes = torch.cat([found.codes for found in chosen], -1)
     notes = zip(*(found.notes for found in chosen), strict=True)
     return grid.pack(codes, states, [torch.stack(kind, -1) for kind in notes])
+
+
+def by_matrix(quantise: Callable[[Tensor], dict[str, Tensor]], weight: Tensor) -> dict[str, Tensor]:
+    """quantise, which takes (B, rows, in) float32, over a weight that may be one matrix and of any float dtype."""
+    if weight.dim() == 3:
+        return quantise(weight.float())
+    return {suffix: part[0] for suffix, part in quantise(weight.float().unsqueeze(0)).items()}
 
 
 def _order(power: Tensor, grid: Grid) -> Tensor:

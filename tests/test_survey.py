@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -13,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from micro import micro_config, write_micro
+from micro import micro_config, micro_tensors, write_micro
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dgq.convert import passes, survey
 from dgq.convert.cli import main
-from dgq.convert.refine import watched_name
+from dgq.convert.refine import LEAN, Hessians, watched_name
 from dgq.convert.samples import BINS, chunks, documents, doubled
 from dgq.convert.source import open_source
 from dgq.convert.stats import read_stats
@@ -206,11 +207,11 @@ def test_conversions_with_stats_go_on(
     assert dgq(*command, tmp_path / "whole").exit_code == 0
     real, calls = refine.feedback, []
 
-    def fail(*arguments: Any) -> Any:
+    def fail(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == 9:
             raise KeyboardInterrupt
-        return real(*arguments)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(refine, "feedback", fail)
     assert dgq(*command, tmp_path / "again").exit_code == 130
@@ -309,3 +310,102 @@ def test_bad_stats(micro: Path, stats: Path, tmp_path: Path) -> None:
 )
 def test_who_reads_the_same(name: str, watched: str) -> None:
     assert watched_name(name) == watched
+
+
+def test_an_unfinished_calibration_is_not_thrown_away(
+    micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(passes.Passes, "leave", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert _calibrate(micro, tmp_path / "stats").exit_code == 130
+    before = {path.name for path in (tmp_path / ".stats.calibration").iterdir()}
+    result = _calibrate(micro, tmp_path / "stats", "--seed", 3)
+    assert result.exit_code == 2 and "unfinished" in result.stderr
+    assert {path.name for path in (tmp_path / ".stats.calibration").iterdir()} == before
+    (tmp_path / "other").write_text("mine")
+    for more in (("-o", tmp_path / "other"), ("--imatrix", tmp_path / "other")):
+        result = _calibrate(micro, tmp_path / "new", *more)
+        assert result.exit_code == 2 and "exists already" in result.stderr
+    assert (tmp_path / "other").read_text() == "mine" and not (tmp_path / "new").exists()
+
+
+def _changed(stats: Path, to: Path, change: Any) -> Path:
+    with safe_open(stats, "pt") as opened:
+        tensors, about = {n: opened.get_tensor(n) for n in opened.keys()}, dict(opened.metadata())  # noqa: SIM118
+    change(tensors, about)
+    save_file(tensors, to, about)
+    return to
+
+
+NAME = "model.decoder.layers.1.experts.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda t, a: t.pop(NAME + ".amax"), "experts.down_proj.amax is missing"),
+        (lambda t, a: t[NAME + ".amax"].fill_(float("nan")), "not finite"),
+        (lambda t, a: t[NAME + ".sum2"].neg_(), "negative"),
+        (lambda t, a: t.update({NAME + ".count": t[NAME + ".count"][:, :2].contiguous()}), "count is missing, or not"),
+        (lambda t, a: t.update({"samples.prompts": t["samples.prompts"].float()}), "no int32"),
+        (lambda t, a: t["samples.canvases"].fill_(1 << 30), "do not fit"),
+        (lambda t, a: t["samples.owner"].fill_(0), "a chunk has no canvas|damaged"),
+        (lambda t, a: a.update({"dgq": "[]"}), "other weights"),
+        (lambda t, a: a.update({"dgq": "{"}), "damaged"),
+    ],
+)
+def test_stats_of_strangers(change: Any, expected: str, micro: Path, stats: Path, tmp_path: Path) -> None:
+    if "owner" in expected or "chunk" in expected:  # two chunks, so that one is left without a canvas
+
+        def split(t: dict[str, torch.Tensor], a: dict[str, str], change: Any = change) -> None:
+            count = int(t["samples.chunks"].sum())
+            t["samples.chunks"] = torch.tensor([1, count - 1], dtype=torch.int32)
+            change(t, a)
+
+        change_it = split
+    else:
+        change_it = change
+    file = _changed(stats, tmp_path / "stats", change_it)
+    out = tmp_path / "out"
+    result = dgq("convert", micro, "--to", "nvfp4", "--stats", file, "-o", out, "--device", "cpu")
+    assert result.exit_code == 2 and re.search(expected, result.stderr), result.output
+    assert len(result.stderr.splitlines()) == 1 and not out.exists()
+
+
+def test_other_weights_are_noticed(micro: Path, stats: Path, tmp_path: Path) -> None:
+    """A fine-tune of attention alone, as adapters make it; and a norm that is not a number."""
+    config = json.loads((micro / "config.json").read_text())
+    name = "model.decoder.layers.1.self_attn.q_proj.weight"
+    tuned, broken = micro_tensors(config), micro_tensors(config)
+    tuned[name] += 0.01
+    broken["model.decoder.layers.0.input_layernorm.weight"][3] = float("nan")
+    path = write_micro(tmp_path / "tuned", config, tuned)
+    result = dgq("convert", path, "--to", "bnb4", "--stats", stats, "-o", tmp_path / "out", "--device", "cpu")
+    assert result.exit_code == 2 and "other weights" in result.stderr
+    path = write_micro(tmp_path / "broken", config, broken)
+    (path / "prompts.jsonl").write_text((micro / "prompts.jsonl").read_text())
+    result = _calibrate(path, tmp_path / "stats")
+    assert result.exit_code == 2 and "not numbers" in result.stderr and not (tmp_path / "stats").exists()
+
+
+def test_every_expert_has_its_own_hessian() -> None:
+    """Weighted by side and by the share that is felt; leaning on the average by LEAN tokens, wholly if none came."""
+    watch = Hessians({"w", "dense"}, 3, (3.0, 0.5))
+    g = torch.Generator().manual_seed(0)
+    own: dict[int, torch.Tensor] = {}
+    watch.kinds = torch.tensor([0, 0, 1, 5, 2, 0])
+    for expert, tokens in ((0, [0, 2, 3]), (2, [1, 4, 5, 0])):
+        x, felt = torch.randn(len(tokens), 8, generator=g), torch.rand(len(tokens), generator=g)
+        watch("w", x, expert, torch.tensor(tokens), felt)
+        side = torch.tensor([3.0 if watch.kinds[token] == 0 else 0.5 for token in tokens])
+        own[expert] = torch.einsum("t,ti,tj->ij", side * felt**2, x, x)
+    average = (own[0] + own[2]) / 7
+    wanted = [(own.get(e, 0) + LEAN * average) / (n + LEAN) for e, n in ((0, 3), (1, 0), (2, 4))]
+    torch.testing.assert_close(watch.of("w", slice(0, 3)), torch.stack(wanted))
+    torch.testing.assert_close(watch.of("w", slice(1, 3)), torch.stack(wanted[1:]))
+    x = torch.randn(2, 3, 8, generator=g)
+    watch("dense", x, None, None, None)
+    weight = torch.tensor([3.0, 3.0, 0.5, 0.5, 0.5, 3.0])
+    torch.testing.assert_close(
+        watch.of("dense", slice(0, 1))[0], torch.einsum("t,ti,tj->ij", weight, *[x.flatten(0, 1)] * 2)
+    )
