@@ -47,11 +47,13 @@ class _Watch:
         self.side = "encoder"
         self.seen: dict[str, dict[str, torch.Tensor]] = {"encoder": {}, "decoder": {}}
 
-    def __call__(self, name: str, x: torch.Tensor, expert: int | None, *_: torch.Tensor | None) -> None:
-        if expert is None:
-            return
-        amax, known = x.abs().amax().float(), self.seen[self.side].get(name)
-        self.seen[self.side][name] = amax if known is None else torch.maximum(known, amax)
+    def __call__(
+        self, name: str, x: torch.Tensor, y: torch.Tensor, expert: int | None, tokens: torch.Tensor | None
+    ) -> torch.Tensor:
+        if expert is not None:
+            amax, known = x.abs().amax().float(), self.seen[self.side].get(name)
+            self.seen[self.side][name] = amax if known is None else torch.maximum(known, amax)
+        return y
 
 
 def input_scales(

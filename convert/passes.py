@@ -3,8 +3,11 @@
     first    prompts, canvases                             -> what every canvas is conditioned on
     second   prompts, canvases, canvases conditioned       -> watched
 
-Between two layers the hidden states lie in one of two files in turn: layer i reads file i % 2 and writes the other, so
-work that broke off in a layer begins again with that layer.
+    back     gradients, from the head to the first layer   -> told of every product (runtime/stream.py)
+
+Between two layers the hidden states lie in files in turn. With two files layer i reads file i % 2 and writes the other,
+so work that broke off in a layer begins again with that layer. The way back wants all of them kept: a file a layer, and
+one more.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from dgq.convert.samples import Document, doubled
 from dgq.convert.source import Source
 from dgq.quant.types import Packed
-from dgq.runtime.stream import Chunk, States, Stream, Watch
+from dgq.runtime.stream import Chunk, Sense, States, Stream, Watch
 
 DRAFTS = 2  # steps in which a model writes what follows an open document
 
@@ -44,15 +47,18 @@ class Rows(Mapping[str, Packed]):
 class Passes:
     """Both passes over `chunks`, of which this process does those numbered in `mine`."""
 
-    def __init__(self, stream: Stream, chunks: Sequence[Chunk], mine: Sequence[int], files: Sequence[BinaryIO]) -> None:
-        """files: three, empty or of the same work broken off."""
+    def __init__(
+        self, stream: Stream, chunks: Sequence[Chunk], mine: Sequence[int], soft: BinaryIO, files: Sequence[BinaryIO]
+    ) -> None:
+        """files: of the hidden states, at least two; soft: of what canvases are conditioned on. All empty, or of the
+        same work broken off."""
         self.stream, self._chunks, self.mine = stream, chunks, mine
         self.layers = len(stream.config.layers)
         hidden, dtype = stream.config.hidden, stream.dtype
         tokens = [chunk.encoded + 2 * chunk.canvases.numel() for chunk in chunks]
-        self._states = [States(file, tokens, hidden, dtype) for file in files[:2]]
+        self._states = [States(file, tokens, hidden, dtype) for file in files]
         self._plain = [States(file, [chunk.tokens for chunk in chunks], hidden, dtype) for file in files[:2]]
-        self._soft = States(files[2], [chunk.canvases.numel() for chunk in chunks], hidden, dtype)
+        self._soft = States(soft, [chunk.canvases.numel() for chunk in chunks], hidden, dtype)
 
     def first(self, progress: Callable[[], None]) -> None:
         """The first pass; afterwards the second can begin."""
@@ -81,17 +87,33 @@ class Passes:
     def layer(self, index: int, watch: Watch | None) -> None:
         """Second pass, layer `index`, after the one before it."""
         layer = self.stream.layer(index, watch)
-        states = self._states[(index + 1) % 2]
+        states = self._states[(index + 1) % len(self._states)]
         for number in self.mine:
-            states.write(number, layer(self._both(number)[0], self._states[index % 2].read(number)))
+            states.write(number, layer(self._both(number)[0], self._states[index % len(self._states)].read(number)))
         os.fsync(states.file.fileno())
 
     def leave(self, watch: Watch | None) -> None:
         """Second pass, after the last layer: the head."""
         for number in self.mine:
-            x = self._states[self.layers % 2].read(number).to(self.stream.device)
+            x = self._states[self.layers % len(self._states)].read(number).to(self.stream.device)
             for _ in self.stream.leave(self._both(number)[0], x, watch):
                 pass
+
+    def back(self, stage: int | str, sense: Sense) -> None:
+        """One stage of the way back: "leave", then each layer from the last to the first, then "enter". Gradients take
+        the place of the states they belong to."""
+        layer = self.stream.layer(stage, sense=sense) if isinstance(stage, int) else None
+        for number in self.mine:
+            chunk, soft = self._both(number)
+            if isinstance(stage, int):
+                assert layer is not None
+                above = self._states[stage + 1].read(number)
+                self._states[stage].write(number, layer.pull(chunk, self._states[stage].read(number), above))
+            elif stage == "leave":
+                last = self._states[self.layers]
+                last.write(number, self.stream.pull_leave(chunk, last.read(number), number, sense))
+            else:
+                self.stream.pull_enter(chunk, soft, self._states[0].read(number), sense)
 
     def _both(self, number: int) -> tuple[Chunk, torch.Tensor]:
         chunk = self._chunks[number]

@@ -30,7 +30,7 @@ from dgq.quant.hf_dir import read_whole
 from dgq.runtime.stream import Chunk
 from dgq.runtime.tokenizer import Tokenizer
 
-CHUNK = 1 << 14  # tokens of a chunk, canvases counted twice
+CHUNK = 1 << 13  # tokens of a chunk, canvases counted twice
 PER_PROMPT = 4  # canvases behind a prompt
 BINS = 4  # of noise, in the counts
 KINDS = 1 + 2 * BINS  # the prompt; canvases by noise; conditioned canvases by noise

@@ -29,7 +29,15 @@ from dgq.convert.passes import DRAFTS, Passes, Rows, drafted
 from dgq.convert.pipeline import check_target
 from dgq.convert.samples import KINDS, Document, chunks, documents
 from dgq.convert.source import Source
-from dgq.convert.stats import READERS, imatrix_entries, sample_tensors, starved, watched, weights_digest
+from dgq.convert.stats import (
+    READERS,
+    WATCHED,
+    imatrix_entries,
+    sample_tensors,
+    starved,
+    watched,
+    weights_digest,
+)
 from dgq.quant.errors import InputError
 from dgq.runtime.names import gguf_name
 from dgq.runtime.stream import Chunk, Stream
@@ -62,7 +70,7 @@ def calibrated(
 
 
 class Survey:
-    """A Watch that adds up. Sums are float64: their order does not show."""
+    """A Watch that adds up what goes into the weights that STATS names. Sums are float64: their order does not show."""
 
     kinds: Tensor
 
@@ -70,8 +78,12 @@ class Survey:
         self._experts = experts
         self.found: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, x: Tensor, expert: int | None, tokens: Tensor | None, felt: Tensor | None) -> None:
-        x = x.reshape(-1, x.shape[-1])
+    def __call__(self, name: str, x: Tensor, y: Tensor, expert: int | None, tokens: Tensor | None) -> Tensor:
+        if name.endswith(WATCHED):
+            self._add(name, x.reshape(-1, x.shape[-1]), expert, tokens)
+        return y
+
+    def _add(self, name: str, x: Tensor, expert: int | None, tokens: Tensor | None) -> None:
         kinds = self.kinds if tokens is None else self.kinds[tokens]
         sides = torch.stack((kinds == 0, kinds != 0))  # (2, rows)
         sums = sides.double() @ x.double().square()
@@ -154,7 +166,7 @@ def _round(
     tensors: dict[str, Tensor] = {}
     with ExitStack() as stack:
         files = [stack.enter_context(work.file(f"states-{rank}-{i}")) for i in range(3)]
-        passes = Passes(stream, new, mine, files)
+        passes = Passes(stream, new, mine, files[2], files[:2])
         if not work.has(f"{turn}-first"):
             passes.first(step)
             work.note(f"{turn}-first", {})

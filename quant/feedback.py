@@ -9,6 +9,11 @@ Every few columns share a scale. Each candidate scale is tried by rounding those
 the one with the least loss is taken: so the scale is chosen on the weights as the columns before have left them.
 Blocks come in the order of their inputs' power, and so do the columns that share a scale: what matters most is rounded
 first, while there is still much to make it good with. All experts of a weight are done side by side.
+
+Rows are not alike either. With G = E[g g^T] of the gradients at what comes out, the loss is tr(G (W-Q) H (W-Q)^T), and
+what one group of rows lost is made good in the rows still to come, as with columns:
+
+    G^-1 = V^T V          W_rest -= V_own,rest^T V_own,own^-T (W - Q)_own          (two-sided, as in arXiv 2505.22988)
 """
 
 from __future__ import annotations
@@ -23,47 +28,83 @@ from dgq.quant.grids import Grid, grid_of
 from dgq.quant.types import Scheme
 
 DAMP = 0.02
-SWEEPS = 2
+SWEEPS = 0
+ROW_GROUPS = 16
 LAZY = 64  # columns between two products with the whole matrix
 
 
 def feedback(
-    weight: Tensor, hessian: Tensor, scheme: Scheme, damp: float = DAMP, sweeps: int = SWEEPS
+    weight: Tensor,
+    hessian: Tensor,
+    scheme: Scheme,
+    outputs: Tensor | None = None,
+    damp: float = DAMP,
+    sweeps: int = SWEEPS,
 ) -> dict[str, Tensor]:
-    """weight (B, rows, in) float32 and hessian (B or 1, in, in) float32, of E experts or one matrix -> parts.
+    """weight (B, rows, in) float32 and hessian H (B or 1, in, in) float32, of E experts or one matrix -> parts.
 
-    damp: of the mean power, added to every column's; sweeps: of going over the codes again at the end.
+    outputs: G (B or 1, rows, rows) float32; None: every row for itself. damp: of the mean power, added to every
+    column's and row's; sweeps: of going over the codes again at the end.
     """
     grid = grid_of(scheme, weight)
-    order = _order(hessian.diagonal(dim1=-2, dim2=-1), grid)
-    h = _damped(hessian, order, damp)
-    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    order = order.expand(len(weight), -1)
-    wanted = weight.gather(-1, order.unsqueeze(1).expand_as(weight))
-    w = wanted.clone()
-    factor, h = factor.expand(len(w), -1, -1), h.expand(len(w), -1, -1)
-    cost = factor.diagonal(dim1=-2, dim2=-1).pow(-2).unsqueeze(1)
-    states: list[Any] = []
-    chosen: list[_Rounded] = []
-    for start in range(0, w.shape[-1], grid.block):
-        whole = slice(start, start + grid.block)
-        state = grid.open(w[..., whole], cost[..., whole])
-        states.append(state)
-        for number, first in enumerate(range(start, start + grid.block, grid.sub)):
-            own, rest = slice(first, first + grid.sub), slice(first + grid.sub, None)
-            found = _round(w[..., own], cost[..., own], grid, state, number, factor[:, own, own])
-            chosen.append(found)
-            w[..., rest].baddbmm_(found.error, factor[:, own, rest], alpha=-1)
-    codes = torch.cat([found.codes for found in chosen], -1)
-    scale, low = (torch.stack([getattr(found, part) for found in chosen], -1) for part in ("scale", "low"))
-    for _ in range(sweeps):
-        _polish(codes, wanted, h, grid, scale, low)
-    return _packed(grid, codes, states, [found.notes for found in chosen], order)
+    columns = _Columns(hessian, grid, damp, sweeps, len(weight))
+    if outputs is None:
+        return columns.rounded(weight)
+    number = weight.shape[1]
+    groups = min(ROW_GROUPS, number)
+    order = torch.cat([torch.arange(first, number, groups) for first in range(groups)]).to(weight.device)
+    target = weight[:, order]
+    factor = _inverse_factor(_damped(outputs, order.unsqueeze(0), damp)).expand(len(weight), -1, -1)
+    done: list[dict[str, Tensor]] = []
+    start = 0
+    for first in range(groups):
+        own = slice(start, start := start + len(range(first, number, groups)))
+        parts = columns.rounded(target[:, own])
+        done.append(parts)
+        lost = target[:, own] - scheme.dequantize(parts).view_as(target[:, own])
+        carried = torch.linalg.solve_triangular(factor[:, own, own].mT, lost, upper=False)
+        target[:, start:].baddbmm_(factor[:, own, start:].mT, carried, alpha=-1)
+    back = order.argsort()
+    return {suffix: torch.cat([parts[suffix] for parts in done], 1)[:, back] for suffix in done[0]}
+
+
+class _Columns:
+    """Rounding of rows column after column: what all rows have in common."""
+
+    def __init__(self, hessian: Tensor, grid: Grid, damp: float, sweeps: int, count: int) -> None:
+        order = _order(hessian.diagonal(dim1=-2, dim2=-1), grid)
+        h = _damped(hessian, order, damp)
+        factor = _inverse_factor(h)
+        self._order, self._h, self._factor = (t.expand(count, *t.shape[1:]) for t in (order, h, factor))
+        self._cost = factor.diagonal(dim1=-2, dim2=-1).pow(-2).unsqueeze(1)
+        self._grid, self._sweeps = grid, sweeps
+
+    def rounded(self, weight: Tensor) -> dict[str, Tensor]:
+        """weight (B, rows, in) -> parts."""
+        grid, factor = self._grid, self._factor
+        wanted = weight.gather(-1, self._order.unsqueeze(1).expand_as(weight))
+        w = wanted.clone()
+        states: list[Any] = []
+        chosen: list[_Rounded] = []
+        for start in range(0, w.shape[-1], grid.block):
+            whole = slice(start, start + grid.block)
+            state = grid.open(w[..., whole], self._cost[..., whole])
+            states.append(state)
+            for number, first in enumerate(range(start, start + grid.block, grid.sub)):
+                own, rest = slice(first, first + grid.sub), slice(first + grid.sub, None)
+                found = _round(w[..., own], self._cost[..., own], grid, state, number, factor[:, own, own])
+                chosen.append(found)
+                w[..., rest].baddbmm_(found.error, factor[:, own, rest], alpha=-1)
+        codes = torch.cat([found.codes for found in chosen], -1)
+        scale, low = (torch.stack([getattr(found, part) for found in chosen], -1) for part in ("scale", "low"))
+        for _ in range(self._sweeps):
+            _polish(codes, wanted, self._h, grid, scale, low)
+        return _packed(grid, codes, states, [found.notes for found in chosen], self._order)
 
 
 def _polish(codes: Tensor, wanted: Tensor, h: Tensor, grid: Grid, scale: Tensor, low: Tensor) -> None:
     """Each column once more to the level that is best for all the others as they are now (coordinate descent)."""
-    bounds = (grid.levels[:-1] + grid.levels[1:]) / 2
+    bounds = _bounds(grid.levels)
     inverse = _inverse(scale)
     power = h.diagonal(dim1=-2, dim2=-1).unsqueeze(1)
     value = grid.levels[codes.int()] * scale.repeat_interleave(grid.sub, -1) + low.repeat_interleave(grid.sub, -1)
@@ -127,8 +168,15 @@ def _damped(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
     )
     power = h.diagonal(dim1=-2, dim2=-1)
     mean = power.mean(-1, keepdim=True)
-    power += damp * mean + (mean == 0)
+    h /= torch.where(mean > 0, mean, 1).unsqueeze(-1)  # gradients are small
+    power += damp + (mean == 0)
     return h
+
+
+def _inverse_factor(h: Tensor) -> Tensor:
+    """U, upper, of h^-1 = U^T U."""
+    found: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    return found
 
 
 class _Rounded(NamedTuple):
@@ -147,32 +195,52 @@ def _round(x: Tensor, cost: Tensor, grid: Grid, state: Any, number: int, factor:
     factor (B, sub, sub): feedback among the columns; None: none, and cost weighs their squared errors."""
     scale, low, notes = grid.scales(x, cost, state, number)
     low = torch.zeros_like(scale) if low is None else low
-    inverse = _inverse(scale)
-    bounds = (grid.levels[:-1] + grid.levels[1:]) / 2
-    left = x.expand(len(scale), *x.shape)
     if factor is None:
-        index = torch.bucketize((left - low.unsqueeze(-1)) * inverse.unsqueeze(-1), bounds, out_int32=True)
-        codes = index.to(torch.uint8)
-        error = left - (grid.levels[index] * scale.unsqueeze(-1) + low.unsqueeze(-1))
+        codes, error, best = _each_alone(x, scale, low, cost, grid.levels)
+    elif x.is_cuda:
+        from dgq.quant.round_kernel import round_columns  # Triton is where CUDA is
+
+        codes, error, best = round_columns(x, scale, low, factor, grid.levels)
     else:
-        left = left.clone()
-        codes = torch.empty_like(left, dtype=torch.uint8)
-        error = torch.empty_like(left)
-        for i in range(x.shape[-1]):
-            column = left[..., i]
-            code = torch.bucketize((column - low) * inverse, bounds)
-            codes[..., i] = code
-            error[..., i] = (column - (grid.levels[code] * scale + low)) / factor[:, i, i].unsqueeze(-1)
-            left[..., i + 1 :] -= error[..., i : i + 1] * factor[:, i, i + 1 :].unsqueeze(1)
-    loss = (error * error * (cost if factor is None else 1)).sum(-1)
-    best = loss.argmin(0, keepdim=True)  # (1, B, rows)
-    pick = best.unsqueeze(-1).expand(1, *x.shape)
+        codes, error, best = _one_by_one(x, scale, low, factor, grid.levels)
 
     def of(values: Tensor) -> Tensor:
-        found: Tensor = values.gather(0, best)[0]
+        found: Tensor = values.gather(0, best.unsqueeze(0))[0]
         return found
 
-    return _Rounded(codes.gather(0, pick)[0], error.gather(0, pick)[0], of(scale), of(low), tuple(map(of, notes)))
+    return _Rounded(codes, error, of(scale), of(low), tuple(map(of, notes)))
+
+
+def _each_alone(x: Tensor, scale: Tensor, low: Tensor, cost: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """codes (B, rows, sub), errors, and which candidate is each row's best (B, rows)."""
+    index = torch.bucketize((x - low.unsqueeze(-1)) * _inverse(scale).unsqueeze(-1), _bounds(levels), out_int32=True)
+    error = x - (levels[index] * scale.unsqueeze(-1) + low.unsqueeze(-1))
+    return _best(index.to(torch.uint8), error, (error * error * cost).sum(-1))
+
+
+def _one_by_one(x: Tensor, scale: Tensor, low: Tensor, factor: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with feedback among the columns."""
+    inverse, bounds = _inverse(scale), _bounds(levels)
+    left = x.expand(len(scale), *x.shape).clone()
+    codes = torch.empty_like(left, dtype=torch.uint8)
+    error = torch.empty_like(left)
+    for i in range(x.shape[-1]):
+        column = left[..., i]
+        code = torch.bucketize((column - low) * inverse, bounds)
+        codes[..., i] = code
+        error[..., i] = (column - (levels[code] * scale + low)) / factor[:, i, i].unsqueeze(-1)
+        left[..., i + 1 :] -= error[..., i : i + 1] * factor[:, i, i + 1 :].unsqueeze(1)
+    return _best(codes, error, (error * error).sum(-1))
+
+
+def _best(codes: Tensor, error: Tensor, loss: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    best = loss.argmin(0)
+    pick = best[None, ..., None].expand(1, *codes.shape[1:])
+    return codes.gather(0, pick)[0], error.gather(0, pick)[0], best
+
+
+def _bounds(levels: Tensor) -> Tensor:
+    return (levels[:-1] + levels[1:]) / 2
 
 
 def _inverse(scale: Tensor) -> Tensor:

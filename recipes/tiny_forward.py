@@ -56,25 +56,40 @@ def experts(module: Any, x: Tensor, weights: Tensor) -> Tensor:
     return functional.linear(h.flatten(-2), module.down_proj.permute(1, 0, 2).reshape(hidden, count * twice // 2))
 
 
-def block(layer: Any, x: Tensor, rope: Rope, mask: Tensor, keys: Keys, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def dropped(h: Tensor, share: Tensor | None) -> Tensor:
+    """Dropout, its share [batch, 1, 1] a sequence's own."""
+    return h if share is None else h * (torch.rand_like(h) >= share) / (1 - share)
+
+
+def block(
+    layer: Any, x: Tensor, rope: Rope, mask: Tensor, keys: Keys, top_k: int, drop: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """One layer of either side, as transformers' forward; also returns the router's probabilities and choices."""
     h, _ = layer.self_attn(
         layer.input_layernorm(x), position_embeddings=rope, attention_mask=mask, past_key_values=keys
     )
-    x = x + layer.post_attention_layernorm(h)
+    x = x + dropped(layer.post_attention_layernorm(h), drop)
     dense = layer.post_feedforward_layernorm_1(layer.mlp(layer.pre_feedforward_layernorm(x)))
     probs, weights, chosen = route(layer.router, x, top_k)
     sparse = layer.post_feedforward_layernorm_2(experts(layer.experts, layer.pre_feedforward_layernorm_2(x), weights))
-    return (x + layer.post_feedforward_layernorm(dense + sparse)) * layer.layer_scalar, probs, chosen
+    out = dropped(layer.post_feedforward_layernorm(dense + sparse), drop)
+    return (x + out) * layer.layer_scalar, probs, chosen
 
 
 def run_side(
-    side: Any, rotary: Any, config: Any, x: Tensor, positions: Tensor, masks: dict[str, Tensor], keys: Keys
+    side: Any,
+    rotary: Any,
+    config: Any,
+    x: Tensor,
+    positions: Tensor,
+    masks: dict[str, Tensor],
+    keys: Keys,
+    drop: Tensor | None,
 ) -> tuple[Tensor, Routed]:
     rope = {kind: rotary(x, positions, kind) for kind in (SLIDING, FULL)}
     routed = []
     for layer, kind in zip(side.layers, config.layer_types, strict=True):
-        x, probs, chosen = block(layer, x, rope[kind], masks[kind], keys, config.top_k_experts)
+        x, probs, chosen = block(layer, x, rope[kind], masks[kind], keys, config.top_k_experts, drop)
         routed.append((probs, chosen))
     return side.norm(x), routed
 
@@ -106,12 +121,13 @@ def forward(
     temperature: Tensor,
     keep: Tensor,
     own: Tensor | None = None,
+    drop: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Routed, Routed]:
     """Encoder logits, decoder logits and the routing of both.
 
     `canvases` [batch, n * 64] are decoded in turn; each one's logits, divided by `temperature`, condition the next
     where `keep` is 1. Only the last is differentiated, and only its logits are returned. Where `own` is true a token
-    sampled from the logits before replaces the last canvas's.
+    sampled from the logits before replaces the last canvas's. drop: see dropped().
     """
     config, decoder, encoder = model.config.text_config, model.model.decoder, model.model.encoder.language_model
     table, scale, cap = decoder.embed_tokens.weight, config.hidden_size**0.5, config.final_logit_softcapping
@@ -119,7 +135,7 @@ def forward(
     keys = Keys(config.num_hidden_layers)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
     h, enc_routed = run_side(
-        encoder, decoder.rotary_emb, config, functional.embedding(ids, table) * scale, positions, enc_masks, keys
+        encoder, decoder.rotary_emb, config, functional.embedding(ids, table) * scale, positions, enc_masks, keys, drop
     )
     enc_logits = cap * torch.tanh(functional.linear(h, table).float() / cap)
     positions = (starts[:, :, None] + torch.arange(CANVAS, device=ids.device)).flatten(1)
@@ -127,7 +143,7 @@ def forward(
     def decode(canvas: Tensor, soft: Tensor | None) -> tuple[Tensor, Routed]:
         x = functional.embedding(canvas, table) * scale
         x = decoder.self_conditioning(x, torch.zeros_like(x) if soft is None else soft)
-        h, routed = run_side(decoder, decoder.rotary_emb, config, x, positions, dec_masks, keys)
+        h, routed = run_side(decoder, decoder.rotary_emb, config, x, positions, dec_masks, keys, drop)
         return cap * torch.tanh(functional.linear(h, table).float() / cap), routed
 
     soft: Tensor | None = None

@@ -89,9 +89,10 @@ def loss_fn(
     weights: tuple[Tensor, Tensor],
     chat: Tensor,
     own: Tensor | None,
+    drop: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and its three parts to print."""
-    enc, dec, enc_routed, dec_routed = forward(model, ids, starts, canvases, temperature, keep, own)
+    enc, dec, enc_routed, dec_routed = forward(model, ids, starts, canvases, temperature, keep, own, drop)
     enc_weight, dec_weight = (w.flatten() / w.sum() for w in weights)
     ar = (
         functional.cross_entropy(enc[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none") * enc_weight
@@ -137,8 +138,9 @@ def corrupt(target: Tensor, level: Tensor) -> Tensor:
     return torch.where(torch.rand(target.shape, device=target.device) < level, noise, target)
 
 
-def training_batch(data: Data, chats: int, texts: int, n: int, own_errors: float) -> dict[str, Any]:
-    ids, starts, target, chat = data.batch(chats, texts, n)
+def training_batch(data: Data, opt: argparse.Namespace) -> dict[str, Any]:
+    texts, n = round(opt.batch * opt.text_share), opt.canvases
+    ids, starts, target, chat = data.batch(opt.batch - texts, texts, n)
 
     def per_canvas() -> Tensor:
         return torch.rand(target.shape[0], n, device=target.device).repeat_interleave(CANVAS, 1)
@@ -157,7 +159,12 @@ def training_batch(data: Data, chats: int, texts: int, n: int, own_errors: float
             torch.where(target == PAD, 0.5, 1 + 3 * chat),
         ),
         "chat": chat,
-        "own": torch.rand(target.shape, device=target.device) < per_canvas() * own_errors if own_errors else None,
+        "own": torch.rand(target.shape, device=target.device) < per_canvas() * opt.own_errors
+        if opt.own_errors
+        else None,
+        "drop": (1 - chat).unsqueeze(-1) * opt.dropout
+        if opt.dropout
+        else None,  # tasks are new every time, text is not
     }
 
 
@@ -177,7 +184,6 @@ def write_checkpoint(model: nn.Module, out: Path) -> None:
 
 def train(model: nn.Module, data: Data, opt: argparse.Namespace) -> dict[str, float]:
     """AdamW, warm-up then linear decay to zero by the clock, so that a run ends on time whatever the machine."""
-    texts = round(opt.batch * opt.text_share)
     trained = {n: p for n, p in model.named_parameters() if "vision" not in n}
     decay = [p for n, p in trained.items() if p.ndim > 1 and "embed" not in n]
     rest = [p for n, p in trained.items() if p.ndim < 2 or "embed" in n]
@@ -186,7 +192,7 @@ def train(model: nn.Module, data: Data, opt: argparse.Namespace) -> dict[str, fl
 
     def one(fn: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         with torch.autocast(data.device, torch.bfloat16):
-            return fn(model, **training_batch(data, opt.batch - texts, texts, opt.canvases, opt.own_errors))
+            return fn(model, **training_batch(data, opt))
 
     compiling = time.monotonic()
     step_fn: Callable[..., tuple[Tensor, ...]] = loss_fn
@@ -232,12 +238,13 @@ def main() -> None:
     args.add_argument("--minutes", type=float, default=7.9, help="of training, compilation included")
     args.add_argument("--batch", type=int, default=128)
     args.add_argument("--canvases", type=int, default=4)
-    args.add_argument("--text-share", type=float, default=0.42)
+    args.add_argument("--text-share", type=float, default=0.4)
     args.add_argument("--lr", type=float, default=2e-3)
     args.add_argument("--steps", type=int, default=0)
     args.add_argument("--seed", type=int, default=1)
     args.add_argument("--init", type=Path, help="a checkpoint to continue from")
-    args.add_argument("--own-errors", type=float, default=0.0, help="largest share of a canvas drafted by the model")
+    args.add_argument("--own-errors", type=float, default=0.5, help="largest share of a canvas drafted by the model")
+    args.add_argument("--dropout", type=float, default=0.1, help="of what a layer adds, in text")
     args.add_argument("--no-compile", dest="compile", action="store_false")
     opt = args.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

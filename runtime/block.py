@@ -75,43 +75,33 @@ class Layer:
     def _attention(self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Keys) -> Tensor:
         w, eps = self._weights, self._config.norm_eps
         heads = (*x.shape[:-1], -1, self.shape.head_dim)
-        watch = self._observer("self_attn.")
-        if watch is not None:
-            watch("q_proj.weight", x, None, None, None)
-        q = linear(x, w["self_attn.q_proj.weight"]).view(heads)
-        k = linear(x, w["self_attn.k_proj.weight"]).view(heads)
-        v = linear(x, w["self_attn.v_proj.weight"]).view(heads) if self.shape.has_v_proj else k
+        watch = self._observer()
+
+        def project(part: str) -> Tensor:
+            name = f"self_attn.{part}_proj.weight"
+            return linear(x, w[name], watch, name).view(heads)
+
+        q, k = project("q"), project("k")
+        v = project("v") if self.shape.has_v_proj else k
         q = rotate(self._norm(q, "self_attn.q_norm"), tables)
         k = rotate(self._norm(k, "self_attn.k_norm"), tables)
         v = rms_norm(v, None, eps)
         keys, values = cache.write(self.index, k.transpose(1, 2), v.transpose(1, 2))
         seen = attend(q, keys, values, mask, cache.starts(self.index))
-        if watch is not None:
-            watch("o_proj.weight", seen, None, None, None)
-        return linear(seen, w["self_attn.o_proj.weight"])
+        return linear(seen, w["self_attn.o_proj.weight"], watch, "self_attn.o_proj.weight")
 
     def _experts(self, x: Tensor, least: int) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         chosen, share = self._route(rows)
         gate_up, down = self._weights["experts.gate_up_proj"], self._weights["experts.down_proj"]
-        watch = self._observer("experts.", rows)
+        watch = self._observer("experts.")
         rows = self._norm(rows, "pre_feedforward_layernorm_2")
         return experts(rows, chosen, share, gate_up, down, watch, least).view_as(x)
 
-    def _observer(self, part: str, beside: Tensor | None = None) -> Observer | None:
-        """The model's observer, told full names by one that sees those below `part`. beside (tokens, hidden): what
-        the experts' output joins; it is felt more where that is small."""
+    def _observer(self, part: str = "") -> Observer | None:
+        """The model's observer, told full names by one that is told those below `part`."""
         observe, prefix = self._observe, f"{DECODER}layers.{self.index}.{part}"
-        if observe is None:
-            return None
-        size = None if beside is None else beside.float().pow(2).mean(-1).sqrt().clamp(min=1e-20)
-
-        def watch(name: str, x: Tensor, expert: int | None, tokens: Tensor | None, felt: Tensor | None) -> None:
-            if size is not None and felt is not None:
-                felt = felt / size[tokens]
-            observe(prefix + name, x, expert, tokens, felt)
-
-        return watch
+        return None if observe is None else lambda name, *seen: observe(prefix + name, *seen)
 
     def _route(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's experts: residual (tokens, hidden) -> numbers and shares (float32), both (tokens, top_k)."""

@@ -33,15 +33,15 @@ DECODE_BUDGET = 1 << 26
 # result is the same whatever other rows are multiplied with it.
 STEADY_ROWS = 4
 
-# Sees what goes into a product: the weight's name (the first one's, if several read the same input), rows (…, in); and
-# of an expert its number, which tokens the rows are, int64 (rows,), and what share it has in each token's output,
-# float32 (rows,), as a part of the output's rms: how much an error there will be felt.
-Observer = Callable[[str, Tensor, int | None, Tensor | None, Tensor | None], None]
+# Sees a product: the weight's name, rows (…, in) that go in and (…, out) that come out; of an expert its number, and
+# which tokens the rows are, int64 (rows,). What it returns goes on in the output's place.
+Observer = Callable[[str, Tensor, Tensor, int | None, Tensor | None], Tensor]
 
 
-def linear(x: Tensor, weight: Packed) -> Tensor:
+def linear(x: Tensor, weight: Packed, observe: Observer | None = None, name: str = "") -> Tensor:
     """x (…, in) @ weight (out, in)^T -> (…, out)."""
-    return functional.linear(rounded(x, weight), weight.dequantize(x.dtype))
+    y = functional.linear(rounded(x, weight), weight.dequantize(x.dtype))
+    return y if observe is None else observe(name, x, y, None, None)
 
 
 def rounded(x: Tensor, weight: Packed) -> Tensor:
@@ -53,11 +53,8 @@ def rounded(x: Tensor, weight: Packed) -> Tensor:
 def gated_mlp(x: Tensor, weights: tuple[Packed, Packed, Packed], observe: Observer | None = None) -> Tensor:
     """down(gelu(gate x) * up x), x (…, hidden); weights: gate, up, down."""
     gate, up, down = weights
-    inner = _gelu(linear(x, gate)) * linear(x, up)
-    if observe is not None:
-        observe("gate_proj.weight", x, None, None, None)
-        observe("down_proj.weight", inner, None, None, None)
-    return linear(inner, down)
+    inner = _gelu(linear(x, gate, observe, "gate_proj.weight")) * linear(x, up, observe, "up_proj.weight")
+    return linear(inner, down, observe, "down_proj.weight")
 
 
 def _gelu(x: Tensor) -> Tensor:
@@ -83,6 +80,20 @@ def head(x: Tensor, table: Packed, softcap: float) -> Tensor:
     for rows, piece in _row_chunks(table, x.dtype):
         logits[..., rows] = functional.linear(x, piece).float()
     return logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def head_gradient(x: Tensor, table: Packed, softcap: float, drawn: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The gradient at x (…, hidden) of -log p(y) under head(x), y drawn from p; and the size (…, 1) of the one at the
+    products with the table, before the cap."""
+    gradient = head(x, table, softcap)
+    slope = 1 - (gradient / softcap).square_()
+    gradient = gradient.softmax(-1)
+    y = torch.multinomial(gradient.flatten(0, -2), 1, generator=drawn).view(*x.shape[:-1], 1)
+    gradient = gradient.scatter_add_(-1, y, -torch.ones_like(gradient[..., :1])).mul_(slope)
+    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for rows, piece in _row_chunks(table, x.dtype):
+        total += (gradient[..., rows].to(x.dtype) @ piece).float()
+    return total.to(x.dtype), gradient.norm(dim=-1, keepdim=True)
 
 
 def soft_embed(logits: Tensor, table: Packed, dtype: torch.dtype) -> Tensor:
@@ -125,8 +136,7 @@ def experts(
     order = picks.argsort(stable=True)
     counts = torch.bincount(picks, minlength=gate_up.shape[0]).tolist()
     rows = x[order % tokens]
-    result = torch.empty_like(rows)
-    seen: list[tuple[int, slice, Tensor]] = []
+    results: list[Tensor] = []
     per_expert = gate_up.shape[1] * gate_up.shape[2] + down.shape[1] * down.shape[2]
     group = max(1, DECODE_BUDGET // per_expert)
     start = 0
@@ -140,25 +150,23 @@ def experts(
             if count:
                 own = slice(start, start + count)
                 expert = first + i
-                gate, up = _product(rounded(rows[own], gate_up[expert]), w_in[i], least).chunk(2, dim=-1)
-                inner = _gelu(gate) * up
-                result[own] = _product(rounded(inner, down[expert]), w_out[i], least)
+                both = _product(rounded(rows[own], gate_up[expert]), w_in[i], least)
                 if observe is not None:
-                    seen.append((expert, own, inner))
+                    both = observe("gate_up_proj", rows[own], both, expert, order[own] % tokens)
+                gate, up = both.chunk(2, dim=-1)
+                inner = _gelu(gate) * up
+                out = _product(rounded(inner, down[expert]), w_out[i], least)
+                if observe is not None:
+                    out = observe("down_proj", inner, out, expert, order[own] % tokens)
+                results.append(out)
                 start += count
-    unsorted = torch.empty_like(result)
-    unsorted[order] = result
+    unsorted = torch.empty_like(rows)
+    unsorted[order] = torch.cat(results)
     weighted = unsorted.view(k, tokens, -1).float() * share.t().unsqueeze(-1)
     rising = chosen.argsort(dim=-1).t().unsqueeze(-1).expand_as(weighted)
     total = torch.zeros_like(weighted[0])
     for part in weighted.gather(0, rising):
         total += part
-    if observe is not None:
-        felt = share / total.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-20)
-        felt = felt.t().flatten()[order]
-        for expert, own, inner in seen:
-            observe("gate_up_proj", rows[own], expert, order[own] % tokens, felt[own])
-            observe("down_proj", inner, expert, order[own] % tokens, felt[own])
     return total.to(x.dtype)
 
 

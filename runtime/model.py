@@ -56,7 +56,7 @@ class Model:
         name in it. Vision tensors are passed over. keep_decoded: see KEEP_DECODED, 0 = decode at every use.
 
         activations: None, or "nvfp4" to round the inputs of weights that carry an input scale, as W4A4 kernels do.
-        observe: called with what goes into each expert's products: weight name, expert, rows (tokens, in).
+        observe: sees every product of the layers; see layers.Observer.
         """
         expected = expected_tensors(config)
         # names now, shapes when each weight was read: reading can be expensive

@@ -9,15 +9,19 @@
 One layer's weights are in memory at a time, and one chunk's activations. The decoder of a layer reads only that layer's
 keys, so prompt and canvases go through together: first attention, sequence by sequence; then the rest for all the
 chunk's tokens at once, as experts like it. A chunk's results do not depend on the other chunks.
+
+It also goes backwards: pull() makes the gradient at a layer's input of the one at its output, computing the layer anew.
+The loss is the cross entropy of tokens drawn from the model's own distribution, so that the mean of a gradient's square
+is the curvature of KL(this model || a changed one): what a change of a weight would be felt.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +31,7 @@ from dgq.quant.types import Packed
 from dgq.runtime.attention import encoder_mask, rope_frequencies, rope_tables
 from dgq.runtime.block import Layer
 from dgq.runtime.config import ModelConfig
-from dgq.runtime.layers import Observer, embed, gated_mlp, head, rms_norm, soft_embed
+from dgq.runtime.layers import Observer, embed, gated_mlp, head, head_gradient, rms_norm, soft_embed
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER
 
 CONDITION = DECODER + "self_conditioning."
@@ -55,14 +59,45 @@ class Chunk:
 
 
 class Watch(Protocol):
-    """What sees the inputs of products; see layers.Observer. kinds int64 (tokens,) is set before: labels of the rows,
-    or of the tokens that an expert's rows are counted by."""
+    """An Observer of products; see layers. kinds int64 (tokens,) is set before: labels of the rows, or of the tokens
+    that an expert's rows are counted by."""
 
     kinds: Tensor
 
-    def __call__(
-        self, name: str, x: Tensor, expert: int | None, tokens: Tensor | None, felt: Tensor | None
-    ) -> None: ...
+    def __call__(self, name: str, x: Tensor, y: Tensor, expert: int | None, tokens: Tensor | None) -> Tensor: ...
+
+
+Sense = Callable[[str, Tensor, Tensor, int | None], None]
+"""Told of products on the way back: the weight's name, x (…, in) that went in, the gradient g (…, out) at what came
+out, and the expert's number."""
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, which tells the gradient that comes back through it."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
+        ctx.tell = tell
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.tell(gradient)
+        return gradient, None
+
+
+class _Tapped:
+    """A Watch by which `sense` is told of products on the way back."""
+
+    kinds: Tensor
+
+    def __init__(self, sense: Sense) -> None:
+        self._sense = sense
+
+    def __call__(self, name: str, x: Tensor, y: Tensor, expert: int | None, tokens: Tensor | None) -> Tensor:
+        kept = x.detach()
+        tapped: Tensor = _Tap.apply(y, lambda gradient: self._sense(name, kept, gradient, expert))
+        return tapped
 
 
 class States:
@@ -130,6 +165,14 @@ class Stream:
     def enter(self, chunk: Chunk, soft: Tensor | None, watch: Watch | None = None) -> Tensor:
         """Embed a chunk: (tokens, hidden), its prompts' tokens and then its canvases'. soft (n, canvas, hidden):
         expected embeddings that canvases are conditioned on; a row of zeros is no conditioning, as in the model."""
+        return self._enter(chunk, soft, watch)
+
+    def pull_enter(self, chunk: Chunk, soft: Tensor, gradient: Tensor, sense: Sense) -> None:
+        """The way back through enter(): gradient (tokens, hidden) at what it returned."""
+        soft = soft.to(self.device, self.dtype).requires_grad_()
+        self._enter(chunk, soft, _Tapped(sense)).backward(gradient.to(self.device))
+
+    def _enter(self, chunk: Chunk, soft: Tensor | None, watch: Watch | None) -> Tensor:
         ids = torch.tensor([token for prompt in chunk.prompts for token in prompt], device=self.device)
         canvases = embed(chunk.canvases.to(self.device), self._table, self.dtype)
         if soft is not None:
@@ -140,12 +183,14 @@ class Stream:
                     watch.kinds = self._kinds(chunk, on).to(self.device)
                 found = rms_norm(soft[on], self._condition["pre_norm.weight"].dequantize(torch.float32), self._eps)
                 gate, up, down = (self._condition[f"{part}_proj.weight"] for part in ("gate", "up", "down"))
-                canvases[on] += gated_mlp(found, (gate, up, down), _below(watch, CONDITION))
+                added = gated_mlp(found, (gate, up, down), _below(watch, CONDITION))
+                canvases = canvases.index_add(0, on.nonzero().flatten(), added)
         canvases = rms_norm(canvases, None, self._eps)
         return torch.cat((embed(ids, self._table, self.dtype), canvases.flatten(0, 1)))
 
-    def layer(self, index: int, watch: Watch | None = None) -> LayerOf:
-        """Layer `index`, loaded, as a function of a chunk and its states."""
+    def layer(self, index: int, watch: Watch | None = None, sense: Sense | None = None) -> LayerOf:
+        """Layer `index`, loaded, as a function of a chunk and its states. sense: what pull() tells."""
+        watch = watch if sense is None else _Tapped(sense)
         prefix = f"{DECODER}layers.{index}."
         weights = {name: self._load(prefix + name) for name in self._below(prefix)}
         scalars = [self._load(f"{side}layers.{index}.layer_scalar").dequantize(self.dtype)
@@ -156,14 +201,33 @@ class Stream:
     @torch.inference_mode()
     def leave(self, chunk: Chunk, x: Tensor, watch: Watch | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Logits of a chunk's canvases, some at a time: which, (rows, canvas, vocab) float32."""
-        x = rms_norm(x[chunk.encoded :].view(*chunk.canvases.shape, -1), self._norm, self._eps)
-        step = max(1, HEAD_TOKENS // self.config.canvas)
-        for start in range(0, len(x), step):
-            rows = slice(start, start + step)
+        for rows, normed in self._leaving(chunk, x):
+            logits = head(normed, self._table, self.config.softcap)
             if watch is not None:
                 watch.kinds = chunk.kind[rows].repeat_interleave(self.config.canvas).to(self.device)
-                watch(EMBEDDING, x[rows], None, None, None)
-            yield rows, head(x[rows], self._table, self.config.softcap)
+                watch(EMBEDDING, normed, logits, None, None)
+            yield rows, logits
+
+    def pull_leave(self, chunk: Chunk, x: Tensor, seed: int, sense: Sense) -> Tensor:
+        """The way back from the loss: the gradient at x (tokens, hidden). The tokens are drawn by `seed`. Of the head's
+        products sense is told the gradient's size alone, (…, 1): the gradient is as wide as the vocabulary."""
+        x = x.to(self.device).requires_grad_()
+        drawn = torch.Generator(self.device).manual_seed(seed)
+        for _, normed in self._leaving(chunk, x):
+            with torch.no_grad():
+                found, size = head_gradient(normed, self._table, self.config.softcap, drawn)
+                sense(EMBEDDING, normed, size, None)
+            normed.backward(found)
+        assert x.grad is not None
+        return x.grad
+
+    def _leaving(self, chunk: Chunk, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """What goes into the head, some canvases at a time."""
+        step = max(1, HEAD_TOKENS // self.config.canvas)
+        canvases = x[chunk.encoded :].view(*chunk.canvases.shape, -1)
+        for start in range(0, len(canvases), step):
+            rows = slice(start, start + step)
+            yield rows, rms_norm(canvases[rows], self._norm, self._eps)
 
     @torch.inference_mode()
     def soften(self, logits: Tensor) -> Tensor:
@@ -200,7 +264,16 @@ class LayerOf:
     @torch.inference_mode()
     def __call__(self, chunk: Chunk, x: Tensor) -> Tensor:
         """x (tokens, hidden), prompts and then canvases -> the same."""
-        x = x.to(self._frequencies.device)
+        return self._through(chunk, x.to(self._frequencies.device))
+
+    def pull(self, chunk: Chunk, x: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient at x of the one at what the layer makes of it."""
+        x = x.to(self._frequencies.device).requires_grad_()
+        self._through(chunk, x).backward(gradient.to(x.device))
+        assert x.grad is not None
+        return x.grad
+
+    def _through(self, chunk: Chunk, x: Tensor) -> Tensor:
         prompts, canvases = x[: chunk.encoded], x[chunk.encoded :].view(*chunk.canvases.shape, -1)
         mixed, later = [], []
         first = 0

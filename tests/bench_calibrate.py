@@ -90,12 +90,12 @@ def main() -> None:
                 last = now
             ends = [*(at for _, at in steps[1:]), clock(options.device)]
             stages = [(what, round(end - at, 2)) for (what, at), end in zip(steps, ends, strict=True)]
-            first = sum(s for what, s in stages if "first" in what) / options.layers
-            layer = next(s for what, s in reversed(stages) if what == f"samples, {options.layers - 1}")
-            once = sum(s for what, s in stages if what in ("samples, enter", "samples, leave"))
+            passes = sum(s for what, s in stages if what.endswith("pass")) / options.layers
+            layer = next(s for what, s in stages if what == "samples, back to 0")
+            once = sum(s for what, s in stages if what in ("samples, back to enter", "samples, back to leave"))
             row: dict[str, Any] = {
-                "stages": stages, "layer_s": layer, "once_s": round(once, 2), "peak_gpu_gib": peak(options.device),
-                "projected_26b_s": round(LAYERS * (first + layer) + once),
+                "stages": stages, "passes_layer_s": round(passes, 2), "layer_s": layer, "once_s": round(once, 2),
+                "peak_gpu_gib": peak(options.device), "projected_26b_s": round(LAYERS * (passes + layer) + once),
                 "slowest": sorted(((round(s, 2), n) for n, s in spent.items()), reverse=True)[:4],
             }  # fmt: skip
             if any(tensor.scheme.name in SEARCHED for tensor in todo):

@@ -45,6 +45,32 @@ def test_every_step_loses_less(name: str) -> None:
         assert {k: (v.shape, v.dtype) for k, v in parts.items()} == {k: (v.shape, v.dtype) for k, v in stock.items()}
 
 
+def _felt(
+    scheme: Scheme, parts: dict[str, torch.Tensor], weight: torch.Tensor, h: torch.Tensor, g: torch.Tensor
+) -> float:
+    error = scheme.dequantize(parts).view(weight.shape) - weight
+    return float(((g @ error @ h) * error).sum())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_make_good_what_rows_lost(name: str) -> None:
+    """Felt through G, what both sides' feedback loses is less; and its parts are of the same kind and order."""
+    scheme = SCHEMES[name]
+    weight, hessian = _case(2, 37, 256)
+    g = torch.Generator().manual_seed(5)
+    mix = torch.randn(2, 37, 9, generator=g)
+    outputs = mix @ mix.mT + 0.1 * torch.eye(37)
+    one, two = feedback(weight, hessian, scheme), feedback(weight, hessian, scheme, outputs)
+    assert {k: (v.shape, v.dtype) for k, v in one.items()} == {k: (v.shape, v.dtype) for k, v in two.items()}
+    losses = [_felt(scheme, parts, weight, [hessian, outputs]) for parts in (one, two)]
+    assert losses[1] < 0.6 * losses[0], losses
+    eye = torch.eye(37).expand_as(outputs)
+    same = scheme.dequantize(feedback(weight, hessian, scheme, eye)) == scheme.dequantize(one)
+    assert float(same.float().mean()) > 0.9, (
+        "but for float32 sums of another order, rows that are not felt together stay alone"
+    )
+
+
 @pytest.mark.parametrize("name", ["q8_0", "q5_0", "q6_k", "q4_k"])
 def test_bytes_mean_the_same_to_gguf_py(name: str) -> None:
     weight, hessian = _case(1)
@@ -102,7 +128,10 @@ def test_levels_are_rounded_to_the_nearest_without_correlation(name: str) -> Non
 def test_polish_never_makes_it_worse() -> None:
     weight, hessian = _case(1, 16, 256)
     scheme = SCHEMES["nvfp4"]
-    losses = [_loss(scheme, feedback(weight, hessian, scheme, 0.0, sweeps), weight, hessian) for sweeps in range(5)]
+    losses = [
+        _loss(scheme, feedback(weight, hessian, scheme, damp=0.0, sweeps=sweeps), weight, hessian)
+        for sweeps in range(5)
+    ]
     assert all(b <= a * (1 + 1e-6) for a, b in pairwise(losses)), losses
     assert module.SWEEPS == 2
 

@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from dgq.convert import passes, survey
 from dgq.convert.cli import main
-from dgq.convert.refine import LEAN, Hessians, watched_name
+from dgq.convert.refine import LEAN, Hessians
 from dgq.convert.samples import BINS, chunks, documents, doubled
 from dgq.convert.source import open_source
-from dgq.convert.stats import read_stats
+from dgq.convert.stats import WATCHED, read_stats
 from dgq.quant.hf_dir import HFDir
 from dgq.quant.imatrix import read_imatrix
+from dgq.quant.schemes import SCHEMES
+from dgq.quant.types import Packed
 from dgq.runtime.model import Model
 from dgq.runtime.names import EMBEDDING
 from dgq.runtime.stream import Stream
@@ -97,10 +99,12 @@ def test_sums_are_those_of_the_whole_model(micro: Path, stats: Path) -> None:
     counts: dict[Any, int] = defaultdict(int)
     side = 0
 
-    def see(name: str, x: torch.Tensor, expert: int | None, *_: object) -> None:
-        x = x.reshape(-1, x.shape[-1]).double()
-        sums[name, expert, side] = sums[name, expert, side] + x.square().sum(0)
-        counts[name, expert, side] += len(x)
+    def see(name: str, x: torch.Tensor, y: torch.Tensor, expert: int | None, _: object) -> torch.Tensor:
+        if name.endswith(WATCHED):
+            x = x.reshape(-1, x.shape[-1]).double()
+            sums[name, expert, side] = sums[name, expert, side] + x.square().sum(0)
+            counts[name, expert, side] += len(x)
+        return y
 
     model = Model(source.config, source, "cpu", torch.float32, observe=see)
     for chunk in found.chunks:
@@ -297,21 +301,6 @@ def test_bad_stats(micro: Path, stats: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, "the same weights elsewhere"
 
 
-@pytest.mark.parametrize(
-    ("name", "watched"),
-    [
-        ("model.decoder.layers.3.self_attn.v_proj.weight", "model.decoder.layers.3.self_attn.q_proj.weight"),
-        ("model.decoder.layers.3.self_attn.o_proj.weight", "model.decoder.layers.3.self_attn.o_proj.weight"),
-        ("model.decoder.self_conditioning.up_proj.weight", "model.decoder.self_conditioning.gate_proj.weight"),
-        ("model.decoder.layers.3.mlp.down_proj.weight", "model.decoder.layers.3.mlp.down_proj.weight"),
-        ("model.decoder.layers.3.experts.down_proj", "model.decoder.layers.3.experts.down_proj"),
-        (EMBEDDING, EMBEDDING),
-    ],
-)
-def test_who_reads_the_same(name: str, watched: str) -> None:
-    assert watched_name(name) == watched
-
-
 def test_an_unfinished_calibration_is_not_thrown_away(
     micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -388,24 +377,86 @@ def test_other_weights_are_noticed(micro: Path, stats: Path, tmp_path: Path) -> 
     assert result.exit_code == 2 and "not numbers" in result.stderr and not (tmp_path / "stats").exists()
 
 
-def test_every_expert_has_its_own_hessian() -> None:
-    """Weighted by side and by the share that is felt; leaning on the average by LEAN tokens, wholly if none came."""
-    watch = Hessians({"w", "dense"}, 3, (3.0, 0.5))
+def test_every_expert_has_its_own_hessians() -> None:
+    """Inputs weighted by gradients, gradients by inputs; leaning on the average by LEAN tokens, wholly if none came."""
+    sense = Hessians({"w", "dense"}, 3)
     g = torch.Generator().manual_seed(0)
-    own: dict[int, torch.Tensor] = {}
-    watch.kinds = torch.tensor([0, 0, 1, 5, 2, 0])
-    for expert, tokens in ((0, [0, 2, 3]), (2, [1, 4, 5, 0])):
-        x, felt = torch.randn(len(tokens), 8, generator=g), torch.rand(len(tokens), generator=g)
-        watch("w", x, expert, torch.tensor(tokens), felt)
-        side = torch.tensor([3.0 if watch.kinds[token] == 0 else 0.5 for token in tokens])
-        own[expert] = torch.einsum("t,ti,tj->ij", side * felt**2, x, x)
-    average = (own[0] + own[2]) / 7
-    wanted = [(own.get(e, 0) + LEAN * average) / (n + LEAN) for e, n in ((0, 3), (1, 0), (2, 4))]
-    torch.testing.assert_close(watch.of("w", slice(0, 3)), torch.stack(wanted))
-    torch.testing.assert_close(watch.of("w", slice(1, 3)), torch.stack(wanted[1:]))
-    x = torch.randn(2, 3, 8, generator=g)
-    watch("dense", x, None, None, None)
-    weight = torch.tensor([3.0, 3.0, 0.5, 0.5, 0.5, 3.0])
-    torch.testing.assert_close(
-        watch.of("dense", slice(0, 1))[0], torch.einsum("t,ti,tj->ij", weight, *[x.flatten(0, 1)] * 2)
-    )
+    own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for expert, tokens in ((0, 3), (2, 4)):
+        x, back = torch.randn(tokens, 8, generator=g), torch.randn(tokens, 5, generator=g)
+        sense("w", x, back, expert)
+        sense("other", x, back, expert)
+        own[expert] = (
+            torch.einsum("t,ti,tj->ij", back.square().mean(-1), x, x),
+            torch.einsum("t,ti,tj->ij", x.square().mean(-1), back, back),
+        )
+    for side in (0, 1):
+        average = (own[0][side] + own[2][side]) / 7
+        wanted = [(own[e][side] if e in own else 0) + LEAN * average for e in range(3)]
+        wanted = [total / (n + LEAN) for total, n in zip(wanted, (3, 0, 4), strict=True)]
+        for part in (slice(0, 3), slice(1, 3)):
+            found = sense.of("w", part)[side]
+            assert found is not None
+            torch.testing.assert_close(found, torch.stack(wanted[part]))
+    joined = Hessians({"down_proj"}, 3)
+    for expert in (0, 2):
+        joined("down_proj", torch.ones(2, 8), torch.full((2, 5), 1.0 + expert), expert)
+    found = joined.of("down_proj", slice(1, 3))[1]
+    assert found is not None and found.shape == (1, 5, 5) and float(found[0, 0, 0]) == 2 * 1 + 2 * 9, "added up"
+    sense("dense", torch.ones(2, 3, 8), 2 * torch.ones(2, 3, 5), None)
+    inputs, outputs = sense.of("dense", slice(0, 1))
+    assert outputs is not None and float(inputs[0, 0, 0]) == 6 * 4 and float(outputs[0, 0, 0]) == 6 * 4
+
+
+def test_the_way_back_is_the_gradient(micro: Path) -> None:
+    """What it tells of every weight, added up, is the slope of the loss of the tokens it drew (central difference)."""
+    source = open_source(str(micro))
+    found, _ = documents(source, micro / "prompts.jsonl")
+    chunk = chunks([d for d in found if not d.open], 1, 0, source)[0]
+    weights = {name: source[name] for name in source.text}
+    stream = Stream(source.config, weights, "cpu", torch.float32)
+    soft = stream.soften(torch.cat([rows for _, rows in stream.leave(chunk, _through(stream, chunk, None)[-1])]))
+    slopes: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
+
+    def sense(name: str, x: torch.Tensor, g: torch.Tensor, expert: int | None) -> None:
+        if name != EMBEDDING:
+            slope = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+            key = name if expert is None else f"{name} {expert}"
+            slopes[key] = slopes[key] + slope
+
+    states = _through(stream, chunk, soft)
+    gradient = stream.pull_leave(chunk, states[-1].clone(), 7, sense)
+    for index in (1, 0):
+        gradient = stream.layer(index, sense=sense).pull(chunk, states[index].clone(), gradient)
+    stream.pull_enter(chunk, soft.clone(), gradient, sense)
+    drawn = _drawn(stream, chunk, states[-1], 7)
+    assert len(slopes) > 20
+    for key in [k for k in slopes if "layers.0" in k or "self_cond" in k]:
+        name, _, expert = key.partition(" ")
+        plain = weights[name].dequantize(torch.float32)
+        step = torch.zeros_like(plain)
+        (step[int(expert)] if expert else step).copy_(slopes[key] / slopes[key].norm().clamp(min=1e-12))
+        losses = []
+        for sign in (0.02, -0.02):
+            moved = {**weights, name: Packed(SCHEMES["f32"], tuple(plain.shape), {"": plain + sign * step})}
+            other = Stream(source.config, moved, "cpu", torch.float32)
+            logits = torch.cat([rows for _, rows in other.leave(chunk, _through(other, chunk, soft)[-1])])
+            losses.append(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn, reduction="sum")))
+        wanted, got = (losses[0] - losses[1]) / 0.04, float(slopes[key].norm())
+        assert got == pytest.approx(wanted, rel=0.03, abs=2e-3), key
+
+
+def _through(stream: Stream, chunk: Any, soft: torch.Tensor | None) -> list[torch.Tensor]:
+    states = [stream.enter(chunk, soft)]
+    for index in range(len(stream.config.layers)):
+        states.append(stream.layer(index)(chunk, states[-1]))
+    return states
+
+
+def _drawn(stream: Stream, chunk: Any, x: torch.Tensor, seed: int) -> torch.Tensor:
+    """The tokens that pull_leave draws."""
+    generator = torch.Generator().manual_seed(seed)
+    found = [
+        torch.multinomial(rows.softmax(-1).flatten(0, 1), 1, generator=generator) for _, rows in stream.leave(chunk, x)
+    ]
+    return torch.cat(found).flatten()
