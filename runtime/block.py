@@ -99,7 +99,8 @@ class Layer:
         chosen, share = self._route(rows)
         watch = self._observer("experts.", rows)
         rows = self._norm(rows, "pre_feedforward_layernorm_2")
-        return experts(rows, chosen, share, *self._routed, watch, least).view_as(x)
+        gate_up, down = self._routed
+        return experts(rows, chosen, share, gate_up, down, watch, least).view_as(x)
 
     def _observer(self, part: str, beside: Tensor | None = None) -> Observer | None:
         """The model's observer, told full names by one that sees those below `part`. beside (tokens, hidden): what

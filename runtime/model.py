@@ -12,6 +12,7 @@ The weights are any mapping canonical name -> Packed, so a BF16 checkpoint, a .g
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import NoReturn
 
 import torch
@@ -161,6 +162,8 @@ class Model:
         self, weights: Mapping[str, Packed], keep_decoded: int, activations: str | None, kernels: bool
     ) -> dict[str, Packed]:
         """All weights but the experts that go to self._tiles, for the kernels."""
+        if kernels and find_spec("triton") is None:
+            raise InputError("bfloat16 on a GPU needs Triton: pip install triton, or use --dtype fp32")
         shapes = expected_tensors(self.config)
         loaded: dict[str, Packed] = {}
         for name, shape in shapes.items():

@@ -66,14 +66,15 @@ def second_product(inner: Tensor, picks: Sorted, share: Tensor, down: Tiles) -> 
     _product(inner, parts, picks, share.contiguous(), down)
     result = torch.empty(tokens, hidden, dtype=inner.dtype, device=inner.device)
     grid = tokens, triton.cdiv(hidden, _COMBINED_AT_ONCE)
-    moe_kernels.combine[grid](parts, result, hidden, picks.k, BLOCK=_COMBINED_AT_ONCE)
+    moe_kernels.combine[grid](parts, result, hidden, K=picks.k, BLOCK=_COMBINED_AT_ONCE)
     return result
 
 
 def _product(x: Tensor, out: Tensor, picks: Sorted, share: Tensor | None, weight: Tiles) -> Tensor:
     row_tiles, column_tiles = weight.codes.shape[1:3]
-    unroll = 1 + (column_tiles % 2 == 0)  # as measured, with the stages that suit
-    moe_kernels.expert_product[(len(picks.tile_map), row_tiles)](
+    # as measured: NF4 is bound by its permutes, the others by memory, and then longer steps with fewer stages do better
+    unroll = 2 if column_tiles % 2 == 0 and not weight.scheme.startswith("nf4") else 1
+    moe_kernels.expert_product[(row_tiles, len(picks.tile_map))](
         x, out, weight.codes, weight.scales, weight.high, weight.factors, picks.order, share, picks.tile_map,
         x.stride(0), out.stride(0), out.shape[1], row_tiles, column_tiles, picks.k,
         SCHEME=weight.scheme, GATED=share is None, BLOCK_N=picks.block, STAGES=5 - unroll, UNROLL=unroll, num_warps=4,
@@ -84,4 +85,5 @@ def _product(x: Tensor, out: Tensor, picks: Sorted, share: Tensor | None, weight
 def _tokens_a_tile(picks: int, experts: int) -> int:
     """Columns of the matrix instruction: with more, a busy expert's weights are decoded less often; fewer than 32 only
     make more tiles."""
-    return min(128, max(32, triton.next_power_of_2(picks // experts)))
+    power: int = triton.next_power_of_2(picks // experts)
+    return min(128, max(32, power))

@@ -141,15 +141,19 @@ def _nf4_pairs(table, index, upper):
 
 
 @triton.jit
-def _nf4(w, scales, table, tile, lane, mh, M6: tl.constexpr):
-    at = scales + tile * 128 + M6 * 64 + lane // 4 * 2
-    scale, lost = _twice(tl.load(at), mh), _twice(tl.load(at + 1), mh)
+def _nf4(w, scales, table, tile, lane, mh, M6: tl.constexpr, SPLIT: tl.constexpr):
     index, upper = w & 0x77777777, (w >> 1 & 0x44444444) | 0x32103210
     p0, p1 = _nf4_pairs(table, index, upper)
     p2, p3 = _nf4_pairs(table, index >> 16, upper >> 16)
-    l0, l1 = _fma(p0, lost, _MINUS_ZERO), _fma(p1, lost, _MINUS_ZERO)
-    l2, l3 = _fma(p2, lost, _MINUS_ZERO), _fma(p3, lost, _MINUS_ZERO)
-    return _scaled(p0, p1, p2, p3, scale, l0, l1, l2, l3)
+    if SPLIT:
+        at = scales + tile * 128 + M6 * 64 + lane // 4 * 2
+        scale, lost = _twice(tl.load(at), mh), _twice(tl.load(at + 1), mh)
+        l0, l1 = _fma(p0, lost, _MINUS_ZERO), _fma(p1, lost, _MINUS_ZERO)
+        l2, l3 = _fma(p2, lost, _MINUS_ZERO), _fma(p3, lost, _MINUS_ZERO)
+        return _scaled(p0, p1, p2, p3, scale, l0, l1, l2, l3)
+    else:
+        scale = _twice(tl.load(scales + tile * 64 + M6 * 32 + lane // 4), mh)
+        return _scaled(p0, p1, p2, p3, scale, _MINUS_ZERO, _MINUS_ZERO, _MINUS_ZERO, _MINUS_ZERO)
 
 
 @triton.jit
@@ -179,8 +183,8 @@ def _four_bits(codes, scales, high, tile, lane, M6: tl.constexpr, SCHEME: tl.con
     word = tl.arange(0, 4)[None, :]
     if SCHEME == "nvfp4":
         return _nvfp4(w, scales, tile, lane, word // 2, M6)
-    elif SCHEME == "nf4":
-        return _nf4(w, scales, high + lane, tile, lane, word // 2, M6)
+    elif SCHEME == "nf4" or SCHEME == "nf4_split":
+        return _nf4(w, scales, high + lane, tile, lane, word // 2, M6, SCHEME == "nf4_split")
     elif SCHEME == "q5_0":
         return _q5_0(w, scales, high, tile, lane, word, word // 2, M6)
     else:

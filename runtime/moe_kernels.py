@@ -30,11 +30,11 @@ def expert_product(
     GATED: x has a row a token, and gelu(gate) * up goes to out, a row a pick, in `order`. Else x is such an out, and
     the product times the pick's share goes to out (picks as `chosen` has them, width).
     """
-    expert = tl.load(tile_map + 3 * tl.program_id(0))
+    row_tile = tl.program_id(0)
+    cut = tile_map + 3 * tl.program_id(1)
+    expert, first, last = tl.load(cut), tl.load(cut + 1), tl.load(cut + 2)
     if expert < 0:
         return
-    first, last = tl.load(tile_map + 3 * tl.program_id(0) + 1), tl.load(tile_map + 3 * tl.program_id(0) + 2)
-    row_tile = tl.program_id(1)
     slot = first + tl.arange(0, BLOCK_N)
     real = slot < last
     pick = tl.load(order + slot, real, other=0)
@@ -104,10 +104,10 @@ def map_tiles(bounds, tile_map, experts, tiles, BLOCK_N: tl.constexpr, EXPERTS: 
 
 
 @triton.jit
-def combine(parts, out, width, k, BLOCK: tl.constexpr):
+def combine(parts, out, width, K: tl.constexpr, BLOCK: tl.constexpr):
     """out (tokens, width) = the sum of each token's k parts, in float32 and always in the same order."""
     token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    for i in range(k):
-        total += tl.load(parts + (token * k + i) * width + column, column < width, other=0.0).to(tl.float32)
+    for i in tl.static_range(K):
+        total += tl.load(parts + (token * K + i) * width + column, column < width, other=0.0).to(tl.float32)
     tl.store(out + token * width + column, to_bfloat16(total), column < width)

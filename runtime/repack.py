@@ -10,7 +10,7 @@ row's and a column's number in its tile, highest first:
              8 bits: (m, n, w, r, t, a, b) words of (p, h)
             16 bits: (m, n, a, w, r, t, b, h) words of p
     scales   bfloat16: (m, w, r, t's first bits if it has blocks of its own) words of n; Q4_K: two words, scales and
-             rests; NF4: two words, absmax and what its rounding lost
+             rests; NF4: two words, absmax and what its rounding lost, unless that is nothing
              NVFP4: (w, r, t) words of (m, n): E4M3 codes as 8 * (exponent + 10) + mantissa, so that none is subnormal
     factors  float32 (E,): what the expert's products are multiplied with
 
@@ -40,8 +40,8 @@ _FOUR_BITS = "mwrtnapbh"
 _OFFSETS = {"q8_0": 128, "q6_k": 32, "q5_0": 16, "q4_k": 0}  # added to a code, so that it has no sign
 _CODE_EXPONENT = 133  # a code q is read as the bfloat16 q * 2^-133,
 _SCALE_EXPONENT = 104  # so scales, products of a half and at most 7 bits, are taken times 2^104: up to 2^127
+_PAIRS = {2: torch.int32, 4: torch.int64, 8: torch.complex128}  # of so many bytes each, moved as one
 _UNDONE = torch.tensor(2.0 ** (_CODE_EXPONENT - _SCALE_EXPONENT))
-NF4_STRETCH = 1.437005  # of all factors from 1 to 2 the one with which NF4's table loses least in bfloat16
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def tile(weight: Packed, gated: bool, name: str = "the weight") -> Tiles:
     """weight (E, rows, columns), repacked on its device. gated: its rows are the gate's and then the up's.
 
     Scales of ggml's schemes are rounded to bfloat16. Q4_K grows to 5 bits a weight, Q6_K to 9, NF4 with double
-    quantisation to 4.5. InputError naming the weight if it holds values that are not finite.
+    quantisation to 4.5; NF4 shrinks to 4.25 where that loses nothing. InputError naming the weight if it holds values
+    that are not finite.
     """
     experts, rows, columns = weight.shape
     unpack = _UNPACK.get(weight.scheme.name, _dense)
@@ -83,14 +84,20 @@ def tile(weight: Packed, gated: bool, name: str = "the weight") -> Tiles:
             to[start : start + step] = part
     codes, scales, high, factors = whole
     scheme = "bf16" if unpack is _dense else weight.scheme.name.removesuffix("_dq")
-    high = _nf4_table().to(high.device) if scheme == "nf4" else high
+    if scheme == "nf4":
+        high = _nf4_table().to(high.device)
+        if bool(scales[..., 1::2].any()):
+            scheme = "nf4_split"
+        else:  # as in bitsandbytes' own bytes of a bfloat16 weight: its largest value, exactly
+            scales = scales[..., ::2].contiguous()
     return Tiles(scheme, weight.shape, codes, scales, high, factors)
 
 
 def in_order(x: Tensor) -> Tensor:
     """x (n, columns) with its columns as the matrix instruction counts them, (a, b, h, t, p), and zeros behind."""
-    x = pad(x, (0, -x.shape[1] % COLUMNS))
-    return x.view(len(x), -1, 4, 4, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(len(x), -1)
+    x = pad(x, (0, -x.shape[1] % COLUMNS)).contiguous()
+    pairs = x.view(_PAIRS[x.itemsize]).view(len(x), -1, 4, 8)
+    return pairs.transpose(2, 3).reshape(len(x), -1).view(x.dtype)
 
 
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # of Tiles; factors that are not finite where the weight isn't
@@ -122,17 +129,16 @@ def _scale_codes() -> Tensor:
 def _nf4(weight: Packed, gated: bool) -> _Parts:
     assert isinstance(weight.scheme, NF4Scheme)
     codes = _pack_nibbles(_arrange(_rows(_nibbles(weight.parts[""], 1), gated), COLUMNS, _CODES["nf4"]))
-    absmax = weight.scheme.absmax(weight.parts) / NF4_STRETCH
-    high = absmax.bfloat16()
-    halves = (_arrange(_rows(half, gated), 1, "mwrtn") for half in (high, (absmax - high).bfloat16()))
-    scales = _words(torch.stack(tuple(halves), -2))
-    return codes, scales, _none(codes), _if_finite(absmax, torch.ones(len(absmax), device=absmax.device))
+    absmax = weight.scheme.absmax(weight.parts)
+    rounded = absmax.bfloat16()
+    halves = [_arrange(_rows(half, gated), 1, "mwrtn") for half in (rounded, (absmax - rounded).bfloat16())]
+    return codes, _words(torch.stack(halves, -2)), _none(codes), _if_finite(absmax, torch.ones_like(absmax[:, 0, 0]))
 
 
 @cache
 def _nf4_table() -> Tensor:
     """The table in bfloat16: four words of low bytes, four of high ones; once a thread, which keeps it in registers."""
-    entries = (QUANT_MAP * NF4_STRETCH).bfloat16().view(torch.uint8).view(16, 2)
+    entries = QUANT_MAP.bfloat16().view(torch.uint8).view(16, 2)
     return entries.t().contiguous().view(torch.int32).view(8, 1).repeat(1, 128)
 
 
@@ -142,13 +148,13 @@ def _ggml(weight: Packed, gated: bool) -> _Parts:
     integers, scales, minimums = weight.scheme.unpack(weight.parts)
     per_tile = COLUMNS // integers.shape[-1]
     finite = scales if minimums is None else scales + minimums
-    factors = _if_finite(finite, _UNDONE.expand(len(scales)).to(scales.device))
-    coded = scales.bfloat16()
-    packed = [_arrange(_rows((coded * 2.0**_SCALE_EXPONENT).squeeze(-1), gated), per_tile, "mwrtn")]
-    if minimums is not None:  # w = scale * (q - 8) + rest, the rest that fits best with the scale as it was rounded
-        rests = (scales * integers - minimums - coded.float() * (integers.float() - 8)).mean(-1)
-        rests = (rests * 2.0 ** (_SCALE_EXPONENT - _CODE_EXPONENT)).bfloat16()
-        packed.append(_arrange(_rows(rests, gated), per_tile, "mwrtn"))
+    factors = _if_finite(finite, _UNDONE.to(scales.device).expand(len(scales)))
+    rounded = (scales.bfloat16(),) if minimums is None else _scale_and_rest(integers, scales, minimums)
+    powers = 2.0**_SCALE_EXPONENT, 2.0 ** (_SCALE_EXPONENT - _CODE_EXPONENT)
+    packed = [
+        _arrange(_rows((part * power).squeeze(-1), gated), per_tile, "mwrtn")
+        for part, power in zip(rounded, powers, strict=False)
+    ]
     words = _words(torch.stack(packed, -2))
     codes = _rows((integers.to(torch.int16) + _OFFSETS[name]).to(torch.uint8).flatten(-2), gated)
     if name in ("q8_0", "q6_k"):
@@ -156,6 +162,20 @@ def _ggml(weight: Packed, gated: bool) -> _Parts:
     low = _pack_nibbles(_arrange(codes & 15, COLUMNS, _FOUR_BITS))
     high = _pack_bits(_arrange(codes >> 4, COLUMNS, "mwrtpnabh")) if name == "q5_0" else _none(words)
     return low, words, high, factors
+
+
+def _scale_and_rest(integers: Tensor, scales: Tensor, minimums: Tensor) -> tuple[Tensor, Tensor]:
+    """bfloat16 scale and rest of a block: scale * (q - 8) + rest, rounded, is near scales * q - minimums. Three scales
+    are tried, each with the rest that fits best."""
+    exact, centred = scales * integers - minimums, integers.float() - 8
+    best = scale = rest = torch.full_like(scales, torch.inf)
+    for nudge in (0.0, -(2.0**-8), 2.0**-8):
+        tried = (scales * (1 + nudge)).bfloat16().float()
+        fitting = (exact - tried * centred).mean(-1, keepdim=True).bfloat16().float()
+        loss = (torch.addcmul(fitting, tried, centred).bfloat16() - exact).square().sum(-1, keepdim=True)
+        better = loss < best
+        best, scale, rest = (torch.where(better, *pair) for pair in ((loss, best), (tried, scale), (fitting, rest)))
+    return scale.bfloat16(), rest.bfloat16()
 
 
 _UNPACK: dict[str, Callable[[Packed, bool], _Parts]] = {"nvfp4": _nvfp4, "nf4": _nf4, "nf4_dq": _nf4}
@@ -178,7 +198,8 @@ def _rows(part: Tensor, gated: bool) -> Tensor:
     both = part.unflatten(1, (2, -1))
     both = pad(both, (0, 0, 0, -both.shape[2] % COLUMNS))
     order = in_order(torch.arange(both.shape[2], device=part.device)[None])[0]
-    return both[:, :, order].unflatten(2, (-1, 8)).transpose(1, 2).flatten(1, 3)
+    whole: Tensor = both[:, :, order].unflatten(2, (-1, 8)).transpose(1, 2).flatten(1, 3)
+    return whole
 
 
 def _arrange(part: Tensor, per_tile: int, axes: str) -> Tensor:
