@@ -146,6 +146,9 @@ def test_each_weight(scheme: str) -> None:
     weight = torch.stack([block(kind, 33, columns, torch.Generator().manual_seed(4)) for kind in kinds])
     weight[kinds.index("tiny")] *= 1 if scheme in ("bf16", "nvfp4", "nf4") else 1e26  # what a half holds
     down = Packed(SCHEMES[scheme], tuple(weight.shape), SCHEMES[scheme].quantize(weight.to(DEVICE)))
+    if scheme == "nvfp4":  # every scale there is, 0 and subnormal ones too
+        codes = torch.arange(132, dtype=torch.uint8, device=DEVICE).view(33, 4)
+        down.parts["weight_scale"].view(torch.uint8)[0] = torch.where(codes < 127, codes, 0)
     chosen = torch.arange(len(kinds), device=DEVICE).repeat_interleave(columns)[:, None]
     units = torch.eye(columns, device=DEVICE).bfloat16().repeat(len(kinds), 1)
     picks = moe.sort(chosen, len(kinds))
