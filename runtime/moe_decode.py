@@ -17,11 +17,9 @@ a 32-bit word, decoded together as two bfloat16:
     nvfp4          sign to bit 15, the rest to bits 8 to 6: the bits of w * 2^-126; times a scale's code
     nf4            bytes of the table's 16 entries by permute instructions, times the block's absmax
 
-NVFP4's weights are exact, the others are rounded once, their scales were before (but not NF4's). The powers of two go
-into the float32 factor of an expert.
+NVFP4's weights are exact; the others are rounded, as ggml's scales and NF4's table were before. The powers of two go
+into the float32 factor of an expert. Where Triton interprets, on a CPU, assembly and bfloat16 arithmetic are spelt out.
 """
-
-# Triton interprets these functions on a CPU, where assembly and arithmetic of bfloat16 are spelt out.
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _nvfp4(weight: Packed, gated: bool) -> _Parts:
     packed = _pack_nibbles(_arrange(_rows(codes, gated), COLUMNS, _FOUR_BITS))
     packed_scales = _words(_arrange(_rows(scale_codes, gated), 4, "wrtmn"))
     factors = weight.parts["weight_scale_2"][:, 0, 0] * 256
-    return packed, packed_scales, _none(packed), _if_finite(scales.float(), factors)
+    return packed, packed_scales, _none(packed), _if_finite(scales.float().sqrt(), factors)  # nor negative
 
 
 @cache

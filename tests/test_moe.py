@@ -161,15 +161,22 @@ def test_each_weight(scheme: str) -> None:
     assert bool(((found - exact).abs() <= largest * 2**-6).all())
 
 
-@pytest.mark.parametrize("scheme", ["nvfp4", "nf4", "q4_k", "q8_0", "bf16"])
-def test_damage_is_found_when_repacking(scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("scheme", "value"),
+    [
+        ("nvfp4", torch.nan),
+        ("nvfp4", -1.0),
+        ("nf4", torch.inf),
+        ("q4_k", torch.inf),
+        ("q8_0", torch.nan),
+        ("bf16", torch.inf),
+    ],
+)
+def test_damage_is_found_when_repacking(scheme: str, value: float) -> None:
+    """What no quantiser writes as a scale, or as a weight."""
     weight = packed(scheme, 2, 64, 256)
-    suffix = {"nvfp4": "weight_scale", "nf4": "absmax"}.get(scheme, "")
-    part = weight.parts[suffix]
-    if scheme[0] == "q":
-        part[1, 3, :2] = torch.tensor([0, 0x7C], device=DEVICE)  # a half's infinity
-    else:
-        part[1, 3, 0] = float("nan")
+    part = weight.parts[{"nvfp4": "weight_scale", "nf4": "absmax"}.get(scheme, "")]
+    (part.view(torch.float16) if scheme[0] == "q" else part)[1, 3, 0] = value
     with pytest.raises(InputError, match=r"layer 7 holds values that are not finite"):
         tile(weight, False, "layer 7")
 
