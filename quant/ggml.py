@@ -61,38 +61,41 @@ def _f16(block_bytes: torch.Tensor) -> torch.Tensor:
     return block_bytes.contiguous().view(torch.float16).float()
 
 
-def _decode_q8_0(b: torch.Tensor) -> torch.Tensor:
-    return _f16(b[..., :2]) * b[..., 2:].view(torch.int8)
+Unpacked = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Blocks taken apart: integers (…, groups, weights of a group), float32 scales (…, groups, 1), and minimums likewise or
+None: w = scale * integer - minimum."""
 
 
-def _decode_q5_0(b: torch.Tensor) -> torch.Tensor:
-    qh, qs = b[..., 2:6], b[..., 6:]
+def _unpack_q8_0(b: torch.Tensor) -> Unpacked:
+    return b[..., None, 2:].view(torch.int8), _f16(b[..., None, :2]), None
+
+
+def _unpack_q5_0(b: torch.Tensor) -> Unpacked:
+    qh, qs = b[..., None, 2:6], b[..., None, 6:]
     shifts = torch.arange(8, dtype=torch.uint8, device=b.device)
     high = ((qh.unsqueeze(-1) >> shifts) & 1).flatten(-2) << 4  # bit j of the 32-bit word, as 0 or 16
     q = torch.cat((qs & 15, qs >> 4), -1) | high
-    return (q.to(torch.int8) - 16) * _f16(b[..., :2])
+    return q.to(torch.int8) - 16, _f16(b[..., None, :2]), None
 
 
-def _decode_q4_k(b: torch.Tensor) -> torch.Tensor:
+def _unpack_q4_k(b: torch.Tensor) -> Unpacked:
     s = b[..., 4:16]
     low, mid, high = s[..., 0:4], s[..., 4:8], s[..., 8:12]
     scale = torch.cat((low & 63, (high & 15) | ((low >> 6) << 4)), -1)
     minimum = torch.cat((mid & 63, (high >> 4) | ((mid >> 6) << 4)), -1)
     qs = b[..., 16:].unflatten(-1, (4, 1, 32))
     q = torch.cat((qs & 15, qs >> 4), -2).flatten(-3, -2)  # (…, 8, 32)
-    scaled = (_f16(b[..., 0:2]) * scale).unsqueeze(-1) * q
-    return (scaled - (_f16(b[..., 2:4]) * minimum).unsqueeze(-1)).flatten(-2)
+    return q, (_f16(b[..., 0:2]) * scale).unsqueeze(-1), (_f16(b[..., 2:4]) * minimum).unsqueeze(-1)
 
 
-def _decode_q6_k(b: torch.Tensor) -> torch.Tensor:
+def _unpack_q6_k(b: torch.Tensor) -> Unpacked:
     ql = b[..., :128].unflatten(-1, (2, 2, 32))  # half, k % 2, l
     qh = b[..., 128:192].unflatten(-1, (2, 1, 32))
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=b.device).unsqueeze(-1)
     high = ((qh >> shifts) & 3) << 4  # half, k, l
     q = (torch.cat((ql & 15, ql >> 4), -2) | high).to(torch.int8) - 32
     scale = _f16(b[..., 208:210]) * b[..., 192:208].view(torch.int8)
-    values: torch.Tensor = scale.unsqueeze(-1) * q.flatten(-3).unflatten(-1, (16, 16))
-    return values.flatten(-2)
+    return q.flatten(-3).unflatten(-1, (16, 16)), scale.unsqueeze(-1), None
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class GGMLScheme:
     type_id: int  # enum ggml_type
     block: int
     block_bytes: int
-    decode: Callable[[torch.Tensor], torch.Tensor]  # uint8 (…, block_bytes) -> float32 (…, block)
+    take_apart: Callable[[torch.Tensor], Unpacked]  # uint8 (…, block_bytes)
     max_abs: float = 65504.0  # a block's scale is a half; beyond it ggml writes infinities, or zeros without a word
     shared: frozenset[str] = frozenset()
 
@@ -153,11 +156,17 @@ class GGMLScheme:
 
     def dequantize(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """uint8 (…, bytes of a row) -> (…, in); float32 arithmetic in ggml's order, then one cast."""
-        blocks = parts[""].unflatten(-1, (-1, self.block_bytes))
-        return self.decode(blocks).flatten(-2).to(dtype)
+        integers, scales, minimums = self.unpack(parts)
+        values = scales * integers
+        return (values if minimums is None else values - minimums).flatten(-2).to(dtype)
+
+    def unpack(self, parts: Mapping[str, torch.Tensor]) -> Unpacked:
+        """uint8 (…, bytes of a row) -> integers, scales and minimums, all groups of a row along one axis."""
+        integers, scales, minimums = self.take_apart(parts[""].unflatten(-1, (-1, self.block_bytes)))
+        return integers.flatten(-3, -2), scales.flatten(-3, -2), None if minimums is None else minimums.flatten(-3, -2)
 
 
-Q4_K = GGMLScheme("q4_k", 12, 256, 144, _decode_q4_k)
-Q5_0 = GGMLScheme("q5_0", 6, 32, 22, _decode_q5_0)
-Q6_K = GGMLScheme("q6_k", 14, 256, 210, _decode_q6_k)
-Q8_0 = GGMLScheme("q8_0", 8, 32, 34, _decode_q8_0)
+Q4_K = GGMLScheme("q4_k", 12, 256, 144, _unpack_q4_k)
+Q5_0 = GGMLScheme("q5_0", 6, 32, 22, _unpack_q5_0)
+Q6_K = GGMLScheme("q6_k", 14, 256, 210, _unpack_q6_k)
+Q8_0 = GGMLScheme("q8_0", 8, 32, 34, _unpack_q8_0)

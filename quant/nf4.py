@@ -135,10 +135,11 @@ class NF4Scheme:
         packed = parts[""]
         codes = torch.stack((packed >> 4, packed & 15), -1).flatten(-2)
         values = QUANT_MAP.to(packed.device)[codes.int()].unflatten(-1, (-1, BLOCK))
-        weight: torch.Tensor = values * self._absmax(parts).unsqueeze(-1)
+        weight: torch.Tensor = values * self.absmax(parts).unsqueeze(-1)
         return weight.flatten(-2).to(dtype)
 
-    def _absmax(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def absmax(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The blocks' absmax, float32 (…, in / 64)."""
         absmax = parts["absmax"]
         if not self.double:
             return absmax

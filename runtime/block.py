@@ -20,6 +20,7 @@ from dgq.runtime.cache import Cache
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.layers import STEADY_ROWS, Observer, experts, gated_mlp, linear, rms_norm
 from dgq.runtime.names import DECODER
+from dgq.runtime.repack import Tiles
 
 
 class Keys(Protocol):
@@ -30,7 +31,8 @@ class Keys(Protocol):
 
 
 class Layer:
-    """Layer `index` of the model. weights: the layer's tensors by their name below "layers.N."; observe: see Model."""
+    """Layer `index` of the model. weights: the layer's tensors by their name below "layers.N."; observe: see Model;
+    routed: gate_up and down of the experts, where they were repacked for the kernels."""
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class Layer:
         weights: Mapping[str, Packed],
         dtype: torch.dtype,
         observe: Observer | None = None,
+        routed: tuple[Tiles, Tiles] | None = None,
     ) -> None:
         self.index, self.shape = index, config.layers[index]
         self._observe = observe
@@ -46,6 +49,7 @@ class Layer:
         self._weights = weights
         self._norms = {name: w.dequantize(torch.float32) for name, w in weights.items() if "norm" in name}
         self._dense = (weights["mlp.gate_proj.weight"], weights["mlp.up_proj.weight"], weights["mlp.down_proj.weight"])
+        self._routed = routed or (weights["experts.gate_up_proj"], weights["experts.down_proj"])
         self._router_scale = weights["router.scale"].dequantize(dtype)
         self._per_expert_scale = weights["router.per_expert_scale"].dequantize(dtype)
 
@@ -93,9 +97,9 @@ class Layer:
     def _experts(self, x: Tensor, least: int) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         chosen, share = self._route(rows)
-        gate_up, down = self._weights["experts.gate_up_proj"], self._weights["experts.down_proj"]
         watch = self._observer("experts.")
         rows = self._norm(rows, "pre_feedforward_layernorm_2")
+        gate_up, down = self._routed
         return experts(rows, chosen, share, gate_up, down, watch, least).view_as(x)
 
     def _observer(self, part: str = "") -> Observer | None:

@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from dgq.quant.nvfp4 import round_activations
 from dgq.quant.types import Packed
+from dgq.runtime.repack import Tiles
 
 # Elements decoded at once: 268 MB in float32, 16 experts of the 26B. Large enough that a small model is one piece.
 DECODE_BUDGET = 1 << 26
@@ -118,8 +119,8 @@ def experts(
     x: Tensor,
     chosen: Tensor,
     share: Tensor,
-    gate_up: Packed,
-    down: Packed,
+    gate_up: Packed | Tiles,
+    down: Packed | Tiles,
     observe: Observer | None = None,
     least: int = 1,
 ) -> Tensor:
@@ -130,7 +131,14 @@ def experts(
     as transformers orders them (rank in `chosen`, then token): deterministic, and in float32 on a CPU its very bits,
     without which a near-tie in a later router flips sooner or later and the generated tokens part. least: rows that a
     product is filled up to; with STEADY_ROWS a token's bits do not depend on the tokens beside it either.
+
+    Weights that repack.tile() prepared go through moe.experts instead: fast, and no bits promised.
     """
+    if isinstance(gate_up, Tiles) or isinstance(down, Tiles):
+        from dgq.runtime import moe  # needs Triton
+
+        assert isinstance(gate_up, Tiles) and isinstance(down, Tiles) and observe is None
+        return moe.experts(x, chosen, share, gate_up, down)
     tokens, k = chosen.shape
     picks = chosen.t().flatten()
     order = picks.argsort(stable=True)

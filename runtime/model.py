@@ -12,6 +12,7 @@ The weights are any mapping canonical name -> Packed, so a BF16 checkpoint, a .g
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import NoReturn
 
 import torch
@@ -26,6 +27,7 @@ from dgq.runtime.cache import Cache
 from dgq.runtime.config import LayerConfig, ModelConfig
 from dgq.runtime.layers import Observer, embed, gated_mlp, head, rms_norm, soft_embed
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER, VISION, check_tensors, expected_tensors
+from dgq.runtime.repack import Tiles, tile
 
 # Models whose weights, decoded, stay below this many bytes are decoded once instead of at every use. The 26B is far
 # above on any machine, the small models that tests and first tries run on are far below.
@@ -38,7 +40,8 @@ class Model:
     """DiffusionGemma's text model on one device.
 
     dtype: of activations, and what weights are decoded to; float32 on CPU and bfloat16 elsewhere unless given.
-    Norms, softmaxes, the router's probabilities and logits are float32 in any case.
+    Norms, softmaxes, the router's probabilities and logits are float32 in any case. In bfloat16 on a GPU the routed
+    experts are repacked for moe.py's kernels, unless something looks at their products: observe, or activations.
     """
 
     def __init__(
@@ -64,9 +67,13 @@ class Model:
         self.config, self._source = config, source
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        self.weights = self._load(weights, keep_decoded, activations)
+        kernels = self.device.type == "cuda" and self.dtype == torch.bfloat16 and not activations and observe is None
+        self._tiles: dict[str, Tiles] = {}
+        self.weights = self._load(weights, keep_decoded, activations, kernels)
         layers = range(len(config.layers))
-        self.layers = [Layer(config, i, self._below(f"{DECODER}layers.{i}."), self.dtype, observe) for i in layers]
+        self.layers = [
+            Layer(config, i, self._below(f"{DECODER}layers.{i}."), self.dtype, observe, self._routed(i)) for i in layers
+        ]
         self._decoder_scalars = [self._vector(f"{DECODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
         self._encoder_scalars = [self._vector(f"{ENCODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
         self._final_norm = self._vector(DECODER + "norm.weight", torch.float32)
@@ -151,14 +158,23 @@ class Model:
         """A sliding and a full layer: all of a kind share one mask."""
         return list({layer.is_sliding: (i, layer) for i, layer in enumerate(self.config.layers)}.values())
 
-    def _load(self, weights: Mapping[str, Packed], keep_decoded: int, activations: str | None) -> dict[str, Packed]:
+    def _load(
+        self, weights: Mapping[str, Packed], keep_decoded: int, activations: str | None, kernels: bool
+    ) -> dict[str, Packed]:
+        """All weights but the experts that go to self._tiles, for the kernels."""
+        if kernels and find_spec("triton") is None:
+            raise InputError("bfloat16 on a GPU needs Triton: pip install triton, or use --dtype fp32")
         shapes = expected_tensors(self.config)
         loaded: dict[str, Packed] = {}
         for name, shape in shapes.items():
             weight = weights[name]
             check_tensors({name: weight.shape}, {name: shape}, self._source)
             kept = {k: v for k, v in weight.parts.items() if k != "input_scale" or activations}
-            loaded[name] = Packed(weight.scheme, weight.shape, kept).to(self.device)
+            moved = Packed(weight.scheme, weight.shape, kept).to(self.device)
+            if kernels and ".experts." in name:
+                self._tiles[name] = tile(moved, name.endswith("gate_up_proj"), f"{self._source}: {name}")
+            else:
+                loaded[name] = moved
         if activations and not any("input_scale" in weight.parts for weight in loaded.values()):
             raise InputError(f"{self._source}: holds no input scales, which --activations {activations} needs (W4A4)")
         elements = sum(weight.numel for weight in loaded.values())
@@ -173,6 +189,12 @@ class Model:
 
     def _below(self, prefix: str) -> dict[str, Packed]:
         return {name[len(prefix) :]: weight for name, weight in self.weights.items() if name.startswith(prefix)}
+
+    def _routed(self, index: int) -> tuple[Tiles, Tiles] | None:
+        """Layer `index`'s experts if they were loaded for the kernels."""
+        prefix = f"{DECODER}layers.{index}.experts."
+        gate_up, down = self._tiles.get(prefix + "gate_up_proj"), self._tiles.get(prefix + "down_proj")
+        return None if gate_up is None or down is None else (gate_up, down)
 
     def _vector(self, name: str, dtype: torch.dtype) -> Tensor:
         return self.weights[name].dequantize(dtype)
