@@ -28,9 +28,7 @@ from dgq.quant.grids import Grid, grid_of
 from dgq.quant.types import Scheme
 
 DAMP = 0.02
-SWEEPS = 0
 ROW_GROUPS = 16
-LAZY = 64  # columns between two products with the whole matrix
 
 
 def feedback(
@@ -39,15 +37,14 @@ def feedback(
     scheme: Scheme,
     outputs: Tensor | None = None,
     damp: float = DAMP,
-    sweeps: int = SWEEPS,
 ) -> dict[str, Tensor]:
     """weight (B, rows, in) float32 and hessian H (B or 1, in, in) float32, of E experts or one matrix -> parts.
 
     outputs: G (B or 1, rows, rows) float32; None: every row for itself. damp: of the mean power, added to every
-    column's and row's; sweeps: of going over the codes again at the end.
+    column's and row's.
     """
     grid = grid_of(scheme, weight)
-    columns = _Columns(hessian, grid, damp, sweeps, len(weight))
+    columns = _Columns(hessian, grid, damp, len(weight))
     if outputs is None:
         return columns.rounded(weight)
     number = weight.shape[1]
@@ -71,56 +68,28 @@ def feedback(
 class _Columns:
     """Rounding of rows column after column: what all rows have in common."""
 
-    def __init__(self, hessian: Tensor, grid: Grid, damp: float, sweeps: int, count: int) -> None:
+    def __init__(self, hessian: Tensor, grid: Grid, damp: float, count: int) -> None:
         order = _order(hessian.diagonal(dim1=-2, dim2=-1), grid)
-        h = _damped(hessian, order, damp)
-        factor = _inverse_factor(h)
-        self._order, self._h, self._factor = (t.expand(count, *t.shape[1:]) for t in (order, h, factor))
+        factor = _inverse_factor(_damped(hessian, order, damp))
+        self._order, self._factor = (t.expand(count, *t.shape[1:]) for t in (order, factor))
         self._cost = factor.diagonal(dim1=-2, dim2=-1).pow(-2).unsqueeze(1)
-        self._grid, self._sweeps = grid, sweeps
+        self._grid = grid
 
     def rounded(self, weight: Tensor) -> dict[str, Tensor]:
         """weight (B, rows, in) -> parts."""
         grid, factor = self._grid, self._factor
-        wanted = weight.gather(-1, self._order.unsqueeze(1).expand_as(weight))
-        w = wanted.clone()
-        states: list[Any] = []
+        w = weight.gather(-1, self._order.unsqueeze(1).expand_as(weight))
         chosen: list[_Rounded] = []
         for start in range(0, w.shape[-1], grid.block):
             whole = slice(start, start + grid.block)
             state = grid.open(w[..., whole], self._cost[..., whole])
-            states.append(state)
             for number, first in enumerate(range(start, start + grid.block, grid.sub)):
                 own, rest = slice(first, first + grid.sub), slice(first + grid.sub, None)
                 found = _round(w[..., own], self._cost[..., own], grid, state, number, factor[:, own, own])
                 chosen.append(found)
                 w[..., rest].baddbmm_(found.error, factor[:, own, rest], alpha=-1)
         codes = torch.cat([found.codes for found in chosen], -1)
-        scale, low = (torch.stack([getattr(found, part) for found in chosen], -1) for part in ("scale", "low"))
-        for _ in range(self._sweeps):
-            _polish(codes, wanted, self._h, grid, scale, low)
-        return _packed(grid, codes, states, [found.notes for found in chosen], self._order)
-
-
-def _polish(codes: Tensor, wanted: Tensor, h: Tensor, grid: Grid, scale: Tensor, low: Tensor) -> None:
-    """Each column once more to the level that is best for all the others as they are now (coordinate descent)."""
-    bounds = _bounds(grid.levels)
-    inverse = _inverse(scale)
-    power = h.diagonal(dim1=-2, dim2=-1).unsqueeze(1)
-    value = grid.levels[codes.int()] * scale.repeat_interleave(grid.sub, -1) + low.repeat_interleave(grid.sub, -1)
-    for start in range(0, codes.shape[-1], LAZY):
-        own = slice(start, min(start + LAZY, codes.shape[-1]))
-        slope = (value - wanted) @ h[:, :, own]
-        moved = torch.zeros_like(slope)
-        for i in range(slope.shape[-1]):
-            j, s = start + i, (start + i) // grid.sub
-            now = slope[..., i] + (moved[..., :i] @ h[:, own.start : own.start + i, j].unsqueeze(-1)).squeeze(-1)
-            best = value[..., j] - now / power[..., j]
-            code = torch.bucketize((best - low[..., s]) * inverse[..., s], bounds)
-            new = grid.levels[code] * scale[..., s] + low[..., s]
-            codes[..., j] = code.to(torch.uint8)
-            moved[..., i] = new - value[..., j]
-            value[..., j] = new
+        return _packed(grid, codes, [found.notes for found in chosen], self._order)
 
 
 def search(weight: Tensor, importance: Tensor | None, scheme: Scheme) -> dict[str, Tensor]:
@@ -128,18 +97,16 @@ def search(weight: Tensor, importance: Tensor | None, scheme: Scheme) -> dict[st
     importance (B or 1, in) float32 or None -> parts."""
     grid = grid_of(scheme, weight)
     cost = torch.ones_like(weight[:1, :1]) if importance is None else importance.unsqueeze(1)
-    states: list[Any] = []
     chosen: list[_Rounded] = []
     for start in range(0, weight.shape[-1], grid.block):
         whole = slice(start, start + grid.block)
         state = grid.open(weight[..., whole], cost[..., whole])
-        states.append(state)
         for number, first in enumerate(range(start, start + grid.block, grid.sub)):
             own = slice(first, first + grid.sub)
             chosen.append(_round(weight[..., own], cost[..., own], grid, state, number, None))
     codes = torch.cat([found.codes for found in chosen], -1)
     notes = zip(*(found.notes for found in chosen), strict=True)
-    return grid.pack(codes, states, [torch.stack(kind, -1) for kind in notes])
+    return grid.pack(codes, [torch.stack(kind, -1) for kind in notes])
 
 
 def by_matrix(quantise: Callable[[Tensor], dict[str, Tensor]], weight: Tensor) -> dict[str, Tensor]:
@@ -180,12 +147,10 @@ def _inverse_factor(h: Tensor) -> Tensor:
 
 
 class _Rounded(NamedTuple):
-    """What became of some columns: codes uint8 and errors (B, rows, sub), scale and low and notes (B, rows)."""
+    """What became of some columns: codes uint8 and errors (B, rows, sub), notes (B, rows)."""
 
     codes: Tensor
     error: Tensor
-    scale: Tensor
-    low: Tensor
     notes: tuple[Tensor, ...]
 
 
@@ -204,11 +169,7 @@ def _round(x: Tensor, cost: Tensor, grid: Grid, state: Any, number: int, factor:
     else:
         codes, error, best = _one_by_one(x, scale, low, factor, grid.levels)
 
-    def of(values: Tensor) -> Tensor:
-        found: Tensor = values.gather(0, best.unsqueeze(0))[0]
-        return found
-
-    return _Rounded(codes, error, of(scale), of(low), tuple(map(of, notes)))
+    return _Rounded(codes, error, tuple(note.gather(0, best.unsqueeze(0))[0] for note in notes))
 
 
 def _each_alone(x: Tensor, scale: Tensor, low: Tensor, cost: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,24 +209,14 @@ def _inverse(scale: Tensor) -> Tensor:
     return inverse
 
 
-def _packed(
-    grid: Grid, codes: Tensor, states: list[Any], notes: list[tuple[Tensor, ...]], order: Tensor
-) -> dict[str, Tensor]:
+def _packed(grid: Grid, codes: Tensor, notes: list[tuple[Tensor, ...]], order: Tensor) -> dict[str, Tensor]:
     """Back into the row's order, and into parts."""
     natural = torch.empty_like(codes).scatter_(-1, order.unsqueeze(1).expand_as(codes), codes)
     blocks = (order[:, :: grid.block] // grid.block).argsort(-1)  # where each block went
-    number = blocks.shape[-1]
 
     def back(values: Tensor) -> Tensor:  # (B, rows, in / sub) by block
-        by_block = values.unflatten(-1, (number, -1))
+        by_block = values.unflatten(-1, (blocks.shape[-1], -1))
         found: Tensor = by_block.gather(2, blocks[:, None, :, None].expand_as(by_block)).flatten(2)
         return found
 
-    stacked = [back(torch.stack(kind, -1)) for kind in zip(*notes, strict=True)]
-    kinds: list[Any] = states
-    if states[0] is not None:
-        several = isinstance(states[0], tuple)
-        columns = list(zip(*states, strict=True)) if several else [states]
-        turned = [back(torch.stack(column, -1)).unbind(-1) for column in columns]
-        kinds = list(zip(*turned, strict=True)) if several else list(turned[0])
-    return grid.pack(natural, kinds, stacked)
+    return grid.pack(natural, [back(torch.stack(kind, -1)) for kind in zip(*notes, strict=True)])

@@ -37,8 +37,8 @@ class Grid(Protocol):
     levels: Tensor
 
     def open(self, x: Tensor, cost: Tensor) -> Any:
-        """x (B, rows, block) -> what scales() and pack() need of the block. cost (B, 1, block): of a squared error in
-        each column."""
+        """x (B, rows, block) -> what scales() needs of the block. cost (B, 1, block): of a squared error in each
+        column."""
         ...
 
     def scales(
@@ -48,8 +48,8 @@ class Grid(Protocol):
         and each candidate's notes (C, B, rows), which pack() gets back."""
         ...
 
-    def pack(self, codes: Tensor, states: list[Any], notes: list[Tensor]) -> dict[str, Tensor]:
-        """codes uint8 (B, rows, in); states of the blocks; notes (B, rows, in / sub); in the row's order -> parts."""
+    def pack(self, codes: Tensor, notes: list[Tensor]) -> dict[str, Tensor]:
+        """codes uint8 (B, rows, in) and notes (B, rows, in / sub), in the row's order -> parts."""
         ...
 
 
@@ -77,7 +77,7 @@ class NVFP4Grid:
         codes = torch.stack([(code + offset).clamp(1, 126) for offset in self.offsets])
         return self._e4m3[codes] * self.scale_2, None, (codes,)
 
-    def pack(self, codes: Tensor, states: list[Any], notes: list[Tensor]) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, notes: list[Tensor]) -> dict[str, Tensor]:
         signed = codes.int() - 7
         code = (signed.abs() + 8 * (signed < 0)).to(torch.uint8)
         scales = notes[0].to(torch.uint8).view(torch.float8_e4m3fn)
@@ -100,7 +100,7 @@ class NF4Grid:
         candidates = torch.stack([absmax * factor for factor in self.factors])
         return candidates, None, (candidates,)
 
-    def pack(self, codes: Tensor, states: list[Any], notes: list[Tensor]) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, notes: list[Tensor]) -> dict[str, Tensor]:
         return {"": codes[..., ::2] << 4 | codes[..., 1::2], "absmax": notes[0]}
 
 
@@ -123,7 +123,7 @@ class _Simple:
         d = torch.stack([step * factor for factor in self.factors]).half().float()
         return d, None, (d,)
 
-    def pack(self, codes: Tensor, states: list[Any], notes: list[Tensor]) -> dict[str, Tensor]:
+    def pack(self, codes: Tensor, notes: list[Tensor]) -> dict[str, Tensor]:
         shape = (*codes.shape[:-1], -1)
         d = notes[0].half().reshape(-1, 1)
         return {"": self._bytes(d, codes.reshape(-1, 32)).reshape(shape)}
@@ -156,24 +156,23 @@ class Q6KGrid:
     def __init__(self, weight: Tensor) -> None:
         self.levels = torch.arange(-32, 32, dtype=torch.float32, device=weight.device)
 
-    def open(self, x: Tensor, cost: Tensor) -> Tensor:
-        """d (B, rows)."""
-        best = self._ideal(x.unflatten(-1, (16, 16)), cost.expand_as(x).unflatten(-1, (16, 16)))
+    def open(self, x: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
+        """d (B, rows), and what ggml would make of each 16 as it is now: codes (B, rows, 16)."""
+        flat, weights = (v.reshape(-1, 16).t().contiguous() for v in (x, cost.expand_as(x)))
+        best = make_qx_quants(32, flat, weights)[0].view(*x.shape[:-1], 16)
         largest = best.gather(-1, best.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        return (largest / -128).half().float()
+        d = (largest / -128).half().float()
+        return d, (best * _inverse(d).unsqueeze(-1)).round()
 
-    def scales(self, x: Tensor, cost: Tensor, state: Tensor, number: int) -> tuple[Tensor, None, tuple[Tensor, ...]]:
-        near = (self._ideal(x, cost.expand_as(x)) * _inverse(state)).round()
-        codes = torch.stack([(near + offset).clamp(-128, 127) for offset in self.offsets])
-        return codes * state, None, (codes,)
+    def scales(
+        self, x: Tensor, cost: Tensor, state: tuple[Tensor, Tensor], number: int
+    ) -> tuple[Tensor, None, tuple[Tensor, ...]]:
+        d, near = state
+        codes = torch.stack([(near[..., number] + offset).clamp(-128, 127) for offset in self.offsets])
+        return codes * d, None, (codes, d.expand_as(codes))
 
-    @staticmethod
-    def _ideal(x: Tensor, cost: Tensor) -> Tensor:
-        scale, _ = make_qx_quants(32, x.reshape(-1, 16).t().contiguous(), cost.reshape(-1, 16).t().contiguous())
-        return scale.view(x.shape[:-1])
-
-    def pack(self, codes: Tensor, states: list[Any], notes: list[Tensor]) -> dict[str, Tensor]:
-        d = torch.stack(states, -1).half().reshape(-1, 1)
+    def pack(self, codes: Tensor, notes: list[Tensor]) -> dict[str, Tensor]:
+        d = notes[1][..., ::16].half().reshape(-1, 1)
         packed = pack_q6_k(d, notes[0].int().reshape(-1, 16), codes.int().reshape(-1, 256))
         return {"": packed.reshape(*codes.shape[:-1], -1)}
 
@@ -185,31 +184,27 @@ class Q4KGrid:
     def __init__(self, weight: Tensor) -> None:
         self.levels = torch.arange(16, dtype=torch.float32, device=weight.device)
 
-    def open(self, x: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
-        """d and dmin (B, rows)."""
-        scale, low = self._ideal(x.unflatten(-1, (8, 32)), cost.expand_as(x).unflatten(-1, (8, 32)))
+    def open(self, x: Tensor, cost: Tensor) -> tuple[Tensor, ...]:
+        """d and dmin (B, rows), and what ggml would make of each 32 as it is now: scales and mins (B, rows, 8)."""
+        flat, weights = (v.reshape(-1, 32).t().contiguous() for v in (x, cost.expand_as(x)))
+        found = make_qkx_quants(15, flat, weights, -0.9, 0.05, 36)[:2]
+        scale, low = (v.view(*x.shape[:-1], 8) for v in found)
         d, dmin = ((v.amax(-1).clamp(min=0) / 63).half().float() for v in (scale, low))
-        return d, dmin
+        near = ((v * _inverse(by).unsqueeze(-1)).round() for v, by in ((scale, d), (low, dmin)))
+        return d, dmin, *near
 
     def scales(
-        self, x: Tensor, cost: Tensor, state: tuple[Tensor, Tensor], number: int
+        self, x: Tensor, cost: Tensor, state: tuple[Tensor, ...], number: int
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        (d, dmin), (scale, low) = state, self._ideal(x, cost.expand_as(x))
-        sc, m = (scale * _inverse(d)).round(), (low * _inverse(dmin)).round()
+        d, dmin, sc, m = state
+        sc, m = sc[..., number], m[..., number]
         scs = torch.stack([(sc + a).clamp(0, 63) for a in self.around for _ in self.around])
         ms = torch.stack([(m + b).clamp(0, 63) for _ in self.around for b in self.around])
-        return scs * d, -(ms * dmin), (scs, ms)
+        return scs * d, -(ms * dmin), (scs, ms, d.expand_as(scs), dmin.expand_as(ms))
 
-    @staticmethod
-    def _ideal(x: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and minus low of each 32: (…, 32) -> (…)."""
-        flat, weights = x.reshape(-1, 32).t().contiguous(), cost.reshape(-1, 32).t().contiguous()
-        scale, low, _ = make_qkx_quants(15, flat, weights, -0.9, 0.05, 36)
-        return scale.view(x.shape[:-1]), low.view(x.shape[:-1])
-
-    def pack(self, codes: Tensor, states: list[Any], notes: list[Tensor]) -> dict[str, Tensor]:
-        d, dmin = (torch.stack([state[i] for state in states], -1).half().reshape(-1, 1) for i in (0, 1))
-        sc, m = (note.int().reshape(-1, 8) for note in notes)
+    def pack(self, codes: Tensor, notes: list[Tensor]) -> dict[str, Tensor]:
+        sc, m = (note.int().reshape(-1, 8) for note in notes[:2])
+        d, dmin = (note[..., ::8].half().reshape(-1, 1) for note in notes[2:])
         packed = pack_q4_k(d, dmin, sc, m, codes.int().reshape(-1, 256))
         return {"": packed.reshape(*codes.shape[:-1], -1)}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import gguf
 import numpy as np
 import pytest
@@ -37,19 +35,19 @@ def test_every_step_loses_less(name: str) -> None:
     plain = torch.eye(weight.shape[-1]).expand_as(hessian)
     stock = scheme.quantize(weight)
     searched, weighted = search(weight, None, scheme), search(weight, hessian.diagonal(dim1=1, dim2=2), scheme)
-    once, done = (feedback(weight, hessian, scheme, sweeps=sweeps) for sweeps in (0, 2))
+    done = feedback(weight, hessian, scheme)
     assert _loss(scheme, searched, weight, plain) <= _loss(scheme, stock, weight, plain)
-    losses = [_loss(scheme, parts, weight, hessian) for parts in (stock, weighted, once, done)]
-    assert losses[1] < losses[0] and losses[2] < 0.65 * losses[0] and losses[3] < 0.95 * losses[2], losses
-    for parts in (searched, weighted, once, done):
+    losses = [_loss(scheme, parts, weight, hessian) for parts in (stock, weighted, done)]
+    assert losses[1] < losses[0] and losses[2] < 0.65 * losses[0], losses
+    for parts in (searched, weighted, done):
         assert {k: (v.shape, v.dtype) for k, v in parts.items()} == {k: (v.shape, v.dtype) for k, v in stock.items()}
 
 
 def _felt(
-    scheme: Scheme, parts: dict[str, torch.Tensor], weight: torch.Tensor, h: torch.Tensor, g: torch.Tensor
+    scheme: Scheme, parts: dict[str, torch.Tensor], weight: torch.Tensor, hessian: torch.Tensor, outputs: torch.Tensor
 ) -> float:
     error = scheme.dequantize(parts).view(weight.shape) - weight
-    return float(((g @ error @ h) * error).sum())
+    return float(((outputs @ error @ hessian) * error).sum())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -62,13 +60,11 @@ def test_rows_make_good_what_rows_lost(name: str) -> None:
     outputs = mix @ mix.mT + 0.1 * torch.eye(37)
     one, two = feedback(weight, hessian, scheme), feedback(weight, hessian, scheme, outputs)
     assert {k: (v.shape, v.dtype) for k, v in one.items()} == {k: (v.shape, v.dtype) for k, v in two.items()}
-    losses = [_felt(scheme, parts, weight, [hessian, outputs]) for parts in (one, two)]
+    losses = [_felt(scheme, parts, weight, hessian, outputs) for parts in (one, two)]
     assert losses[1] < 0.6 * losses[0], losses
     eye = torch.eye(37).expand_as(outputs)
     same = scheme.dequantize(feedback(weight, hessian, scheme, eye)) == scheme.dequantize(one)
-    assert float(same.float().mean()) > 0.9, (
-        "but for float32 sums of another order, rows that are not felt together stay alone"
-    )
+    assert float(same.float().mean()) > 0.9, "rows that are not felt together stay alone, but for float32's rounding"
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q5_0", "q6_k", "q4_k"])
@@ -123,17 +119,6 @@ def test_levels_are_rounded_to_the_nearest_without_correlation(name: str) -> Non
     eye = torch.eye(256).unsqueeze(0)
     found = scheme.dequantize(feedback(weight, eye, scheme, damp=0.0)).view(weight.shape)
     torch.testing.assert_close(found, scheme.dequantize(search(weight, None, scheme)).view(weight.shape))
-
-
-def test_polish_never_makes_it_worse() -> None:
-    weight, hessian = _case(1, 16, 256)
-    scheme = SCHEMES["nvfp4"]
-    losses = [
-        _loss(scheme, feedback(weight, hessian, scheme, damp=0.0, sweeps=sweeps), weight, hessian)
-        for sweeps in range(5)
-    ]
-    assert all(b <= a * (1 + 1e-6) for a, b in pairwise(losses)), losses
-    assert module.SWEEPS == 2
 
 
 def test_blocks_go_by_power_and_stay_together() -> None:
