@@ -22,11 +22,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from importlib.resources import files
 from typing import Any
 
 import torch
 
+from dgq.convert.samples import shipped
 from dgq.convert.source import Source
 from dgq.quant.errors import InputError
 from dgq.quant.nvfp4 import global_scale
@@ -123,7 +123,7 @@ def _texts(source: Source, tokenizer: Tokenizer) -> torch.Tensor:
     length = min(PROMPT, source.config.context - canvas) + canvas
     if length <= canvas:
         raise InputError(f"the context of {source.config.context} has no room for a prompt and a canvas of {canvas}")
-    texts = [tokenizer.encode(item["text"]) for item in _prompts() if "text" in item]
+    texts = [tokenizer.encode(item["text"]) for item in _prompts(source) if "text" in item]
     rows = []
     for i in range(TEXTS):
         row: list[int] = []
@@ -137,7 +137,8 @@ def _texts(source: Source, tokenizer: Tokenizer) -> torch.Tensor:
 
 def _chats(source: Source, tokenizer: Tokenizer) -> list[list[int]]:
     """CHATS prompts through the chat template; through none, as plain text, if the model has none."""
-    items = [item["messages"] for item in _prompts() if "messages" in item]
+    items = [item["messages"] for item in _prompts(source) if "messages" in item]
+    items = [messages[:-1] if messages[-1]["role"] == "assistant" else messages for messages in items]
     chosen = [items[i * len(items) // CHATS] for i in range(CHATS)]
     room = source.config.context - source.config.canvas
     try:
@@ -155,9 +156,8 @@ def _known(ids: list[int], source: Source) -> list[int]:
     return ids
 
 
-def _prompts() -> list[dict[str, Any]]:
-    lines = files("dgq.recipes").joinpath("prompts", "calibration.jsonl").read_text("utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+def _prompts(source: Source) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in shipped(source)[1].decode().splitlines()]
 
 
 def scales_from(amax: dict[str, dict[str, float]]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:

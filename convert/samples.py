@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from dgq.convert.hub import TINY
 from dgq.convert.source import Source
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_whole
@@ -58,8 +59,7 @@ def documents(source: Source, file: Path | None) -> tuple[list[Document], dict[s
     file those that ship with dgq. And their name and SHA-256. InputError names the line that is wrong."""
     tokenizer = Tokenizer.from_dir(source.path)
     if file is None:
-        name = "calibration.jsonl"
-        raw = files("dgq.recipes").joinpath("prompts", name).read_bytes()
+        name, raw = shipped(source)
     else:
         try:
             name, raw = file.name, read_whole(file, MAX_FILE)
@@ -75,6 +75,12 @@ def documents(source: Source, file: Path | None) -> tuple[list[Document], dict[s
     if not found:
         raise InputError(f"{where}: holds no document of at least {SHORTEST + 1} tokens")
     return found, {"name": name, "sha256": hashlib.sha256(raw).hexdigest(), "documents": len(found)}
+
+
+def shipped(source: Source) -> tuple[str, bytes]:
+    """Name and content of the prompts that come with dgq: those of `tiny`, or general ones."""
+    name = "calibration.jsonl" if source.where.asked == TINY else "general.jsonl"
+    return name, files("dgq.recipes").joinpath("prompts", name).read_bytes()
 
 
 def _lines(text: str, where: str) -> Iterable[tuple[str, dict[str, Any]]]:

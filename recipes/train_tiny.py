@@ -1,8 +1,7 @@
 """Trains `tiny`: a 7.7 M parameter DiffusionGemma with every part of the 26B one, on one GPU in a few minutes.
 
     python -m dgq.recipes.tiny_data --work DIR                  # tokens, tokenizer, prompts
-    python -m dgq.recipes.train_tiny --work DIR --out FIRST     # trains
-    python -m dgq.recipes.train_tiny --work DIR --init FIRST ... # meets its own mistakes: tiny/README.md has the line
+    python -m dgq.recipes.train_tiny --work DIR --out OUT       # trains
 
 Two losses, as the model was built for: next token on the encoder, clean token at every canvas position on the decoder.
 A canvas at noise level t has each token replaced, with probability t, by a uniformly random one; a sixth of the
@@ -11,7 +10,8 @@ noisier canvas, divided by a temperature that the sampler would use. A Switch ba
 and text, encoder and decoder, so that no expert starves in any of the four.
 
 Uniform noise is not what a canvas looks like halfway through generation: there the wrong tokens are the model's own
-plausible ones. With --own-errors part of each canvas is drawn from the model's earlier logits instead.
+plausible ones. With --own-errors part of each canvas is drawn from the model's earlier logits instead. Text is read
+some twenty times over: dropout keeps the encoder from reciting it, which it did without (LOG.md).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
@@ -242,7 +242,6 @@ def main() -> None:
     args.add_argument("--lr", type=float, default=2e-3)
     args.add_argument("--steps", type=int, default=0)
     args.add_argument("--seed", type=int, default=1)
-    args.add_argument("--init", type=Path, help="a checkpoint to continue from")
     args.add_argument("--own-errors", type=float, default=0.5, help="largest share of a canvas drafted by the model")
     args.add_argument("--dropout", type=float, default=0.1, help="of what a layer adds, in text")
     args.add_argument("--no-compile", dest="compile", action="store_false")
@@ -250,8 +249,6 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
     model = new_model(opt.seed).to(device)
-    if opt.init:  # what it lacks is tied to what it has
-        model.load_state_dict(load_file(opt.init / "model.safetensors"), strict=False)
     total = sum(p.numel() for p in model.parameters())
     routed = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     print(f"{total:,} parameters, {routed / total:.1%} in routed experts, on {device}", flush=True)

@@ -20,8 +20,10 @@ from dgq.quant.types import Packed
 from dgq.runtime import block
 from dgq.runtime.artifact import Artifact
 from dgq.runtime.engine import generate
+from dgq.runtime.layers import rms_norm
 from dgq.runtime.model import Model
-from dgq.runtime.names import DECODER, ENCODER
+from dgq.runtime.names import DECODER, EMBEDDING, ENCODER
+from dgq.runtime.stream import Chunk, Stream
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TINY, REAL = RECIPES / "tiny", Path(__file__).parent / "golden" / "real26b"
@@ -149,13 +151,31 @@ class Changed(Mapping[str, Packed]):
         return len(self.weights)
 
 
-@pytest.mark.parametrize("side", (DECODER, ENCODER))
-def test_no_layer_scalar_can_go_unnoticed(side: str, artifact: Artifact, model: Model) -> None:
-    """With one side's scalars at 1, what a fully noised canvas should be is guessed worse."""
-    changed = Model(artifact.config, Changed(artifact.weights, side), "cpu", torch.float32)
+def next_token_loss(artifact: Artifact, weights: Mapping[str, Packed]) -> float:
+    """Of the encoder alone, nats a token."""
+    prompt, canvas = texts(artifact)
+    stream = Stream(artifact.config, weights, "cpu", torch.float32)
+    chunk = Chunk(tuple(map(tuple, prompt.tolist())), canvas[:1], (len(prompt) - 1,), torch.ones(1, dtype=torch.int64))
+    x = stream.enter(chunk, None)
+    for index in range(len(artifact.config.layers)):
+        x = stream.layer(index)(chunk, x)
+    plain = {name: weights[name].dequantize(torch.float32) for name in (EMBEDDING, DECODER + "norm.weight")}
+    normed = rms_norm(x[: chunk.encoded], plain[DECODER + "norm.weight"], artifact.config.norm_eps)
+    logits = artifact.config.softcap * torch.tanh(normed @ plain[EMBEDDING].T / artifact.config.softcap)
+    logits = logits.view(*prompt.shape, -1)[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), prompt[:, 1:].flatten()))
+
+
+def test_no_layer_scalar_can_go_unnoticed(artifact: Artifact, model: Model) -> None:
+    """With one side's scalars at 1, that side guesses worse: the decoder a fully noised canvas, the encoder the next
+    token."""
+    changed = Model(artifact.config, Changed(artifact.weights, DECODER), "cpu", torch.float32)
     whole, hurt = loss(artifact, model, 1.0), loss(artifact, changed, 1.0)
-    print(f"loss at noise 1: {whole:.3f}, with {side} scalars at 1 {hurt:.3f}")
+    print(f"loss at noise 1: {whole:.3f}, with the decoder's scalars at 1 {hurt:.3f}")
     assert hurt > 1.04 * whole
+    whole, hurt = (next_token_loss(artifact, w) for w in (artifact.weights, Changed(artifact.weights, ENCODER)))
+    print(f"encoder's loss: {whole:.3f}, with its scalars at 1 {hurt:.3f}")
+    assert whole < 3.5 and hurt > 1.02 * whole
 
 
 def test_self_conditioning_cannot_go_unnoticed(
