@@ -144,7 +144,7 @@ def _chats(source: Source, tokenizer: Tokenizer) -> list[list[int]]:
     try:
         prompts = [tokenizer.chat(messages) for messages in chosen]
     except InputError:
-        prompts = [tokenizer.encode("\\n".join(message["content"] for message in messages)) for messages in chosen]
+        prompts = [tokenizer.encode("\n".join(message["content"] for message in messages)) for messages in chosen]
     return [_known(prompt[-room:], source) for prompt in prompts]
 
 

@@ -20,6 +20,7 @@ import torch
 
 from dgq.convert.samples import Document, doubled
 from dgq.convert.source import Source
+from dgq.quant.errors import InputError
 from dgq.quant.types import Packed
 from dgq.runtime.stream import Chunk, Sense, States, Stream, Watch
 
@@ -111,7 +112,13 @@ class Passes:
                 self._states[stage].write(number, layer.pull(chunk, self._states[stage].read(number), above))
             elif stage == "leave":
                 last = self._states[self.layers]
-                last.write(number, self.stream.pull_leave(chunk, last.read(number), number, sense))
+                x = last.read(number)
+                if not bool(x.isfinite().all()):
+                    raise InputError(
+                        "the model's hidden states are not numbers; the checkpoint is damaged,"
+                        " and a conversion without --stats names the weight"
+                    )
+                last.write(number, self.stream.pull_leave(chunk, x, number, sense))
             else:
                 self.stream.pull_enter(chunk, soft, self._states[0].read(number), sense)
 

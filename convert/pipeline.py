@@ -32,7 +32,7 @@ from dgq.convert.hf_artifact import DirWriter, write_configs
 from dgq.convert.input_scales import scales_of
 from dgq.convert.journal import Journal
 from dgq.convert.plan import Plan
-from dgq.convert.refine import refinable, refined
+from dgq.convert.refine import check_scratch, refinable, refined
 from dgq.convert.slices import InputScales, Options, ordered, slices
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFWriter
@@ -133,6 +133,8 @@ def _write(
     todo = [tensor for tensor in plan.tensors if tensor.name not in log.done]
     careful = [tensor for tensor in todo if options.stats is not None and refinable(tensor)]
     plain = [tensor for tensor in todo if tensor not in careful]
+    if careful:
+        check_scratch(plan, todo, options, scratch)
     jobs = (job for tensor in plain for job in slices(plan, tensor, options, scales))
     threads = options.threads if options.device == "cpu" else min(options.threads, GPU_THREADS)
     before = torch.get_num_threads()

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ LEAN = 128.0
 GROUP = 1 << 27  # elements of the Hessians that are inverted at once
 ROWS = 1 << 27  # elements of a weight quantised at once
 WIDEST = 1 << 14  # rows of a weight of which G is made
+TOKENS = 1 << 18  # of the samples at most: their states lie on disk, 47 GB for the 26B in bfloat16
 
 
 class Hessians:
@@ -60,7 +62,7 @@ class Hessians:
         inputs[expert or 0].addmm_(x.t(), x * g.square().mean(-1, keepdim=True))
         if outputs.numel():
             outputs[(expert or 0) % len(outputs)].addmm_(g.t(), g * x.square().mean(-1, keepdim=True))
-        self._tokens[name][expert or 0] += len(x)
+        self._tokens[name][expert or 0] += g.any(-1).sum()  # what is not felt is no evidence
 
     def of(self, name: str, part: slice) -> tuple[Tensor, Tensor | None]:
         """H (n, in, in) and G (n or 1, rows, rows) of experts `part`, or of the one matrix; G None for one too tall."""
@@ -89,16 +91,15 @@ def refined(
     source, stats = plan.source, options.stats
     if stats is None or not todo:
         return
-    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
+    chunks, dtype = used(stats.chunks), _dtype(options)
     stream = Stream(source.config, Rows(source), options.device, dtype)
     wanted: dict[int | str, list[PlannedTensor]] = {}
     for tensor in todo:
         wanted.setdefault(_stage(str(tensor.source)), []).append(tensor)
     layers = len(source.config.layers)
-    _check_scratch(stats.chunks, stream, scratch)
     with ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile(dir=scratch, buffering=0)) for _ in range(layers + 2)]
-        passes = Passes(stream, stats.chunks, range(len(stats.chunks)), files[0], files[1:])
+        passes = Passes(stream, chunks, range(len(chunks)), files[0], files[1:])
         step("samples, first pass")
         passes.first(lambda: step("samples, first pass"))
         step("samples, second pass")
@@ -120,15 +121,28 @@ def refined(
                 yield from _quantised(plan, tensor, sense, options, scales)
 
 
-def _check_scratch(chunks: list[Chunk], stream: Stream, scratch: Path) -> None:
-    tokens = sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in chunks)
-    need = (len(stream.config.layers) + 2) * tokens * stream.config.hidden * stream.dtype.itemsize
+def used(chunks: list[Chunk]) -> list[Chunk]:
+    """The first of the samples, TOKENS of them or one chunk. They were shuffled."""
+    tokens = list(accumulate(chunk.encoded + 2 * chunk.canvases.numel() for chunk in chunks))
+    return chunks[: max(1, sum(total <= TOKENS for total in tokens))]
+
+
+def check_scratch(plan: Plan, todo: list[PlannedTensor], options: Options, scratch: Path) -> None:
+    """InputError if the samples' hidden states do not fit on the disk beside what `todo` will be."""
+    assert options.stats is not None
+    config = plan.source.config
+    tokens = sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in used(options.stats.chunks))
+    states = (len(config.layers) + 2) * tokens * config.hidden * _dtype(options).itemsize
     free = shutil.disk_usage(scratch).free
-    if free < need:
+    if free < states + sum(tensor.nbytes for tensor in todo):
         raise InputError(
-            f"{scratch}: hidden states of {tokens} tokens take {need / 2**30:.1f} GiB of disk for the time of the"
-            f" conversion, {free / 2**30:.1f} GiB are free; calibrate with fewer rounds, or choose another -o"
+            f"{scratch}: needs {states / 2**30:.1f} GiB of disk beside the artifact while it converts, for hidden states"
+            f" of {tokens} tokens; {free / 2**30:.1f} GiB are free; choose another -o, or --stats of fewer tokens"
         )
+
+
+def _dtype(options: Options) -> torch.dtype:
+    return torch.float32 if options.device == "cpu" else torch.bfloat16
 
 
 def _place(stage: int | str, layers: int) -> int:

@@ -7,7 +7,7 @@
     canvas   c r c c r c      a share of its tokens replaced by random ones: the share is spread evenly over 0 … 1
 
 Every canvas is run twice, plain and conditioned on its own logits, so nothing else has to be stored. A round takes
-every document once; more rounds cut and noise anew. Sequences come in chunks of about CHUNK tokens, which are what is
+every document once; more rounds cut and noise anew. Sequences come in chunks of up to CHUNK tokens, which are what is
 handed out to processes: whatever their number, the sums are over the same numbers.
 """
 
@@ -31,7 +31,7 @@ from dgq.quant.hf_dir import read_whole
 from dgq.runtime.stream import Chunk
 from dgq.runtime.tokenizer import Tokenizer
 
-CHUNK = 1 << 13  # tokens of a chunk, canvases counted twice
+CHUNK = 1 << 13  # tokens of a chunk at most, if more than one sequence; canvases counted twice
 PER_PROMPT = 4  # canvases behind a prompt
 BINS = 4  # of noise, in the counts
 KINDS = 1 + 2 * BINS  # the prompt; canvases by noise; conditioned canvases by noise
@@ -141,11 +141,12 @@ def chunks(found: list[Document], seed: int, turn: int, source: Source) -> list[
     rng.shuffle(sequences)
     made, waiting, size = [], [], 0
     for prompt, canvas in sequences:
-        waiting.append((prompt, canvas))
-        size += len(prompt) + 2 * PER_PROMPT * config.canvas
-        if size >= CHUNK:
+        own = len(prompt) + 2 * PER_PROMPT * config.canvas
+        if waiting and size + own > CHUNK:
             made.append(_chunk(waiting, rng, generator, config.vocab))
             waiting, size = [], 0
+        waiting.append((prompt, canvas))
+        size += own
     return [*made, _chunk(waiting, rng, generator, config.vocab)] if waiting else made
 
 

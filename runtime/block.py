@@ -110,7 +110,8 @@ class Layer:
     def _route(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's experts: residual (tokens, hidden) -> numbers and shares (float32), both (tokens, top_k)."""
         x = rms_norm(residual, None, self._config.norm_eps) * self._router_scale * self._config.hidden**-0.5
-        scores = linear(x, self._weights["router.proj.weight"]).softmax(-1, dtype=torch.float32)
+        name = "router.proj.weight"
+        scores = linear(x, self._weights[name], self._observer(), name).softmax(-1, dtype=torch.float32)
         share, chosen = scores.topk(self._config.top_k, dim=-1)
         share = share / share.sum(-1, keepdim=True)
         return chosen, share * self._per_expert_scale[chosen]

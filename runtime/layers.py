@@ -169,7 +169,7 @@ def experts(
                 results.append(out)
                 start += count
     unsorted = torch.empty_like(rows)
-    unsorted[order] = torch.cat(results)
+    unsorted[order] = torch.cat(results) if results else rows
     weighted = unsorted.view(k, tokens, -1).float() * share.t().unsqueeze(-1)
     rising = chosen.argsort(dim=-1).t().unsqueeze(-1).expand_as(weighted)
     total = torch.zeros_like(weighted[0])
