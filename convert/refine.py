@@ -136,8 +136,8 @@ def check_scratch(plan: Plan, todo: list[PlannedTensor], options: Options, scrat
     free = shutil.disk_usage(scratch).free
     if free < states + sum(tensor.nbytes for tensor in todo):
         raise InputError(
-            f"{scratch}: needs {states / 2**30:.1f} GiB of disk beside the artifact while it converts, for hidden states"
-            f" of {tokens} tokens; {free / 2**30:.1f} GiB are free; choose another -o, or --stats of fewer tokens"
+            f"{scratch}: needs {states / 2**30:.1f} GiB of disk beside the artifact for the time of the conversion, for"
+            f" hidden states of {tokens} tokens; {free / 2**30:.1f} GiB are free; choose another -o"
         )
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from dgq.convert import passes, survey
 from dgq.convert.cli import main
+from dgq.convert.passes import Rows
 from dgq.convert.refine import LEAN, Hessians
 from dgq.convert.samples import BINS, chunks, documents, doubled
-from dgq.convert.source import open_source
+from dgq.convert.source import Source, open_source
 from dgq.convert.stats import WATCHED, read_stats
 from dgq.quant.hf_dir import HFDir
 from dgq.quant.imatrix import read_imatrix
@@ -30,7 +32,7 @@ from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.model import Model
 from dgq.runtime.names import EMBEDDING
-from dgq.runtime.stream import Stream
+from dgq.runtime.stream import Chunk, Stream
 
 PROMPTS = [
     {"text": "the king went to the wind and the apple of the door was in the house of the king for a day " * 3},
@@ -408,42 +410,99 @@ def test_every_expert_has_its_own_hessians() -> None:
     assert outputs is not None and float(inputs[0, 0, 0]) == 6 * 4 and float(outputs[0, 0, 0]) == 6 * 4
 
 
-def test_the_way_back_is_the_gradient(micro: Path) -> None:
-    """What it tells of every weight, added up, is the slope of the loss of the tokens it drew (central difference)."""
+@pytest.fixture(scope="module")
+def there(micro: Path) -> tuple[Source, Chunk, torch.Tensor]:
+    """A chunk, every canvas twice, and what half of them are conditioned on."""
     source = open_source(str(micro))
     found, _ = documents(source, micro / "prompts.jsonl")
     chunk = chunks([d for d in found if not d.open], 1, 0, source)[0]
+    stream = Stream(source.config, Rows(source), "cpu", torch.float32)
+    soft = stream.soften(torch.cat([rows for _, rows in stream.leave(chunk, _through(stream, chunk, None)[-1])]))
+    return source, *doubled(chunk, soft.clone())
+
+
+def test_the_way_back_is_the_gradient(there: tuple[Source, Chunk, torch.Tensor]) -> None:
+    """What it tells of every weight, added up, is autograd's gradient of the loss of the tokens it drew."""
+    source, chunk, soft = there
     weights = {name: source[name] for name in source.text}
     stream = Stream(source.config, weights, "cpu", torch.float32)
-    soft = stream.soften(torch.cat([rows for _, rows in stream.leave(chunk, _through(stream, chunk, None)[-1])]))
     slopes: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
+    sizes: list[torch.Tensor] = []
 
     def sense(name: str, x: torch.Tensor, g: torch.Tensor, expert: int | None) -> None:
-        if name != EMBEDDING:
-            slope = g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-            key = name if expert is None else f"{name} {expert}"
-            slopes[key] = slopes[key] + slope
+        if name == EMBEDDING:
+            sizes.append(g)
+            return
+        key = name if expert is None else f"{name} {expert}"
+        slopes[key] = slopes[key] + g.reshape(-1, g.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
+    states = _back(stream, chunk, soft, sense)
+    logits = torch.cat([rows for _, rows in stream.leave(chunk, states[-1])])
+    drawn = _drawn(logits)
+    cap = source.config.softcap
+    inner = (torch.atanh(logits / cap) * cap).clone().requires_grad_()
+    _loss((inner / cap).tanh() * cap, drawn).backward()
+    assert inner.grad is not None
+    torch.testing.assert_close(torch.cat(sizes), inner.grad.norm(dim=-1, keepdim=True), rtol=2e-3, atol=1e-5)
+    plain = {n: w.dequantize(torch.float32).clone() for n, w in weights.items()}
+    matrices = {n for n, w in plain.items() if w.dim() > 1 and n != EMBEDDING}
+    for name in matrices:
+        plain[name].requires_grad_()
+    other = Stream(
+        source.config,
+        {n: Packed(SCHEMES["f32"], tuple(w.shape), {"": w}) for n, w in plain.items()},
+        "cpu",
+        torch.float32,
+    )
+    x = other._enter(chunk, soft, None)
+    for index in range(len(source.config.layers)):
+        x = other.layer(index)._through(chunk, x)
+    normed = torch.cat([rows for _, rows in other._leaving(chunk, x)])
+    _loss(torch.tanh(normed @ plain[EMBEDDING].T / cap) * cap, drawn).backward()
+    assert {key.split(" ")[0] for key in slopes} == matrices, "every matrix is heard of, the router too"
+    for key, slope in slopes.items():
+        name, _, expert = key.partition(" ")
+        wanted = plain[name].grad
+        assert wanted is not None
+        torch.testing.assert_close(slope, wanted[int(expert)] if expert else wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_passes_go_back_as_the_stream_does(there: tuple[Source, Chunk, torch.Tensor], tmp_path: Path) -> None:
+    """H and G of every weight, by files of states and one chunk after the other, and straight through."""
+    source, chunk, soft = there
+    stream = Stream(source.config, Rows(source), "cpu", torch.float32)
+    names = {name for name, spec in source.text.items() if len(spec.shape) > 1}
+    straight, filed = (Hessians(names, source.config.experts) for _ in range(2))
+    for seed in (0, 1):
+        _back(stream, chunk, soft, straight, seed)
+    single = [i for i, kind in enumerate(chunk.kind.tolist()) if kind <= BINS]  # as before doubled()
+    kept = torch.tensor(single)
+    once = Chunk(chunk.prompts, chunk.canvases[kept], tuple(chunk.owner[i] for i in single), chunk.kind[kept])
+    layers = len(source.config.layers)
+    with ExitStack() as stack:
+        files = [stack.enter_context((tmp_path / str(i)).open("x+b", buffering=0)) for i in range(layers + 2)]
+        way = passes.Passes(stream, [once, once], range(2), files[0], files[1:])
+        way.first(lambda: None)
+        way.enter(None)
+        for index in range(layers):
+            way.layer(index, None)
+        for stage in ("leave", *reversed(range(layers)), "enter"):
+            way.back(stage, filed)
+    for name in names:
+        part = slice(0, source.config.experts if ".experts." in name else 1)
+        for got, wanted in zip(filed.of(name, part), straight.of(name, part), strict=True):
+            assert (got is None) == (wanted is None)
+            if got is not None and wanted is not None:
+                torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-7 + 1e-4 * float(wanted.abs().max()))
+
+
+def _back(stream: Stream, chunk: Chunk, soft: torch.Tensor, sense: Any, seed: int = 7) -> list[torch.Tensor]:
     states = _through(stream, chunk, soft)
-    gradient = stream.pull_leave(chunk, states[-1].clone(), 7, sense)
-    for index in (1, 0):
+    gradient = stream.pull_leave(chunk, states[-1].clone(), seed, sense)
+    for index in reversed(range(len(states) - 1)):
         gradient = stream.layer(index, sense=sense).pull(chunk, states[index].clone(), gradient)
     stream.pull_enter(chunk, soft.clone(), gradient, sense)
-    drawn = _drawn(stream, chunk, states[-1], 7)
-    assert len(slopes) > 20
-    for key in [k for k in slopes if "layers.0" in k or "self_cond" in k]:
-        name, _, expert = key.partition(" ")
-        plain = weights[name].dequantize(torch.float32)
-        step = torch.zeros_like(plain)
-        (step[int(expert)] if expert else step).copy_(slopes[key] / slopes[key].norm().clamp(min=1e-12))
-        losses = []
-        for sign in (0.02, -0.02):
-            moved = {**weights, name: Packed(SCHEMES["f32"], tuple(plain.shape), {"": plain + sign * step})}
-            other = Stream(source.config, moved, "cpu", torch.float32)
-            logits = torch.cat([rows for _, rows in other.leave(chunk, _through(other, chunk, soft)[-1])])
-            losses.append(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn, reduction="sum")))
-        wanted, got = (losses[0] - losses[1]) / 0.04, float(slopes[key].norm())
-        assert got == pytest.approx(wanted, rel=0.03, abs=2e-3), key
+    return states
 
 
 def _through(stream: Stream, chunk: Any, soft: torch.Tensor | None) -> list[torch.Tensor]:
@@ -453,10 +512,12 @@ def _through(stream: Stream, chunk: Any, soft: torch.Tensor | None) -> list[torc
     return states
 
 
-def _drawn(stream: Stream, chunk: Any, x: torch.Tensor, seed: int) -> torch.Tensor:
-    """The tokens that pull_leave draws."""
-    generator = torch.Generator().manual_seed(seed)
-    found = [
-        torch.multinomial(rows.softmax(-1).flatten(0, 1), 1, generator=generator) for _, rows in stream.leave(chunk, x)
-    ]
-    return torch.cat(found).flatten()
+def _drawn(logits: torch.Tensor) -> torch.Tensor:
+    """The tokens that pull_leave draws with seed 7; all canvases of the chunk go through the head together."""
+    assert logits.shape[0] * logits.shape[1] <= 512
+    generator = torch.Generator().manual_seed(7)
+    return torch.multinomial(logits.softmax(-1).flatten(0, 1), 1, generator=generator).flatten()
+
+
+def _loss(logits: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn, reduction="sum")
