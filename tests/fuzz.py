@@ -13,6 +13,7 @@ The last line is a JSON object; exit code 1 if anything was found.
 from __future__ import annotations
 
 import argparse
+import copy
 import faulthandler
 import hashlib
 import itertools
@@ -120,13 +121,14 @@ def mutated(data: Any, rng: random.Random, raw: list[str] | None = None) -> Any:
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         spots = list(places(data))
         if not spots:
-            return rng.choice(ODD)
+            return copy.deepcopy(rng.choice(ODD))
         if rng.random() < 0.3:  # as likely deep in a short branch as somewhere in a long one
             spots = [spot for spot in spots if spot[0] is data] or spots
         if isinstance(data, dict) and "text_config" in data and rng.random() < 0.25:
             key = rng.choice(list(KNOWING))
-            holders = [spot[0] for spot in spots if spot[1] == key] or [data, *filter(_is_dict, data.values())]
-            rng.choice(holders)[key] = json.loads(json.dumps(rng.choice(KNOWING[key])))
+            holders = [spot[0] for spot in spots if spot[1] == key]
+            holders = holders or [data, data, data["text_config"], *(one for one in data.values() if _is_dict(one))]
+            rng.choice(holders)[key] = copy.deepcopy(rng.choice(KNOWING[key]))
             continue
         holder, key = rng.choice(spots)
         kind = rng.random()
@@ -139,12 +141,12 @@ def mutated(data: Any, rng: random.Random, raw: list[str] | None = None) -> Any:
         elif kind < 0.58:
             other, at = rng.choice(spots)
             with suppress(KeyError, IndexError):
-                holder[key] = json.loads(json.dumps(other[at]))
+                holder[key] = copy.deepcopy(other[at])
         elif kind < 0.66 and raw is not None:
             raw.append(rng.choice(RAW))
             holder[key] = f"@@{len(raw) - 1}@@"
         else:
-            holder[key] = rng.choice(ODD)
+            holder[key] = copy.deepcopy(rng.choice(ODD))  # they are changed in turn
     return data
 
 
@@ -215,6 +217,7 @@ def safetensors(data: bytes, rng: random.Random) -> bytes:
         if rng.random() < 0.5:
             text = text[: stop - start].ljust(stop - start)
         payload = with_bytes(header, name, payload, text)
+        return with_header(json.dumps(header).encode(), payload)
     for _ in range(rng.choice((1, 1, 2))):
         payload = entry_changed(header, names, payload, rng)
     return with_header(json.dumps(header).encode("utf-8", "surrogatepass"), payload)
@@ -405,7 +408,7 @@ def key_changed(parts: GGUF, rng: random.Random) -> None:
     keys = parts.keys
     if not keys:
         return
-    known = [key for key in keys if key[0].startswith((b"diffusion", b"imatrix")) or b"token_" in key[0]]
+    known = [key for key in keys if key[0].startswith((b"diffusion", b"imatrix")) or b"token" in key[0]]
     key = rng.choice(known if known and rng.random() < 0.4 else keys)
     name, kind, value = key
     what = rng.randrange(13)
@@ -468,6 +471,8 @@ def key_changed(parts: GGUF, rng: random.Random) -> None:
 def tensor_changed(parts: GGUF, rng: random.Random) -> None:
     tensors = parts.tensors
     tensor, other = rng.choice(tensors), rng.choice(tensors)
+    if rng.random() < 0.1:
+        tensor = next((one for one in tensors if one[0] == b"rope_freqs.weight"), tensor)
     name, dims, _, offset = tensor
     what = rng.randrange(11)
     if what == 0:
@@ -676,10 +681,11 @@ def make_case(number: int, rng: random.Random, seeds: Path, room: Path) -> Input
         with suppress(FileExistsError), (path / rng.choice(extra)).open("xb") as out:
             out.write(b"x")
             changed = True
-    elif rng.random() < 0.02:  # hollow
-        for weights in (*path.glob("*.safetensors"), *path.glob("*.gguf")):
-            weights.unlink()
-        changed = True
+    elif rng.random() < 0.03:  # a kind of file gone
+        for one in path.glob(rng.choice(("*.safetensors", "*.gguf", "config.json", "tokenizer*.json"))):
+            with suppress(IsADirectoryError):
+                one.unlink()
+                changed = True
     if rng.random() < 0.1 and not pattern.startswith("*.toml"):
         template = rng.choice(TEMPLATES).encode("utf-8", "surrogatepass")
         (path / "chat_template.jinja").unlink(missing_ok=True)

@@ -131,3 +131,15 @@ def test_a_recipe_whose_label_is_no_part_of_a_file_name(label: str, source: Path
     assert "mine.toml: label: " in error_of(
         "plan", str(source), "--to", "gguf", "--recipe", str(tmp_path / "mine.toml")
     )
+
+
+def test_bf16_in_a_gguf(source: Path, tmp_path: Path) -> None:
+    """The plan looked for the source's dtype under the artifact's name."""
+    (tmp_path / "mine.toml").write_text(
+        'name = "plain"\nformat = "gguf"\nlabel = "BF16"\ndescription = ""\nmax_16bit_share = 1\n'
+        '[[rule]]\nmatch = "*"\nscheme = "bf16"\n'
+    )
+    recipe = ("--to", "gguf", "--recipe", str(tmp_path / "mine.toml"))
+    printed("plan", str(source), *recipe, "--no-probe")
+    printed("convert", str(source), *recipe, "-o", str(tmp_path / "out"))
+    printed("verify", str(tmp_path / "out"))
