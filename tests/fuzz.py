@@ -644,6 +644,17 @@ def link_ops(file: Path, outside: Path, rng: random.Random) -> None:
         file.symlink_to("/proc/self/mem")
 
 
+def lead_out(index: Path, secret: Path, rng: random.Random) -> None:
+    """A shard that lies outside, under the name that would find it there."""
+    document = json.loads(index.read_bytes())
+    shard = rng.choice(sorted(set(document["weight_map"].values())))
+    shutil.move(index.parent / shard, secret / shard)
+    away = rng.choice((f"../../secret/{shard}", str(secret / shard), f"./../../secret/{shard}"))
+    document["weight_map"] = {name: away if file == shard else file for name, file in document["weight_map"].items()}
+    index.unlink()
+    index.write_text(json.dumps(document))
+
+
 CHANGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
     ".safetensors": safetensors, ".gguf": gguf_changed, ".toml": toml_changed,
     ".json": lambda data, rng: damaged(data, rng) if rng.random() < 0.08 else json_text(json.loads(data), rng),
@@ -670,6 +681,9 @@ def make_case(number: int, rng: random.Random, seeds: Path, room: Path) -> Input
     before = file.read_bytes()
     if rng.random() < 0.05:
         link_ops(file, room / "outside", rng)
+        changed = True
+    elif pattern == INDEX and rng.random() < 0.1:
+        lead_out(file, room / "secret", rng)
         changed = True
     else:
         after = CHANGES[file.suffix](before, rng)
@@ -766,15 +780,15 @@ class OutOfTimeError(BaseException):
 
 
 class Watch:
-    """Sees every write of this process; those outside `allowed` are kept."""
+    """Sees every write of this process; those outside `allowed` are kept, and every look into `secret`."""
 
     WRITES = frozenset(
         ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod",
          "shutil.rmtree", "os.chown", "os.utime", "os.mkfifo", "os.system", "subprocess.Popen", "os.exec")
     )  # fmt: skip
 
-    def __init__(self, *allowed: Path) -> None:
-        self.allowed = tuple(f"{path}/" for path in allowed)
+    def __init__(self, secret: Path, *allowed: Path) -> None:
+        self.secret, self.allowed = f"{secret}/", tuple(f"{path}/" for path in allowed)
         self.on = False
         self.seen: list[str] = []
         sys.addaudithook(self)
@@ -784,7 +798,12 @@ class Watch:
             return
         if event == "open":
             path, _, flags = arguments
-            if isinstance(path, int) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            if isinstance(path, int):
+                return
+            if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                real = os.path.realpath(os.fsdecode(path))
+                if real.startswith(self.secret):
+                    self.seen.append(f"read {real}")
                 return
         elif event in self.WRITES:
             path = arguments[0]
@@ -880,7 +899,7 @@ def wrong_result(case: Input, codes: dict[str, int]) -> str | None:
 def attempt(number: int, seed: int, seeds: Path, room: Path, watch: Watch) -> dict[str, Any]:
     """One case from its making to its removal."""
     rng = random.Random(f"{seed}:{number}")
-    for folder in ("input", "out", "outside"):
+    for folder in ("input", "out", "outside", "secret"):
         shutil.rmtree(room / folder, ignore_errors=True)
         (room / folder).mkdir()
     case = make_case(number, rng, seeds, room)
@@ -958,7 +977,7 @@ def work(
     for name in (*QUANTISED, "gguf"):
         code, stdout, stderr = invoke(("verify", str(scratch / "seeds" / name)))
         assert code == 0, stdout + stderr
-    watch = Watch(room / "out", room / "tmp")
+    watch = Watch(room / "secret", room / "out", room / "tmp")
     with log.open("a") as lines:
         for number in range(first, first + 1 if only else cases, step):
             if time.time() > until:
