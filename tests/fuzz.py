@@ -257,6 +257,12 @@ def entry_changed(header: dict[str, Any], names: list[str], payload: bytes, rng:
     entry = header[one]
     start, stop = entry["data_offsets"]
     if kind == 0:
+        sizes = {name: header[name]["data_offsets"][1] - header[name]["data_offsets"][0] for name in names}
+        twins = [name for name in names if name != one and sizes[name] == sizes[one] > 0]
+        if twins and rng.random() < 0.5:  # two on one place, and no gap
+            shape = entry["shape"]
+            payload = with_bytes(header, one, payload, b"")
+            entry["shape"], two = shape, rng.choice(twins)
         entry["data_offsets"] = list(header[two]["data_offsets"])
     elif kind == 1:
         by = rng.choice((1, -1, 8, 2**31, 2**48, 2**63, -(2**31)))
@@ -308,13 +314,12 @@ def entry_changed(header: dict[str, Any], names: list[str], payload: bytes, rng:
             header[copy]["dtype"] = "F16"
         return payload + (payload[start:stop] if rng.random() < 0.7 else bytes(stop - start))
     else:  # values that no quantiser writes
-        width = max(1, min(4, stop - start))
-        value = rng.choice((math.nan, math.inf, -1.0, 0.0, 3.3e38, 1e-45))
-        raw = rng.choice((struct.pack("<f", value)[4 - width :], b"\x7f\xff\x80\xfe"[:width]))
-        at = rng.choice((start, max(start, stop - width)))
-        if rng.random() < 0.3:  # everywhere
-            at, raw, width = start, raw * ((stop - start) // width), (stop - start) // width * width
-        return payload[:at] + raw + payload[at + width :]
+        value = struct.pack("<f", rng.choice((math.nan, math.inf, -1.0, 0.0, 3.3e38, 1e-45)))
+        raw = rng.choice((value, value, value[2:], b"\x7f", b"\xff", b"\x80\xfe"))[: stop - start]
+        at = rng.choice((start, stop - len(raw)))
+        if rng.random() < 0.3 and raw:  # everywhere
+            at, raw = start, raw * ((stop - start) // len(raw))
+        return payload[:at] + raw + payload[at + len(raw) :]
     return payload
 
 
@@ -679,23 +684,24 @@ def make_case(number: int, rng: random.Random, seeds: Path, room: Path) -> Input
         os.link(file, path / file.name)
     file = rng.choice(sorted(path.glob(pattern)))
     before = file.read_bytes()
-    if rng.random() < 0.05:
+    alone = rng.random() < 0.05  # nothing but a file more or less
+    if not alone and rng.random() < 0.05:
         link_ops(file, room / "outside", rng)
         changed = True
-    elif pattern == INDEX and rng.random() < 0.1:
+    elif not alone and pattern == INDEX and rng.random() < 0.1:
         lead_out(file, room / "secret", rng)
         changed = True
     else:
-        after = CHANGES[file.suffix](before, rng)
+        after = before if alone else CHANGES[file.suffix](before, rng)
         file.unlink()
         file.write_bytes(after)
         changed = after != before
-    if rng.random() < 0.04:
+    if rng.random() < (0.7 if alone else 0.04):
         extra = ("extra", "b.gguf", "b.safetensors", "..x", "a\nb", "\x1b[2J", "model-2.json", SINGLE, INDEX)
         with suppress(FileExistsError), (path / rng.choice(extra)).open("xb") as out:
             out.write(b"x")
             changed = True
-    elif rng.random() < 0.03:  # a kind of file gone
+    elif alone or rng.random() < 0.03:  # a kind of file gone
         for one in path.glob(rng.choice(("*.safetensors", "*.gguf", "config.json", "tokenizer*.json"))):
             with suppress(IsADirectoryError):
                 one.unlink()

@@ -8,12 +8,16 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from micro import write_micro
 from test_bad_input import error_of
 
 from dgq.convert.cli import main
+from dgq.quant.errors import InputError
+from dgq.quant.gguf_file import GGUFReader
 from dgq.quant.hf_dir import MAX_JSON
 
 SHARD, INDEX = "model-00001-of-00002.safetensors", "model.safetensors.index.json"
@@ -143,3 +147,17 @@ def test_bf16_in_a_gguf(source: Path, tmp_path: Path) -> None:
     printed("plan", str(source), *recipe, "--no-probe")
     printed("convert", str(source), *recipe, "-o", str(tmp_path / "out"))
     printed("verify", str(tmp_path / "out"))
+
+
+def test_an_nvfp4_tensor_in_a_gguf(tmp_path: Path) -> None:
+    """ggml has a type of that name: 36 bytes for 64 weights, in another layout than modelopt's."""
+    writer = gguf.GGUFWriter(tmp_path / "im.gguf", "imatrix")
+    writer.add_tensor("x", np.zeros((2, 36), np.uint8), raw_dtype=gguf.GGMLQuantizationType.NVFP4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    reader = GGUFReader(tmp_path / "im.gguf")
+    assert reader.shape("x") == (2, 64)
+    with pytest.raises(InputError, match="x has ggml type NVFP4, which dgq does not decode"):
+        reader["x"]
