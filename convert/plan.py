@@ -122,8 +122,9 @@ class Plan:
     @property
     def notices(self) -> tuple[str, ...]:
         """What the user should know: of the source, and of what the artifact makes of it."""
-        rounded = [t.name for t in self.weights if t.scheme.name == "bf16" and self.source.dtype(t.name) != "BF16"]
-        if not rounded or self.recipe.format == "gguf":
+        kept = {tensor.name: tensor.source for tensor in self.weights if tensor.scheme.name == "bf16"}
+        rounded = [name for name, source in kept.items() if source and self.source.dtype(source) != "BF16"]
+        if not rounded:
             return self.source.notices
         return (*self.source.notices, f"{len(rounded)} of them are stored as BF16, rounded ({rounded[0]}, …)")
 

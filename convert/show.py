@@ -21,18 +21,30 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dgq.quant.errors import visible
+
 if TYPE_CHECKING:
     from dgq.convert.pipeline import Converted
     from dgq.convert.plan import Plan
 
 MIB, GIB, GB = 1 << 20, 1 << 30, 10**9
-out = Console(highlight=False, soft_wrap=True, markup=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+class _Console(Console):
+    """A string is a line: a terminal must not do what a name in a stranger's file tells it."""
+
+    def print(self, *objects: Any, **style: Any) -> None:
+        super().print(*(visible(one) if isinstance(one, str) else one for one in objects), **style)
+
+
+out = _Console(highlight=False, soft_wrap=True, markup=False)
+err = _Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """One JSON object on one line."""
-    print(json.dumps(data, ensure_ascii=False))
+    """One JSON object on one line, what is not printable as JSON's escapes."""
+    text = json.dumps(data, ensure_ascii=False)
+    print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
 
 
 @contextmanager
@@ -49,7 +61,7 @@ def bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
         task = progress.add_task(what, total=total)
 
         def advance(nbytes: int, name: str) -> None:
-            progress.update(task, advance=nbytes, description=f"{what} {name}")
+            progress.update(task, advance=nbytes, description=f"{what} {visible(name)}")
 
         yield advance
 
@@ -262,4 +274,5 @@ def _size(nbytes: int) -> str:
 
 def _next(command: str) -> None:
     if err.is_terminal:
-        err.print(f"\nnext: {command}", style="green")
+        err.print()
+        err.print(f"next: {command}", style="green")

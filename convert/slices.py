@@ -24,7 +24,7 @@ from dgq.quant.imatrix import Imatrix
 from dgq.quant.types import Packed, Scheme
 
 SEARCHED = ("nvfp4", "nf4")  # by effort fast; ggml's own search leaves nothing to gain without data
-SLICE = {"cpu": 1 << 22, "cuda": 1 << 24}  # elements quantised at a time: 16 and 64 MiB of float32
+SLICE = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements quantised at a time, or one expert: 4 and 64 MiB of float32
 
 
 @dataclass(frozen=True)

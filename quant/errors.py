@@ -7,9 +7,14 @@ raises `InputError`; the command line prints its text and exits with 2, without 
 from __future__ import annotations
 
 
+def visible(text: str) -> str:
+    """Control codes, line ends and lone surrogates, which names in strangers' files may hold, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def printable(text: str) -> str:
-    """One line without control codes or lone surrogates, which names in strangers' files may hold."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    """One visible line."""
+    return visible(" ".join(text.split()))
 
 
 class InputError(Exception):

@@ -17,11 +17,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from dgq.quant.dense import Dense
 from dgq.quant.errors import InputError
+from dgq.quant.ggml import GGMLScheme
 from dgq.quant.places import Places
 from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed, Scheme
 
+DECODED = {name: one for name, one in SCHEMES.items() if isinstance(one, GGMLScheme | Dense)}  # ggml's NVFP4 is another
 ALIGNMENT = 32  # of tensors in files we write
 
 
@@ -207,11 +210,11 @@ class GGUFReader(Mapping[str, Packed]):
 
     def scheme(self, name: str) -> Scheme:
         kind = self._tensors[name].kind
-        if kind.lower() not in SCHEMES:
+        if kind.lower() not in DECODED:
             raise InputError(
                 f"{self.path}: {name} has ggml type {kind}, which dgq does not decode yet; convert it anew"
             )
-        return SCHEMES[kind.lower()]
+        return DECODED[kind.lower()]
 
     def __getitem__(self, name: str) -> Packed:
         scheme, tensor = self.scheme(name), self._tensors[name]

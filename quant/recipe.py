@@ -59,7 +59,7 @@ class Recipe(_Strict):
 
     name: str
     format: Literal["gguf", "nvfp4", "bnb4"]
-    label: str
+    label: str = Field(pattern=r"^[\w.+-]{1,64}$")  # part of a file's name
     description: str
     file_type: int = 0  # general.file_type of a .gguf
     activations: Literal["nvfp4"] | None = None  # W4A4: input scales are stored beside the weights

@@ -2,11 +2,15 @@
 
     python tests/bench_convert.py [--layers 4] [--devices cpu cuda] [--folder DIR] [--threads N] [--recipes R …]
     python tests/bench_convert.py --layers 30 --devices cuda --folder /dev/shm --no-run        the whole 26B: 52 GB
+    python tests/bench_convert.py --rss [--recipes R …]       peak resident memory on the CPU, 3 GB and 12.6 GB
 
 Makes a random checkpoint (hidden 2816, 128 experts of 704, vocabulary 262,144, with its vision part; tiny's
 tokenizer), converts it to each recipe in a process of its own on each device, compares every file of the two, and
 writes one canvas with the last. Prints, and ends in one JSON line: seconds by stage, gigabytes of the source a second,
 peak resident memory, peak GPU memory; for running, milliseconds a step and peak GPU memory.
+
+--rss takes one layer and the embedding, then seven layers and the embedding, and holds the peaks against each other
+and against what torch alone takes.
 """
 
 from __future__ import annotations
@@ -16,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -42,7 +45,7 @@ RECIPES: dict[str, list[str]] = {
 }
 
 
-def write_checkpoint(path: Path, layers: int) -> None:
+def write_checkpoint(path: Path, layers: int, vision: bool = True) -> None:
     """Random weights, damped so that activations stay finite and attention soft; shards of up to three layers.
 
     The first layers of the real model; the last of them is made a full one if none is.
@@ -54,6 +57,8 @@ def write_checkpoint(path: Path, layers: int) -> None:
     config = json.loads((HERE / "golden" / "real26b" / "config.json").read_text())
     kinds = [*config["text_config"]["layer_types"][: layers - 1], "full_attention"]
     config["text_config"] |= {"num_hidden_layers": layers, "layer_types": kinds}
+    if not vision:
+        del config["vision_config"]
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
     shutil.copyfile(HERE / "golden" / "real26b" / "generation_config.json", path / "generation_config.json")
@@ -93,6 +98,18 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     folder.rmdir()
 
 
+def peak_rss() -> float:
+    """Of this process, in GiB. (ru_maxrss begins with what the parent had when it forked.)"""
+    said = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return round(int(said["VmHWM"].split()[0]) / 2**20, 3)
+
+
+def torch_here() -> None:
+    """The child: torch and next to nothing."""
+    torch.ones(8, dtype=torch.bfloat16).sum()
+    print(json.dumps({"peak_rss_gib": peak_rss()}))
+
+
 def convert_here(source: str, recipe: str, out: str, device: str, threads: str) -> None:
     """The child: one conversion, its cost as JSON on the last line."""
     from click.testing import CliRunner
@@ -111,7 +128,7 @@ def convert_here(source: str, recipe: str, out: str, device: str, threads: str) 
     print(json.dumps({
         "seconds": round(seconds, 2), "stages": json.loads(result.stdout)["seconds"],
         "gb_per_s": round(size / 1e9 / seconds, 2),
-        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_rss_gib": peak_rss(),
         "peak_gpu_gib": round(gpu / 2**30, 2),
     }))  # fmt: skip
 
@@ -155,15 +172,42 @@ def digests(path: Path) -> dict[str, str]:
     return found
 
 
+def compare_peaks(options: argparse.Namespace) -> dict[str, Any]:
+    """Peak resident memory by recipe, on one layer and the embedding, and on four times their bytes."""
+    alone = child("torch")["peak_rss_gib"]
+    sizes: list[float] = []
+    peaks: dict[str, list[float]] = {recipe: [] for recipe in options.recipes}
+    for layers in (1, 7):
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            source, out = Path(folder) / "source", Path(folder) / "out"
+            write_checkpoint(source, layers, vision=False)
+            sizes.append(round(sum(file.stat().st_size for file in source.glob("*.safetensors")) / 1e9, 2))
+            for recipe in options.recipes:
+                row = child("convert", str(source), recipe, str(out), "cpu", options.threads)
+                peaks[recipe].append(row["peak_rss_gib"])
+                print(f"{layers} layers, {sizes[-1]} GB  {recipe:12} {row}", flush=True)
+                shutil.rmtree(out)
+    rows = {
+        recipe: {"gib": [small, large], "ratio": round(large / small, 3), "beyond_torch": round(large - alone, 3)}
+        for recipe, (small, large) in peaks.items()
+    }
+    held = all(0.9 <= row["ratio"] <= 1.1 and row["beyond_torch"] <= 2 for row in rows.values())
+    return {"source_gb": sizes, "torch_gib": alone, "threads": int(options.threads), "recipes": rows, "held": held}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--devices", nargs="*", default=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
     parser.add_argument("--no-run", action="store_true")
+    parser.add_argument("--rss", action="store_true")
     parser.add_argument("--threads", default=str(os.cpu_count() or 1))
     parser.add_argument("--folder", default=None)
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
     options = parser.parse_args()
+    if options.rss:
+        print(json.dumps(compare_peaks(options)))
+        return
     report: dict[str, Any] = {"layers": options.layers, "threads": int(options.threads), "recipes": {}}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source = Path(folder) / "source"
@@ -193,7 +237,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    commands = {"convert": convert_here, "run": run_here}
+    commands = {"convert": convert_here, "run": run_here, "torch": torch_here}
     if len(sys.argv) > 1 and sys.argv[1] in commands:
         commands[sys.argv[1]](*sys.argv[2:])
     else:

@@ -33,12 +33,12 @@ from click.testing import CliRunner
 from sparse26b import write_sparse_26b
 
 from dgq.convert.cli import main as dgq
+from dgq.convert.slices import SLICE
 from dgq.quant.ggml import GGMLScheme, _quantize_chunk
 from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Scheme
 
 RECIPES = {"q4_k_m": "gguf", "nvfp4": "nvfp4", "bnb4": "bnb4", "bnb4-dq": "bnb4"}
-SLICE = {"cpu": 1 << 22, "cuda": 1 << 24}  # as convert takes them
 Parts = dict[str, torch.Tensor]
 Work = Callable[[], Parts]
 

@@ -13,6 +13,7 @@ The last line is a JSON object; exit code 1 if anything was found.
 from __future__ import annotations
 
 import argparse
+import copy
 import faulthandler
 import hashlib
 import itertools
@@ -46,7 +47,8 @@ SOURCES = ("single", "sharded", "newer")
 COVERED = (
     *(f"quant/{name}" for name in ("hf_dir", "gguf_file", "recipe", "imatrix", "modelopt", "bnb")),
     *(f"runtime/{name}" for name in ("config", "settings", "fields", "weights", "quantization", "vision", "artifact")),
-    "convert/verify",
+    *(f"runtime/{name}" for name in ("tokenizer", "names")),
+    *(f"convert/{name}" for name in ("verify", "inspect", "source", "provenance")),
 )
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ("--max-new-tokens", "1", "--steps", "1", "--json")
@@ -64,6 +66,24 @@ ODD: tuple[Any, ...] = (
 RAW = (
     "1e400", "-1e400", "9" * 5000, "[" * 3000 + "]" * 3000, '{"a":' * 900 + "1" + "}" * 900, '{"a": 1, "a": 2}',
     "[" * 200_000, "1.", "\\", "\"", "0x10", "1e-400", "-0", "[" + "0," * 20_000 + "0]", "\u0000", "tru", '"\\ud800"',
+)  # fmt: skip
+# of config.json: values that lead somewhere, whether the key is there or not
+KNOWING: dict[str, tuple[Any, ...]] = {
+    "rope_type": ("default", "proportional", "linear"), "partial_rotary_factor": (1.0, 0.25, 0.0),
+    "num_hidden_layers": (1025, 1, 3), "num_experts": (4096, 2**31 - 1), "tie_word_embeddings": (False,),
+    "hidden_size": (96, 2**20), "moe_intermediate_size": (2**30, 40), "vision_config": (None, "x"),
+    "quantization_config": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"}, {"quant_method": "fp8"}, {"quant_method": 4},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    ),
+    "quant_method": ("compressed-tensors", "modelopt", "bitsandbytes"), "quant_algo": ("NVFP4", "W4A16_NVFP4", "FP8"),
+    "use_clipped_linears": (True,), "standardize": (True, False), "group_size": (32, "16"),
+    "per_layer_config": ({"9": {}}, {"0": {"head_dim": 8}}, {"1": {"sliding_window": 4}}, {"1": []}),
+}  # fmt: skip
+TEMPLATES = (
+    "{{ messages[0].content", "{{ 1 / 0 }}", "{{ raise_exception('no') }}", "{{ messages | tojson }}\x1b[2J",
+    "{% generation %}{{ strftime_now('%Y') }}{% endgeneration %}", "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{% for m in messages %}{{ m.content }}{% break %}{% endfor %}", "{% include '/etc/passwd' %}", "\ud800",
 )  # fmt: skip
 
 
@@ -92,14 +112,24 @@ def places(data: Any) -> Iterator[tuple[Any, Any]]:
         yield from places(data[key])
 
 
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 def mutated(data: Any, rng: random.Random, raw: list[str] | None = None) -> Any:
     """Some values changed. raw: takes what JSON's own writer cannot write, a mark stands in its place."""
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         spots = list(places(data))
         if not spots:
-            return rng.choice(ODD)
+            return copy.deepcopy(rng.choice(ODD))
         if rng.random() < 0.3:  # as likely deep in a short branch as somewhere in a long one
             spots = [spot for spot in spots if spot[0] is data] or spots
+        if isinstance(data, dict) and "text_config" in data and rng.random() < 0.25:
+            key = rng.choice(list(KNOWING))
+            holders = [spot[0] for spot in spots if spot[1] == key]
+            holders = holders or [data, data, data["text_config"], *(one for one in data.values() if _is_dict(one))]
+            rng.choice(holders)[key] = copy.deepcopy(rng.choice(KNOWING[key]))
+            continue
         holder, key = rng.choice(spots)
         kind = rng.random()
         if kind < 0.12:
@@ -111,12 +141,12 @@ def mutated(data: Any, rng: random.Random, raw: list[str] | None = None) -> Any:
         elif kind < 0.58:
             other, at = rng.choice(spots)
             with suppress(KeyError, IndexError):
-                holder[key] = json.loads(json.dumps(other[at]))
+                holder[key] = copy.deepcopy(other[at])
         elif kind < 0.66 and raw is not None:
             raw.append(rng.choice(RAW))
             holder[key] = f"@@{len(raw) - 1}@@"
         else:
-            holder[key] = rng.choice(ODD)
+            holder[key] = copy.deepcopy(rng.choice(ODD))  # they are changed in turn
     return data
 
 
@@ -180,23 +210,59 @@ def safetensors(data: bytes, rng: random.Random) -> bytes:
         return with_header(json_text(header, rng), payload)
     states = [name for name in names if "quant_state" in name]
     if states and kind < 0.65:
-        start, stop = header[rng.choice(states)]["data_offsets"]
-        text = (
-            json_text(json.loads(payload[start:stop]), rng) if rng.random() < 0.8 else damaged(payload[start:stop], rng)
-        )
-        return data[: -len(payload)] + payload[:start] + text[: stop - start].ljust(stop - start) + payload[stop:]
+        name = rng.choice(states)
+        start, stop = header[name]["data_offsets"]
+        text = payload[start:stop]
+        text = b"" if rng.random() < 0.1 else state_changed(text, rng)
+        if rng.random() < 0.5:
+            text = text[: stop - start].ljust(stop - start)
+        payload = with_bytes(header, name, payload, text)
+        return with_header(json.dumps(header).encode(), payload)
     for _ in range(rng.choice((1, 1, 2))):
         payload = entry_changed(header, names, payload, rng)
     return with_header(json.dumps(header).encode("utf-8", "surrogatepass"), payload)
 
 
+def state_changed(text: bytes, rng: random.Random) -> bytes:
+    if rng.random() < 0.2:
+        return damaged(text, rng)
+    state = json.loads(text)
+    known = {"nested_offset": (1, -0.5, 1e39, "0.1"), "quant_type": ("fp4",), "blocksize": (128,), "shape": ([1],)}
+    if rng.random() < 0.3:
+        key = rng.choice(list(known))
+        return json.dumps(state | {key: rng.choice(known[key])}).encode()
+    return json_text(state, rng)
+
+
+def with_bytes(header: dict[str, Any], name: str, payload: bytes, data: bytes) -> bytes:
+    """The payload with other bytes for one U8 tensor, all that lies behind it moved."""
+    start, stop = header[name]["data_offsets"]
+    for entry in header.values():
+        if "data_offsets" in entry and entry["data_offsets"][0] >= stop:
+            entry["data_offsets"] = [at + len(data) - (stop - start) for at in entry["data_offsets"]]
+    header[name] |= {"shape": [len(data)], "data_offsets": [start, start + len(data)]}
+    return payload[:start] + data + payload[stop:]
+
+
 def entry_changed(header: dict[str, Any], names: list[str], payload: bytes, rng: random.Random) -> bytes:
     """One tensor's line: type, shape, bytes, name; some of it still fits. The payload, perhaps of another length."""
     one, two = rng.choice(names), rng.choice(names)
+    kind = rng.choice((*range(15), 13, 14, 14))
+    special = [name for name in names if name.endswith(("scale", "scale_2", "absmax", "quant_map"))]
+    text = [name for name in names if "model.decoder." in name]
+    if kind == 14 and special and rng.random() < 0.7:
+        one = rng.choice(special)
+    if kind == 13 and text:
+        one = rng.choice(text)
     entry = header[one]
     start, stop = entry["data_offsets"]
-    kind = rng.randrange(15)
     if kind == 0:
+        sizes = {name: header[name]["data_offsets"][1] - header[name]["data_offsets"][0] for name in names}
+        twins = [name for name in names if name != one and sizes[name] == sizes[one] > 0]
+        if twins and rng.random() < 0.5:  # two on one place, and no gap
+            shape = entry["shape"]
+            payload = with_bytes(header, one, payload, b"")
+            entry["shape"], two = shape, rng.choice(twins)
         entry["data_offsets"] = list(header[two]["data_offsets"])
     elif kind == 1:
         by = rng.choice((1, -1, 8, 2**31, 2**48, 2**63, -(2**31)))
@@ -206,8 +272,9 @@ def entry_changed(header: dict[str, Any], names: list[str], payload: bytes, rng:
             ([stop, start], [start], [start, stop, 0], [float(start), stop], [True, stop])
         )
     elif kind == 3:
-        same = {"BF16": "F16", "F32": "I32", "U8": "I8", "F8_E4M3": "F8_E5M2", "F16": "U16"}
-        entry["dtype"] = rng.choice((same.get(entry["dtype"], "U8"), *("F64", "F4", "BOOL", "F8_E8M0", "bf16")))
+        same = {"BF16": ("F16", "I16"), "F32": ("I32", "U32"), "U8": ("I8", "BOOL"), "F8_E4M3": ("F8_E5M2", "U8")}
+        others = ("F64", "F4", "BOOL", "F8_E8M0", "bf16")
+        entry["dtype"] = rng.choice(same.get(entry["dtype"], others) if rng.random() < 0.7 else others)
     elif kind == 4:
         entry["shape"] = rng.choice(
             (entry["shape"][::-1], [*entry["shape"], 1], [math.prod(entry["shape"])], [*entry["shape"], 0],
@@ -240,16 +307,19 @@ def entry_changed(header: dict[str, Any], names: list[str], payload: bytes, rng:
             payload[: rng.randrange(len(payload))] if rng.random() < 0.5 else payload + bytes(rng.choice((1, 8, 4096)))
         )
     elif kind == 13:  # copies of tied weights, the same and another
-        text = "model.encoder.language_model."
-        copy = "lm_head.weight" if "embed_tokens" in one else one.replace("model.decoder.", text)
+        encoder = "model.encoder.language_model."
+        copy = "lm_head.weight" if "embed_tokens" in one else one.replace("model.decoder.", encoder)
         header[copy] = dict(entry) | {"data_offsets": [len(payload), len(payload) + stop - start]}
+        if rng.random() < 0.2:
+            header[copy]["dtype"] = "F16"
         return payload + (payload[start:stop] if rng.random() < 0.7 else bytes(stop - start))
     else:  # values that no quantiser writes
-        width = max(1, min(4, stop - start))
-        value = rng.choice((math.nan, math.inf, -1.0, 0.0, 3.3e38, 1e-45))
-        raw = rng.choice((struct.pack("<f", value)[4 - width :], b"\x7f\xff\x80\xfe"[:width]))
-        at = rng.choice((start, max(start, stop - width)))
-        return payload[:at] + raw + payload[at + width :]
+        value = struct.pack("<f", rng.choice((math.nan, math.inf, -1.0, 0.0, 3.3e38, 1e-45)))
+        raw = rng.choice((value, value, value[2:], b"\x7f", b"\xff", b"\x80\xfe"))[: stop - start]
+        at = rng.choice((start, stop - len(raw)))
+        if rng.random() < 0.3 and raw:  # everywhere
+            at, raw = start, raw * ((stop - start) // len(raw))
+        return payload[:at] + raw + payload[at + len(raw) :]
     return payload
 
 
@@ -264,7 +334,7 @@ class GGUF:
 
     def __init__(self, data: bytes) -> None:
         """ValueError or struct.error if it cannot be read to its end."""
-        self._data, self._at = data, 4
+        self._data, self._at, self.magic = data, 4, b"GGUF"
         if data[:4] != b"GGUF":
             raise ValueError("magic")
         self.version, tensors, keys = struct.unpack("<IQQ", self._take(20))
@@ -313,7 +383,7 @@ class GGUF:
             len(found) if lie is None else lie
             for lie, found in zip(self.counts, (self.tensors, self.keys), strict=True)
         ]
-        parts = [b"GGUF", struct.pack("<IQQ", self.version, *counts)]
+        parts = [self.magic, struct.pack("<IQQ", self.version, *counts)]
         for key, kind, value in self.keys:
             parts += [struct.pack("<Q", len(key)), key, struct.pack("<I", kind), value]
         for name, dims, kind, offset in self.tensors:
@@ -343,10 +413,13 @@ def key_changed(parts: GGUF, rng: random.Random) -> None:
     keys = parts.keys
     if not keys:
         return
-    key = rng.choice(keys)
+    known = [key for key in keys if key[0].startswith((b"diffusion", b"imatrix")) or b"token" in key[0]]
+    key = rng.choice(known if known and rng.random() < 0.4 else keys)
     name, kind, value = key
-    what = rng.randrange(12)
+    what = rng.randrange(13)
     texts = (b"", b"x", b"\xff\xfe", b"\xed\xa0\x80", b"a\nb", b"\x1b[2J", b"\0", b"../x", b"x" * 70_000, b"gemma4")
+    if name.endswith(b"chat_template"):
+        texts = tuple(text.encode("utf-8", "surrogatepass") for text in TEMPLATES)
     if what == 0:
         keys.remove(key)
     elif what == 1:
@@ -357,19 +430,26 @@ def key_changed(parts: GGUF, rng: random.Random) -> None:
         key[1] = rng.choice((*range(14), 2**31, 2**32 - 1))
     elif what == 4:
         parts.version = rng.choice((0, 1, 2, 3, 4, 2**24 * 3))
+        parts.magic = rng.choice((b"GGUF", b"GGUF", b"GGML", b"FUGG"))
     elif what == 5:
         parts.counts[rng.randrange(2)] = rng.choice((*NUMBERS, len(keys) - 1, len(keys) + 1))
     elif what == 6:
         pack = rng.choice((("I", 4), ("Q", 10), ("i", 5)))
         number = rng.choice((0, 1, 2, 3, 8, 16, 64, 4096, 2**30, 2**31 - 1))
         keys.append([b"general.alignment", pack[1], struct.pack("<" + pack[0], number)])
+    elif what == 7:  # well-formed, of another type
+        strings = struct.pack("<IQ", 8, 2) + text_value(b"a") + text_value(b"b")
+        numbers = struct.pack("<IQ2i", 5, 2, 1, 2)
+        key[1:] = rng.choice(
+            ([4, bytes(4)], [6, bytes(4)], [7, b"\1"], [8, text_value(b"x")], [9, strings], [9, numbers])
+        )
     elif kind == 8:
         key[2] = text_value(rng.choice(texts), rng.choice((None, None, None, *NUMBERS)))
     elif kind == 9:
         element, count = struct.unpack("<IQ", value[:12])
         lies = (*NUMBERS, count - 1, count + 1)
         body = value[12:]
-        if what < 8:
+        if what == 12:
             count = rng.choice(lies) % 2**64
         elif what == 8:
             element = rng.choice((*range(14), 2**32 - 1))
@@ -396,10 +476,15 @@ def key_changed(parts: GGUF, rng: random.Random) -> None:
 def tensor_changed(parts: GGUF, rng: random.Random) -> None:
     tensors = parts.tensors
     tensor, other = rng.choice(tensors), rng.choice(tensors)
+    if rng.random() < 0.1:
+        tensor = next((one for one in tensors if one[0] == b"rope_freqs.weight"), tensor)
     name, dims, _, offset = tensor
-    what = rng.randrange(10)
+    what = rng.randrange(11)
     if what == 0:
         tensors.remove(tensor)
+    elif what == 10:  # all of a kind
+        ending = name.rpartition(b".")[2]
+        tensors[:] = [one for one in tensors if not one[0].endswith(ending)]
     elif what == 1:
         tensors.append([*tensor])
     elif what == 2:
@@ -434,8 +519,9 @@ def tensor_changed(parts: GGUF, rng: random.Random) -> None:
     elif what == 7:
         tensor[3], other[3] = other[3], tensor[3]
     elif what == 8:
-        value = struct.pack("<f", rng.choice((math.nan, math.inf, -1.0, 0.0, 1e30, -math.inf)))
-        parts.payload = parts.payload[:offset] + value + parts.payload[offset + 4 :]
+        value = struct.pack("<f", rng.choice((math.nan, math.inf, -1.0, 0.0, 0.0, 1e30, -math.inf)))
+        value *= rng.choice((1, min(1 << 16, math.prod(dims))))
+        parts.payload = parts.payload[:offset] + value + parts.payload[offset + len(value) :]
     else:
         cut = rng.choice((0, 32, len(parts.payload) - 1, rng.randrange(len(parts.payload) + 1)))
         parts.payload = parts.payload[:cut] if rng.random() < 0.7 else parts.payload + bytes(rng.choice((1, 32, 100)))
@@ -464,13 +550,24 @@ def toml_changed(data: bytes, rng: random.Random) -> bytes:
     rules = recipe["rule"]
     rule = rng.choice(rules)
     schemes = ("bf16", "f16", "f32", "q4_k", "q5_0", "q6_k", "q8_0", "nvfp4", "nf4", "nf4_dq", "mxfp4", "", "Q4_K")
-    if kind < 0.3:
+    if rng.random() < 0.6:
+        schemes = {"nvfp4": ("bf16", "nvfp4"), "bnb4": ("bf16", "nf4", "nf4_dq")}.get(recipe["format"], schemes[:7])
+    if kind < 0.16:
+        recipe["label"] = rng.choice(
+            ("../../../outside/x", "/x", "a/../../b", ".", "", "x" * 300, "\x1b[31m", "a b", "é")
+        )
+    elif kind < 0.2:
+        recipe["activations"] = rng.choice(("nvfp4", "fp8", ""))
+    elif kind < 0.24:  # one layer unlike the others
+        match = rng.choice(("*layers.1.mlp*", "*.1.*", "*q_proj*", "blk.0.*", "*experts*"))
+        rules.insert(0, {"match": match, "scheme": rng.choice(schemes)})
+    elif kind < 0.36:
         rule[rng.choice(("scheme", "scheme", "more_bits"))] = rng.choice(schemes)
-    elif kind < 0.4:
+    elif kind < 0.44:
         rule["match"] = rng.choice(
             ("*" * 2000, "[", "[!", "*a" * 400, "?", "", "*.experts.*", "(?i)*", "[z-a]*", "*[\\]", "*.1.*", "**/x")
         )
-    elif kind < 0.5:
+    elif kind < 0.52:
         rng.shuffle(rules)
     elif kind < 0.56:
         rules.remove(rule)
@@ -552,6 +649,17 @@ def link_ops(file: Path, outside: Path, rng: random.Random) -> None:
         file.symlink_to("/proc/self/mem")
 
 
+def lead_out(index: Path, secret: Path, rng: random.Random) -> None:
+    """A shard that lies outside, under the name that would find it there."""
+    document = json.loads(index.read_bytes())
+    shard = rng.choice(sorted(set(document["weight_map"].values())))
+    shutil.move(index.parent / shard, secret / shard)
+    away = rng.choice((f"../../secret/{shard}", str(secret / shard), f"./../../secret/{shard}"))
+    document["weight_map"] = {name: away if file == shard else file for name, file in document["weight_map"].items()}
+    index.unlink()
+    index.write_text(json.dumps(document))
+
+
 CHANGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
     ".safetensors": safetensors, ".gguf": gguf_changed, ".toml": toml_changed,
     ".json": lambda data, rng: damaged(data, rng) if rng.random() < 0.08 else json_text(json.loads(data), rng),
@@ -576,18 +684,35 @@ def make_case(number: int, rng: random.Random, seeds: Path, room: Path) -> Input
         os.link(file, path / file.name)
     file = rng.choice(sorted(path.glob(pattern)))
     before = file.read_bytes()
-    if rng.random() < 0.05:
+    alone = rng.random() < 0.05  # nothing but a file more or less
+    if not alone and rng.random() < 0.05:
         link_ops(file, room / "outside", rng)
         changed = True
+    elif not alone and pattern == INDEX and rng.random() < 0.1:
+        lead_out(file, room / "secret", rng)
+        changed = True
     else:
-        after = CHANGES[file.suffix](before, rng)
+        try:
+            after = before if alone else CHANGES[file.suffix](before, rng)
+        except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError, struct.error):
+            after = damaged(before, rng)  # a second change stumbled over the first
         file.unlink()
         file.write_bytes(after)
         changed = after != before
-    if rng.random() < 0.03:
-        (path / rng.choice(("extra", "b.gguf", "b.safetensors", "..x", "a\nb", "\x1b[2J", "model-2.json"))).write_bytes(
-            b"x"
-        )
+    if rng.random() < (0.7 if alone else 0.04):
+        extra = ("extra", "b.gguf", "b.safetensors", "..x", "a\nb", "\x1b[2J", "model-2.json", SINGLE, INDEX)
+        with suppress(FileExistsError), (path / rng.choice(extra)).open("xb") as out:
+            out.write(b"x")
+            changed = True
+    elif alone or rng.random() < 0.03:  # a kind of file gone
+        for one in path.glob(rng.choice(("*.safetensors", "*.gguf", "config.json", "tokenizer*.json"))):
+            with suppress(IsADirectoryError):
+                one.unlink()
+                changed = True
+    if rng.random() < 0.1 and not pattern.startswith("*.toml"):
+        template = rng.choice(TEMPLATES).encode("utf-8", "surrogatepass")
+        (path / "chat_template.jinja").unlink(missing_ok=True)
+        (path / "chat_template.jinja").write_bytes(template)
         changed = True
     sealed = (path / PROVENANCE).exists() and rng.random() < 0.5 and sealed_again(path, file)
     valid = parses(file)
@@ -600,14 +725,17 @@ def sealed_again(path: Path, file: Path) -> bool:
     """dgq.json agrees with the files (if it was not what was changed), and with itself. False if that cannot be."""
     from dgq.convert.provenance import FILE, sealed, text
 
+    if not parses(path / FILE):  # it may be a link to a device without end
+        return False
     try:
         document = json.loads((path / FILE).read_bytes())
         document.pop("sha256", None)
         if file.name != FILE:
+            document["files"] = {}
             for one in path.iterdir():
                 if one.is_symlink() or not one.is_file() or one.stat().st_size > 1 << 28:
                     return False
-                if one.name in document["files"]:
+                if one.name != FILE:
                     data = one.read_bytes()
                     document["files"][one.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         data = text(sealed(document)).encode()
@@ -629,8 +757,8 @@ def commands(case: Input, rng: random.Random, out: Path, seeds: Path) -> list[Co
         to = tomllib.loads((seeds / "recipes" / case.file.name).read_text())["format"]
         recipe = ("--to", to, "--recipe", path)
         found = [("plan", str(seeds / "sharded"), *recipe, "--no-probe", *as_json)]
-        if some < 0.15:
-            scale = ("--input-scale", "0.01") if to == "nvfp4" else ()
+        if some < 0.3:
+            scale = ("--input-scale", "0.01") if case.file.stem == "nvfp4" else ()
             found.append(("convert", str(seeds / "sharded"), *recipe, "-o", str(out / "new"), "--threads", "1", *scale))
         return found
     if case.seed == "imatrix":
@@ -641,13 +769,15 @@ def commands(case: Input, rng: random.Random, out: Path, seeds: Path) -> list[Co
     if case.seed in SOURCES:
         to = rng.choice(("nvfp4", "bnb4", "gguf"))
         found.append(("plan", path, "--to", to, "--no-probe", *as_json))
-        if some < 0.2:
+        if some < 0.35:
             scale = ("--input-scale", "0.01") if to == "nvfp4" else ()
             found.append(("convert", path, "--to", to, "-o", str(out / "new"), "--threads", "1", *scale))
-    elif case.seed != "bare":
+    else:
         found.append(("verify", path, "--threads", "1", *as_json))
-    if some > 0.5:
-        found.append(("run", path, "hi", *RUN))
+    if some > 0.4:
+        found.append(("run", path, "hi", *RUN, *(("--chat",) if rng.random() < 0.4 else ())))
+    if rng.random() < 0.02:
+        found.append(("inspect", str(case.file)))
     return found
 
 
@@ -659,15 +789,15 @@ class OutOfTimeError(BaseException):
 
 
 class Watch:
-    """Sees every write of this process; those outside `allowed` are kept."""
+    """Sees every write of this process; those outside `allowed` are kept, and every look into `secret`."""
 
     WRITES = frozenset(
         ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod",
          "shutil.rmtree", "os.chown", "os.utime", "os.mkfifo", "os.system", "subprocess.Popen", "os.exec")
     )  # fmt: skip
 
-    def __init__(self, *allowed: Path) -> None:
-        self.allowed = tuple(f"{path}/" for path in allowed)
+    def __init__(self, secret: Path, *allowed: Path) -> None:
+        self.secret, self.allowed = f"{secret}/", tuple(f"{path}/" for path in allowed)
         self.on = False
         self.seen: list[str] = []
         sys.addaudithook(self)
@@ -677,7 +807,12 @@ class Watch:
             return
         if event == "open":
             path, _, flags = arguments
-            if isinstance(path, int) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            if isinstance(path, int):
+                return
+            if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                real = os.path.realpath(os.fsdecode(path))
+                if real.startswith(self.secret):
+                    self.seen.append(f"read {real}")
                 return
         elif event in self.WRITES:
             path = arguments[0]
@@ -773,7 +908,7 @@ def wrong_result(case: Input, codes: dict[str, int]) -> str | None:
 def attempt(number: int, seed: int, seeds: Path, room: Path, watch: Watch) -> dict[str, Any]:
     """One case from its making to its removal."""
     rng = random.Random(f"{seed}:{number}")
-    for folder in ("input", "out", "outside"):
+    for folder in ("input", "out", "outside", "secret"):
         shutil.rmtree(room / folder, ignore_errors=True)
         (room / folder).mkdir()
     case = make_case(number, rng, seeds, room)
@@ -791,7 +926,7 @@ def attempt(number: int, seed: int, seeds: Path, room: Path, watch: Watch) -> di
     try:
         for command in planned:
             code, stdout, stderr = invoke(command)
-            codes[command[0]] = code
+            codes.setdefault(command[0], code)
             if problem := wrong_end(command, code, stdout, stderr):
                 found.append(f"unclean: {problem}")
             if code and command[0] == "convert" and any((room / "out").iterdir()):
@@ -829,10 +964,11 @@ def work(
 
     torch.set_num_threads(1)
     mock.patch("os.fsync", new=lambda _: None).start()  # most of a small conversion's time, and no matter here
+    mock.patch.dict("dgq.convert.slices.SLICE", cpu=1 << 13).start()  # several slices a weight
     room = scratch / f"room{first % step if not only else 'x'}"
-    room.mkdir(exist_ok=True)
+    shutil.rmtree(room, ignore_errors=True)  # of a worker that died
     for name in ("tmp", "cwd"):
-        (room / name).mkdir(exist_ok=True)
+        (room / name).mkdir(parents=True)
     os.environ |= {"TMPDIR": str(room / "tmp"), "HOME": str(room / "tmp")}
     tempfile.tempdir = None
     os.chdir(room / "cwd")
@@ -850,7 +986,7 @@ def work(
     for name in (*QUANTISED, "gguf"):
         code, stdout, stderr = invoke(("verify", str(scratch / "seeds" / name)))
         assert code == 0, stdout + stderr
-    watch = Watch(room / "out", room / "tmp")
+    watch = Watch(room / "secret", room / "out", room / "tmp")
     with log.open("a") as lines:
         for number in range(first, first + 1 if only else cases, step):
             if time.time() > until:
@@ -966,7 +1102,7 @@ def supervise(options: argparse.Namespace, scratch: Path) -> list[dict[str, Any]
             last, ended = last_begun(scratch / f"log{first}")
             if code == 0:
                 continue
-            if last is None or ended:
+            if last is None or ended or any(result["case"] == last for result in results):
                 raise SystemExit(f"worker {first} ended with {code}")
             kind = "timeout" if code == 1 else "crash"
             results.append(

@@ -8,10 +8,16 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
+from click.testing import CliRunner
 from micro import write_micro
 from test_bad_input import error_of
 
+from dgq.convert.cli import main
+from dgq.quant.errors import InputError
+from dgq.quant.gguf_file import GGUFReader
 from dgq.quant.hf_dir import MAX_JSON
 
 SHARD, INDEX = "model-00001-of-00002.safetensors", "model.safetensors.index.json"
@@ -96,3 +102,62 @@ def test_names_of_control_codes(name: str, source: Path) -> None:
     index["weight_map"][f"a{name}b"] = SHARD
     (source / INDEX).write_text(json.dumps(index))
     assert error_of("inspect", str(source)).isprintable()
+
+
+@pytest.mark.parametrize("name", ("\x1b[31mred", "\ud800", "a\nb", "\x9b2J"))
+def test_a_recipe_and_a_dgq_json_that_hold_control_codes(name: str, source: Path, tmp_path: Path) -> None:
+    """They end in the page of `plan` and `inspect`, which a terminal reads, or in a line of JSON."""
+    shown, artifact = ascii(name)[1:-1], tmp_path / "artifact"
+    recipe = (Path(__file__).parent.parent / "recipes" / "nvfp4-w4a16.toml").read_text()
+    text = recipe.replace('description = "', f"description = {json.dumps(name)[:-1]}", 1)
+    if name != "\ud800":  # TOML has none
+        (tmp_path / "mine.toml").write_text(text)
+        page = printed("plan", str(source), "--to", "nvfp4", "--recipe", str(tmp_path / "mine.toml"), "--no-probe")
+        assert f"({shown}" in page
+    printed("convert", str(source), "--to", "nvfp4", "--recipe", "nvfp4-w4a16", "-o", str(artifact))
+    document = json.loads((artifact / "dgq.json").read_text())
+    (artifact / "dgq.json").write_text(json.dumps(document | {"recipe": name}))
+    assert f"recipe {shown}, " in printed("inspect", str(artifact))
+    assert json.loads(printed("inspect", str(artifact), "--json"))["provenance"]["recipe"] == name
+
+
+def printed(*arguments: str) -> str:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert all(line.isprintable() for line in result.stdout.split("\n"))
+    return result.stdout
+
+
+@pytest.mark.parametrize("label", ("../../outside", "/x", "x/../../../y", "", ".." * 40, "\x1b[31m", "a b", "a\n"))
+def test_a_recipe_whose_label_is_no_part_of_a_file_name(label: str, source: Path, tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "recipes" / "q4_k_m.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text.replace('label = "Q4_K_M"', f"label = {json.dumps(label)}"))
+    assert "mine.toml: label: " in error_of(
+        "plan", str(source), "--to", "gguf", "--recipe", str(tmp_path / "mine.toml")
+    )
+
+
+def test_bf16_in_a_gguf(source: Path, tmp_path: Path) -> None:
+    """The plan looked for the source's dtype under the artifact's name."""
+    (tmp_path / "mine.toml").write_text(
+        'name = "plain"\nformat = "gguf"\nlabel = "BF16"\ndescription = ""\nmax_16bit_share = 1\n'
+        '[[rule]]\nmatch = "*"\nscheme = "bf16"\n'
+    )
+    recipe = ("--to", "gguf", "--recipe", str(tmp_path / "mine.toml"))
+    printed("plan", str(source), *recipe, "--no-probe")
+    printed("convert", str(source), *recipe, "-o", str(tmp_path / "out"))
+    printed("verify", str(tmp_path / "out"))
+
+
+def test_an_nvfp4_tensor_in_a_gguf(tmp_path: Path) -> None:
+    """ggml has a type of that name: 36 bytes for 64 weights, in another layout than modelopt's."""
+    writer = gguf.GGUFWriter(tmp_path / "im.gguf", "imatrix")
+    writer.add_tensor("x", np.zeros((2, 36), np.uint8), raw_dtype=gguf.GGMLQuantizationType.NVFP4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    reader = GGUFReader(tmp_path / "im.gguf")
+    assert reader.shape("x") == (2, 64)
+    with pytest.raises(InputError, match="x has ggml type NVFP4, which dgq does not decode"):
+        reader["x"]

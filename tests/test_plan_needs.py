@@ -242,14 +242,14 @@ def test_ram_and_disk(real: Path, four_layers: Path) -> None:
     four, eight = (plan_json(real, "nvfp4", "--no-probe", "--threads", n) for n in ("4", "8"))
     assert (four["ram"]["threads"], eight["ram"]["threads"]) == (4, 8)
     grown = eight["ram"]["convert"] - four["ram"]["convert"]
-    assert grown == 4 * 8 * 2**22, "a slice of 2^22 elements a thread"
+    assert grown == 4 * 8 * 1408 * 2816, "an expert's larger weight a thread"
     assert four["ram"]["calibrate_mapped"] == 2 * 25_250_986_812, "the text part in BF16"
     assert four["ram"]["calibrate"] > 4 * 2 * 256 * 262144 * 2
     assert not {name for name in plan_json(real, "bnb4", "--no-probe")["ram"] if "calibrate" in name}
     sizes = {"artifact": four["bytes"] + 2**26, "download": 0, "total": four["bytes"] + 2**26}
     assert four["disk"] == sizes, "a local source is there already"
     ggml = [plan_json(four_layers, "q4_k_m", "--no-probe", "--threads", n)["ram"]["convert"] for n in ("1", "2")]
-    assert ggml[1] - ggml[0] == 24 * 2**22
+    assert ggml[1] - ggml[0] == 24 * 1408 * 2816
 
 
 def test_the_json_is_the_same_each_time_and_the_estimate_apart(tmp_path: Path) -> None:
