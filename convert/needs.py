@@ -36,7 +36,7 @@ WIDTH = 2  # bytes of an activation
 # Bytes an element of a weight that is being decoded to bf16, temporaries and result. A plain bf16 weight is not copied.
 DECODING = {
     "bf16": 0.0, "f16": 2.0, "f32": 2.0, "nvfp4": 17.0, "nf4": 17.0, "nf4_dq": 17.0,
-    "q4_k": 9.25, "q5_0": 7.25, "q6_k": 6.25, "q8_0": 6.0,
+    "q4_k": 7.25, "q5_0": 7.125, "q6_k": 7.25, "q8_0": 6.0,
 }  # fmt: skip
 NUMBER_A_ROW = ("nvfp4", "nf4_dq")  # schemes with a part of 4 bytes a row, in memory only
 

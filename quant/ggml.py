@@ -158,7 +158,9 @@ class GGMLScheme:
         """uint8 (…, bytes of a row) -> (…, in); float32 arithmetic in ggml's order, then one cast."""
         integers, scales, minimums = self.unpack(parts)
         values = scales * integers
-        return (values if minimums is None else values - minimums).flatten(-2).to(dtype)
+        if minimums is not None:
+            values -= minimums
+        return values.flatten(-2).to(dtype)
 
     def unpack(self, parts: Mapping[str, torch.Tensor]) -> Unpacked:
         """uint8 (…, bytes of a row) -> integers, scales and minimums, all groups of a row along one axis."""

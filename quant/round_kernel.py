@@ -87,8 +87,8 @@ def _kernel(
     least = tl.full((ROWS,), float("inf"), tl.float32)
     chosen = tl.zeros((ROWS,), tl.int32)
     for c in range(count + 1):
-        last = c == count
-        at = tl.where(last, chosen, c).to(tl.int64) * (tl.num_programs(1) * rows) + own
+        last = real & (tl.zeros((ROWS,), tl.int32) + c == count)
+        at = tl.where(c == count, chosen, c).to(tl.int64) * (tl.num_programs(1) * rows) + own
         s, base = tl.load(scale + at, real, 0.0), tl.load(low + at, real, 0.0)
         inverse = tl.where(s != 0, tl.math.div_rn(1.0, s), 0.0)
         loss = tl.zeros((ROWS,), tl.float32)
@@ -103,8 +103,8 @@ def _kernel(
                 level, code = _nearest((column - base) * inverse, levels, bounds, lowest, highest, UNIFORM)
                 lost = (column - (level * s + base)) / tl.load(factor + j * SUB + j)
                 loss += lost * lost
-                tl.store(codes + own * SUB + j, code.to(tl.uint8), real & last)
-                tl.store(error + own * SUB + j, lost, real & last)
+                tl.store(codes + own * SUB + j, code.to(tl.uint8), last)
+                tl.store(error + own * SUB + j, lost, last)
                 after = ()
                 for t in tl.static_range(SUB // TILE - g):
                     after = after + (left[t] - lost[None, :] * through[t],)
