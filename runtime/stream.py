@@ -167,6 +167,7 @@ class Stream:
         expected embeddings that canvases are conditioned on; a row of zeros is no conditioning, as in the model."""
         return self._enter(chunk, soft, watch)
 
+    @torch.enable_grad()
     def pull_enter(self, chunk: Chunk, soft: Tensor, gradient: Tensor, sense: Sense) -> None:
         """The way back through enter(): gradient (tokens, hidden) at what it returned."""
         soft = soft.to(self.device, self.dtype).requires_grad_()
@@ -208,6 +209,7 @@ class Stream:
                 watch(EMBEDDING, normed, logits, None, None)
             yield rows, logits
 
+    @torch.enable_grad()
     def pull_leave(self, chunk: Chunk, x: Tensor, seed: int, sense: Sense) -> Tensor:
         """The way back from the loss: the gradient at x (tokens, hidden). The tokens are drawn by `seed`. Of the head's
         products sense is told the gradient's size alone, (…, 1): the gradient is as wide as the vocabulary."""
@@ -266,6 +268,7 @@ class LayerOf:
         """x (tokens, hidden), prompts and then canvases -> the same."""
         return self._through(chunk, x.to(self._frequencies.device))
 
+    @torch.enable_grad()
     def pull(self, chunk: Chunk, x: Tensor, gradient: Tensor) -> Tensor:
         """The gradient at x of the one at what the layer makes of it."""
         x = x.to(self._frequencies.device).requires_grad_()
