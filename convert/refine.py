@@ -108,7 +108,8 @@ def refined(
             passes.layer(index, None)
             step("samples, second pass")
         last = min((_place(stage, layers) for stage in wanted), default=0)
-        for stage in ("leave", *reversed(range(layers)), "enter"):
+        stages: list[int | str] = ["leave", *reversed(range(layers)), "enter"]
+        for stage in stages:
             if _place(stage, layers) < last:
                 break
             step(f"samples, back to {stage}")

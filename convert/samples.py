@@ -139,7 +139,9 @@ def chunks(found: list[Document], seed: int, turn: int, source: Source) -> list[
         canvas = (ids[start : start + config.canvas] + (config.pad_id,) * config.canvas)[: config.canvas]
         sequences.append((ids[max(0, start - room) : start], canvas))
     rng.shuffle(sequences)
-    made, waiting, size = [], [], 0
+    made: list[Chunk] = []
+    waiting: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    size = 0
     for prompt, canvas in sequences:
         own = len(prompt) + 2 * PER_PROMPT * config.canvas
         if waiting and size + own > CHUNK:

@@ -81,7 +81,7 @@ class _Tap(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.tell(gradient)
         return gradient, None
 
@@ -96,7 +96,11 @@ class _Tapped:
 
     def __call__(self, name: str, x: Tensor, y: Tensor, expert: int | None, tokens: Tensor | None) -> Tensor:
         kept = x.detach()
-        tapped: Tensor = _Tap.apply(y, lambda gradient: self._sense(name, kept, gradient, expert))
+
+        def tell(gradient: Tensor) -> None:
+            self._sense(name, kept, gradient, expert)
+
+        tapped: Tensor = _Tap.apply(y, tell)  # type: ignore[no-untyped-call]
         return tapped
 
 
