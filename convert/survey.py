@@ -149,6 +149,7 @@ def survey(
     if rank == 0:
         tensors = {name: t.float() if t.dtype == torch.float64 else t for name, t in tensors.items()}
         save({**sample_tensors(made), **tensors}, folder / "stats", {"dgq": json.dumps(about)})
+        (folder / "stats").chmod(0o644)  # safetensors keeps it to its owner
         (folder / "stats").replace(out)
     if dist.is_initialized():
         dist.barrier()

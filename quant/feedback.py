@@ -28,7 +28,7 @@ from dgq.quant.grids import Grid, grid_of
 from dgq.quant.types import Scheme
 
 DAMP = 0.02
-ROW_GROUPS = 16
+ROW_GROUPS = 64
 
 
 def feedback(
