@@ -172,7 +172,7 @@ class Q6KGrid:
         return codes * d, None, (codes, d.expand_as(codes))
 
     def pack(self, codes: Tensor, notes: list[Tensor]) -> dict[str, Tensor]:
-        d = notes[1][..., ::16].half().reshape(-1, 1)
+        d = _column(notes[1][..., ::16])
         packed = pack_q6_k(d, notes[0].int().reshape(-1, 16), codes.int().reshape(-1, 256))
         return {"": packed.reshape(*codes.shape[:-1], -1)}
 
@@ -204,7 +204,7 @@ class Q4KGrid:
 
     def pack(self, codes: Tensor, notes: list[Tensor]) -> dict[str, Tensor]:
         sc, m = (note.int().reshape(-1, 8) for note in notes[:2])
-        d, dmin = (note[..., ::8].half().reshape(-1, 1) for note in notes[2:])
+        d, dmin = (_column(note[..., ::8]) for note in notes[2:])
         packed = pack_q4_k(d, dmin, sc, m, codes.int().reshape(-1, 256))
         return {"": packed.reshape(*codes.shape[:-1], -1)}
 
@@ -217,6 +217,11 @@ _GRIDS: dict[str, Callable[[Tensor], Grid]] = {
     "q6_k": Q6KGrid,
     "q4_k": Q4KGrid,
 }
+
+
+def _column(values: Tensor) -> Tensor:
+    """Halves, one a row, whose bytes can be looked at: a single value would keep the stride that it came with."""
+    return values.half().reshape(-1, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _inverse(x: Tensor) -> Tensor:
