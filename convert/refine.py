@@ -72,7 +72,7 @@ class Hessians:
             if not bool(total.sum().isfinite()):
                 raise InputError(f"{name}: its inputs or gradients are not numbers; the checkpoint is damaged")
             if len(total) > 1:
-                average = total.sum(0) / tokens.sum()
+                average = total.sum(0) / tokens.sum().clamp(min=1)  # zero if nothing is felt at all
                 total = (total[part] + LEAN * average) / (tokens[part] + LEAN).view(-1, 1, 1)
             found.append(total)
         return found[0], found[1] if found[1].numel() else None

@@ -405,6 +405,9 @@ def test_every_expert_has_its_own_hessians() -> None:
         joined("down_proj", torch.ones(2, 8), torch.full((2, 5), 1.0 + expert), expert)
     found = joined.of("down_proj", slice(1, 3))[1]
     assert found is not None and found.shape == (1, 5, 5) and float(found[0, 0, 0]) == 2 * 1 + 2 * 9, "added up"
+    silent = Hessians({"w"}, 3)
+    silent("w", torch.ones(2, 8), torch.zeros(2, 5), 1)
+    assert not any(side is None or bool(side.any()) for side in silent.of("w", slice(0, 3))), "nothing felt: zeros"
     sense("dense", torch.ones(2, 3, 8), 2 * torch.ones(2, 3, 5), None)
     inputs, outputs = sense.of("dense", slice(0, 1))
     assert outputs is not None and float(inputs[0, 0, 0]) == 6 * 4 and float(outputs[0, 0, 0]) == 6 * 4
