@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dgq.quant.types import Packed
 from dgq.runtime.attention import attend, rotate
-from dgq.runtime.cache import Cache
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.layers import STEADY_ROWS, Observer, experts, gated_mlp, linear, rms_norm
 from dgq.runtime.names import DECODER
@@ -24,10 +23,17 @@ from dgq.runtime.repack import Tiles
 
 
 class Keys(Protocol):
-    """What a layer needs of a cache.Cache; see there."""
+    """What a layer needs of a cache; see cache.Cache."""
 
     def starts(self, layer: int) -> list[int] | None: ...
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Batch(Keys, Protocol):
+    """Those of a whole batch."""
+
+    @property
+    def stacked(self) -> bool: ...
 
 
 class Layer:
@@ -54,7 +60,7 @@ class Layer:
         self._per_expert_scale = weights["router.per_expert_scale"].dequantize(dtype)
 
     def __call__(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache, scalar: Tensor
+        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Batch, scalar: Tensor
     ) -> Tensor:
         """x (rows, tokens, hidden) -> the same. tables: cos and sin of the tokens' positions; mask: see attend();
         keys and values are written to the cache, behind what it holds, and not committed."""

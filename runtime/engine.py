@@ -17,38 +17,33 @@ unless the random stream is torch's, whose other rows would draw something else 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dgq.quant.errors import InputError
-from dgq.runtime.cache import Cache
+from dgq.runtime.batch import PREFILL, Batch, OnSlots, Reference, Step
 from dgq.runtime.model import Model
 from dgq.runtime.rng import CounterRandom, Random, TorchRandom
-from dgq.runtime.sampler import Stopper, decide
 from dgq.runtime.settings import GenerationConfig, SamplerConfig
 
-# Prompt tokens encoded at once: bounds the attention scores and masks of a long prompt.
-PREFILL = 512
+__all__ = ["PREFILL", "Block", "Result", "Step", "generate", "stream"]
 
 Rng = Literal["counter", "torch"]
 
 
 @dataclass(frozen=True)
-class Step:
-    """A look at one denoising step, for whoever draws the canvas taking shape."""
+class Block:
+    """A committed block, for whoever passes text on. What follows a row's end-of-sequence token is padding."""
 
     block: int  # from 0
-    step: int  # from 1
-    steps: int  # at most
-    canvas: Tensor  # (rows, canvas) the argmax, which is what would be committed now
-    accepted: Tensor  # (rows, canvas) bool: positions the sampler keeps for the next step
-    entropy: Tensor  # (rows,) mean over the canvas, nats
-    rows: tuple[int, ...] = (0,)  # which prompts these are; finished ones may have left
+    canvas: Tensor  # (rows, canvas) int64
+    steps: tuple[int, ...]  # that each row took
+    rows: tuple[int, ...]  # which prompts these are
+    ended: tuple[bool, ...]  # whether the row met its end-of-sequence token, here or before
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,6 @@ class Result:
     stopped_early: list[list[bool]]
 
 
-@torch.inference_mode()
 def generate(
     model: Model,
     prompt_ids: Sequence[Sequence[int]],
@@ -80,7 +74,7 @@ def generate(
     rng: Rng = "counter",
     rows: Sequence[int] | None = None,
 ) -> Result:
-    """Answer every prompt of a batch (shorter ones are padded on the left).
+    """Answer every prompt of a batch.
 
     max_new_tokens and steps (a canvas) default to the generation config's; seed None draws one. InputError for
     prompts that are empty, outside the vocabulary, or too long for the context.
@@ -89,76 +83,79 @@ def generate(
     are those numbers, 0, 1, … unless given: a prompt alone with rows=[3] gets what it gets as the fourth of a batch.
     "torch": transformers' draws from torch's generator, which on a CPU give its tokens; CUDA's stream is another.
     """
-    sampler = generation.sampler if steps is None else replace(generation.sampler, steps=steps)
+    wanted = generation.max_new_tokens if max_new_tokens is None else max_new_tokens
+    sampler = _sampler(generation, steps)
+    committed: list[Tensor] = []
+    used: list[list[int]] = [[] for _ in prompt_ids]
+    over = [False] * len(prompt_ids)
+    events = stream(
+        model, prompt_ids, generation, wanted, seed, steps, rng=rng, rows=rows, every_step=on_step is not None
+    )
+    for event in events:
+        if isinstance(event, Step):
+            assert on_step is not None
+            on_step(event)
+            continue
+        committed.append(event.canvas.new_full((len(prompt_ids), event.canvas.shape[1]), generation.pad_id))
+        committed[-1][list(event.rows)] = event.canvas
+        for row, count, ended in zip(event.rows, event.steps, event.ended, strict=True):
+            if not over[row]:
+                used[row].append(count)
+            over[row] = ended
+    return _result(torch.cat(committed, dim=1).cpu(), used, generation.eos_ids, wanted, sampler.steps)
+
+
+@torch.inference_mode()
+def stream(
+    model: Model,
+    prompt_ids: Sequence[Sequence[int]],
+    generation: GenerationConfig,
+    max_new_tokens: int | None = None,
+    seed: int | None = None,
+    steps: int | None = None,
+    *,
+    rng: Rng = "counter",
+    rows: Sequence[int] | None = None,
+    every_step: bool = True,
+) -> Iterator[Step | Block]:
+    """What generate() does, as it happens: each Step, if every_step, and each Block when it is committed.
+
+    Arguments as for generate(). A model works on one stream at a time: starting another ends this one's validity.
+    """
+    sampler = _sampler(generation, steps)
     wanted = generation.max_new_tokens if max_new_tokens is None else max_new_tokens
     _check(model, prompt_ids, wanted, sampler.steps)
     random = _random(model, len(prompt_ids), rng, seed, rows)
-    eos = torch.tensor(generation.eos_ids, device=model.device)
     blocks = -(-wanted // model.config.canvas)
     capacity = max(map(len, prompt_ids)) + blocks * model.config.canvas
-    if random.independent:
-        cache = _stack(model, prompt_ids, capacity)
+    eos = torch.tensor(generation.eos_ids, device=model.device)
+    batch: Batch
+    if model.device.type == "cuda" and isinstance(random, CounterRandom):
+        batch = OnSlots(model, prompt_ids, capacity, sampler, random)
     else:
-        cache = _prefill(model, prompt_ids, generation.pad_id, capacity)
+        batch = Reference(model, prompt_ids, capacity, sampler, random, generation.pad_id)
 
     here = torch.arange(len(prompt_ids), device=model.device)  # the batch's rows
     finished = torch.zeros_like(here, dtype=torch.bool)
-    committed: list[Tensor] = []
-    used: list[list[int]] = [[] for _ in prompt_ids]
     for block in range(blocks):
-        canvas, took = _denoise(model, cache, sampler, random, here, block, on_step)
-        for row, count, over in zip(here.tolist(), took.tolist(), finished.tolist(), strict=True):
-            if not over:
-                used[row].append(count)
+        canvas, took = yield from batch.denoise(here, block, every_step)
         is_eos = torch.isin(canvas, eos)
         after = is_eos.cumsum(-1) - is_eos.int() > 0
         canvas = canvas.masked_fill(after | finished[:, None], generation.pad_id)
         finished = finished | is_eos.any(-1)
-        committed.append(canvas.new_full((len(prompt_ids), canvas.shape[1]), generation.pad_id))
-        committed[-1][here] = canvas
-        if finished.all() or block == blocks - 1:
-            break
-        if random.independent and finished.any():
+        numbers, over = tuple(here.tolist()), tuple(finished.tolist())
+        yield Block(block, canvas, tuple(took.tolist()), numbers, over)
+        if all(over) or block == blocks - 1:
+            return
+        if random.independent and any(over):
             stay = (~finished).nonzero().flatten()
-            cache.keep(stay)
+            batch.keep(stay)
             here, canvas, finished = here[stay], canvas[stay], finished[stay]
-        model.encode(canvas, cache)
-    return _result(torch.cat(committed, dim=1).cpu(), used, generation.eos_ids, wanted, sampler.steps)
+        batch.commit(canvas)
 
 
-def _denoise(
-    model: Model,
-    cache: Cache,
-    sampler: SamplerConfig,
-    random: Random,
-    rows: Tensor,
-    block: int,
-    on_step: Callable[[Step], None] | None,
-) -> tuple[Tensor, Tensor]:
-    """One canvas from noise to argmax: (rows, canvas) ids and (rows,) steps taken."""
-    canvas = random.canvas(rows, block)
-    done = torch.zeros_like(rows, dtype=torch.bool)
-    took = torch.zeros_like(rows)
-    stopper, argmax = Stopper(sampler), canvas
-    conditioning: Tensor | None = None
-    for step in range(1, sampler.steps + 1):
-        took += ~done
-        logits = model.decode(canvas, cache, conditioning)
-        if logits.sum().isnan():
-            model.refuse_weights()
-        draw = partial(random.draw, rows=rows, block=block, step=step)
-        new = decide(logits, sampler.steps + 1 - step, sampler, draw)
-        argmax = torch.where(done[:, None], argmax, new.argmax)
-        canvas = torch.where(done[:, None], canvas, new.canvas)
-        # cast as transformers does, to the embedding's dtype; a done row's no longer matters
-        conditioning = new.logits.to(model.dtype)
-        done = done | stopper.done(argmax, new.entropy)
-        if on_step is not None:
-            entropy = new.entropy.mean(-1)
-            on_step(Step(block, step, sampler.steps, argmax, new.accepted, entropy, tuple(rows.tolist())))
-        if done.all():
-            break
-    return argmax, took
+def _sampler(generation: GenerationConfig, steps: int | None) -> SamplerConfig:
+    return generation.sampler if steps is None else replace(generation.sampler, steps=steps)
 
 
 def _random(model: Model, count: int, rng: Rng, seed: int | None, rows: Sequence[int] | None) -> Random:
@@ -178,29 +175,6 @@ def _random(model: Model, count: int, rng: Rng, seed: int | None, rows: Sequence
     if not all(0 <= number < 1 << 32 for number in numbers):
         raise InputError(f"rows holds a number outside 0 to {(1 << 32) - 1}")
     return CounterRandom(seed, numbers, length, vocab, model.device)
-
-
-def _stack(model: Model, prompts: Sequence[Sequence[int]], capacity: int) -> Cache:
-    """Every prompt encoded alone, then put into one batch: nothing about a row depends on the others."""
-    cache = model.new_cache(len(prompts), capacity)
-    cache.stack([_prefill(model, [prompt], 0, len(prompt)) for prompt in prompts])
-    return cache
-
-
-def _prefill(model: Model, prompts: Sequence[Sequence[int]], pad_id: int, capacity: int) -> Cache:
-    longest = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), longest), pad_id)
-    padding = torch.ones_like(ids, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        padding[row, longest - len(prompt) :] = False
-    ids, padding = ids.to(model.device), padding.to(model.device)
-    padded = bool(padding.any())
-    cache = model.new_cache(len(prompts), capacity)
-    for start in range(0, longest, PREFILL):
-        part = slice(start, start + PREFILL)
-        model.encode(ids[:, part], cache, padding=padding[:, part] if padded else None)
-    return cache
 
 
 def _check(model: Model, prompts: Sequence[Sequence[int]], wanted: int, steps: int) -> None:

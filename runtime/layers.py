@@ -71,7 +71,7 @@ def embed(ids: Tensor, table: Packed, dtype: torch.dtype) -> Tensor:
 
 def embedding_scale(hidden: int, like: Tensor) -> Tensor:
     """sqrt(hidden), rounded to the activations' dtype as the model was trained with."""
-    return torch.tensor(hidden**0.5, dtype=like.dtype, device=like.device)
+    return torch.full((), hidden**0.5, dtype=like.dtype, device=like.device)
 
 
 def head(x: Tensor, table: Packed, softcap: float) -> Tensor:

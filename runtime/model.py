@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,12 +22,15 @@ from dgq.quant.errors import InputError
 from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.attention import decoder_mask, encoder_mask, rope_frequencies, rope_tables
-from dgq.runtime.block import Layer
+from dgq.runtime.block import Batch, Layer
 from dgq.runtime.cache import Cache
 from dgq.runtime.config import LayerConfig, ModelConfig
 from dgq.runtime.layers import Observer, embed, gated_mlp, head, rms_norm, soft_embed
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER, VISION, check_tensors, expected_tensors
 from dgq.runtime.repack import Tiles, tile
+
+if TYPE_CHECKING:
+    from dgq.runtime.session import Session
 
 # Models whose weights, decoded, stay below this many bytes are decoded once instead of at every use. The 26B is far
 # above on any machine, the small models that tests and first tries run on are far below.
@@ -65,6 +68,7 @@ class Model:
         # names now, shapes when each weight was read: reading can be expensive
         check_tensors({n: expected.get(n, ()) for n in weights if not n.startswith(VISION)}, expected, source)
         self.config, self._source = config, source
+        self.session: Session | None = None  # the memory and graphs of the last batch
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         kernels = self.device.type == "cuda" and self.dtype == torch.bfloat16 and not activations and observe is None
@@ -111,7 +115,7 @@ class Model:
             )
             for i, layer in self._one_of_each()
         }
-        self._run(embed(ids, self.table, self.dtype), positions, masks, cache, self._encoder_scalars)
+        self.append(ids, positions, masks, cache)
         cache.commit(new, real)
 
     @torch.inference_mode()
@@ -125,9 +129,22 @@ class Model:
             layer.is_sliding: decoder_mask(cache.length, new, cache.held(i), cache.real)
             for i, layer in self._one_of_each()
         }
-        x = self._conditioned(embed(canvas, self.table, self.dtype), self_conditioning_logits)
-        x = self._run(x, cache.positions(new), masks, cache, self._decoder_scalars)
+        logits = self_conditioning_logits
+        soft = None if logits is None else soft_embed(logits, self.table, self.dtype)
+        return self.logits(canvas, soft, cache.positions(new), masks, cache)
+
+    def logits(
+        self, ids: Tensor, soft: Tensor | None, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: Batch
+    ) -> Tensor:
+        """decode() on any cache. soft (rows, canvas, hidden): the expected embedding under the previous step's logits;
+        positions (rows or 1, canvas); masks: by is_sliding, see attention.attend()."""
+        x = self._conditioned(embed(ids, self.table, self.dtype), soft)
+        x = self._run(x, positions, masks, cache, self._decoder_scalars)
         return head(rms_norm(x, self._final_norm, self.config.norm_eps), self.table, self.config.softcap)
+
+    def append(self, ids: Tensor, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: Batch) -> None:
+        """encode() on any cache, without committing."""
+        self._run(embed(ids, self.table, self.dtype), positions, masks, cache, self._encoder_scalars)
 
     def refuse_weights(self) -> NoReturn:
         """After logits that are not a number: InputError naming the first weight that holds such a value."""
@@ -137,16 +154,15 @@ class Model:
                 raise InputError(f"{self._source}: {name} holds values that are not finite; the file is damaged")
         raise InputError(f"{self._source}: the logits are not a number, though every weight is; try --dtype fp32")
 
-    def _conditioned(self, x: Tensor, logits: Tensor | None) -> Tensor:
-        if logits is not None:
-            soft = soft_embed(logits, self.table, self.dtype)
+    def _conditioned(self, x: Tensor, soft: Tensor | None) -> Tensor:
+        if soft is not None:
             soft = rms_norm(soft, self._condition_norm, self.config.norm_eps)
-            # Without logits the signal is zero, and so is the MLP's output: it has no biases.
+            # Before the first step the signal is zero, and so is the MLP's output: it has no biases.
             x = x + gated_mlp(soft, self._condition_mlp)
         return rms_norm(x, None, self.config.norm_eps)
 
     def _run(
-        self, x: Tensor, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: Cache, scalars: list[Tensor]
+        self, x: Tensor, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: Batch, scalars: list[Tensor]
     ) -> Tensor:
         tables = {sliding: rope_tables(f, positions, self.dtype) for sliding, f in self._frequencies.items()}
         for layer, scalar in zip(self.layers, scalars, strict=True):

@@ -74,8 +74,8 @@ class CounterRandom:
     independent = True
 
     def __init__(self, seed: int, numbers: Sequence[int], length: int, vocab: int, device: torch.device) -> None:
+        self.seed, self.numbers = seed, torch.tensor(numbers, device=device)
         self._keys = round_keys(seed).to(device)
-        self._numbers = torch.tensor(numbers, device=device)
         self._positions = torch.arange(length, device=device)
         self._vocab = vocab
 
@@ -84,20 +84,33 @@ class CounterRandom:
 
     def draw(self, probabilities: Tensor, rows: Tensor, block: int, step: int) -> tuple[Tensor, Tensor]:
         words = self.words(rows, block, step)
-        # word + ½ leaves out 0 and 1, and is exact in float64
-        u = (words[0].double() + 0.5) * 2.0**-32
+        u = _uniform(words[0])
         return inverse_cdf(probabilities.flatten(0, 1), u.flatten()).view_as(u), self._tokens(words[1])
 
-    def words(self, rows: Tensor, block: int, step: int) -> Tensor:
-        """(4, rows, canvas) int64, 32 random bits each."""
-        counter = self._positions.new_empty(4, len(rows), len(self._positions))
-        counter[0], counter[1], counter[2] = self._positions, step, block
-        counter[3] = self._numbers[rows].unsqueeze(-1)
+    def ahead(self, rows: Tensor, block: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What canvas() and draw() take in a whole block: its noise (rows, canvas); for each step u (steps, rows,
+        canvas) float64, where draw() looks in the distribution, and the fresh tokens."""
+        words = self.words(rows, block, torch.arange(steps + 1, device=self._positions.device))
+        tokens = self._tokens(words[1])
+        return tokens[0], _uniform(words[0, 1:]), tokens[1:]
+
+    def words(self, rows: Tensor, block: int, step: int | Tensor) -> Tensor:
+        """(4, rows, canvas) int64, 32 random bits each; for steps (n,) int64 (4, n, rows, canvas)."""
+        several = (len(step),) if isinstance(step, Tensor) else ()
+        counter = self._positions.new_empty(4, *several, len(rows), len(self._positions))
+        counter[0], counter[2] = self._positions, block
+        counter[1] = step[:, None, None] if isinstance(step, Tensor) else step
+        counter[3] = self.numbers[rows].unsqueeze(-1)
         return philox(counter, self._keys)
 
     def _tokens(self, words: Tensor) -> Tensor:
         # no token is preferred by more than 2^-32
         return words * self._vocab >> 32
+
+
+def _uniform(words: Tensor) -> Tensor:
+    """Words of 32 bits -> float64 in (0, 1), exactly; the added half leaves out both ends."""
+    return (words.double() + 0.5) * 2.0**-32
 
 
 def round_keys(seed: int) -> Tensor:

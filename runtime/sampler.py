@@ -33,12 +33,12 @@ class Decision:
     logits: Tensor  # scaled by the temperature: the next step's self-conditioning
 
 
-def temperature(left: int, config: SamplerConfig, device: torch.device) -> Tensor:
+def temperature(left: int | Tensor, config: SamplerConfig, device: torch.device) -> Tensor:
     """The divisor with `left` steps to go, this one included: from t_max down to nearly t_min.
 
     A float32 scalar tensor, not a Python number: rounding then is transformers'.
     """
-    share = torch.tensor(left, dtype=torch.int32, device=device) / config.steps
+    share = torch.as_tensor(left, dtype=torch.int32, device=device) / config.steps
     return config.t_min + (config.t_max - config.t_min) * share
 
 
@@ -50,7 +50,7 @@ def accept(entropy: Tensor, bound: float) -> Tensor:
 
 
 def decide(
-    logits: Tensor, left: int, config: SamplerConfig, draw: Callable[[Tensor], tuple[Tensor, Tensor]]
+    logits: Tensor, left: int | Tensor, config: SamplerConfig, draw: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> Decision:
     """One step on raw logits (rows, canvas, vocab) float32, `left` steps to go. draw: Random.draw of this step."""
     logits = logits / temperature(left, config, logits.device)

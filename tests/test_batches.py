@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dgq.runtime import engine
+from dgq.runtime import batch as batches
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.engine import generate
 from dgq.runtime.rng import CounterRandom
@@ -96,13 +96,13 @@ def test_a_row_of_a_batch_is_the_row_alone_to_the_bit(artifact, model, five, mon
     torch.set_num_threads(1)  # MKL shares the rows out among threads
     request.addfinalizer(lambda: torch.set_num_threads(threads))
     endless = replace(artifact.generation, eos_ids=(), sampler=replace(artifact.generation.sampler, confidence=0.0))
-    seen, stock = [], engine.decide
+    seen, stock = [], batches.decide
 
     def decide(logits, *rest):
         seen.append(logits)
         return stock(logits, *rest)
 
-    monkeypatch.setattr(engine, "decide", decide)
+    monkeypatch.setattr(batches, "decide", decide)
 
     def logits(rows):
         """(steps of both blocks, rows, canvas, vocab)"""

@@ -1,0 +1,164 @@
+"""Rows through their canvases: on fixed memory, by graphs where there are any; or as the reference does it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dgq.runtime.cache import Cache
+from dgq.runtime.model import Model
+from dgq.runtime.plain import Plain
+from dgq.runtime.rng import CounterRandom, Random
+from dgq.runtime.sampler import Stopper, decide
+from dgq.runtime.session import Passes, Session
+from dgq.runtime.settings import SamplerConfig
+
+# Prompt tokens encoded at once: bounds the attention scores and masks of a long prompt.
+PREFILL = 512
+
+
+@dataclass(frozen=True)
+class Step:
+    """A look at one denoising step, for whoever draws the canvas taking shape."""
+
+    block: int  # from 0
+    step: int  # from 1
+    steps: int  # at most
+    canvas: Tensor  # (rows, canvas) the argmax, which is what would be committed now
+    accepted: Tensor  # (rows, canvas) bool: positions the sampler keeps for the next step
+    entropy: Tensor  # (rows,) mean over the canvas, nats
+    rows: tuple[int, ...] = (0,)  # which prompts these are; finished ones may have left
+
+
+Denoised = Generator[Step, None, tuple[Tensor, Tensor]]
+
+
+class Batch(Protocol):
+    """Rows being denoised."""
+
+    def denoise(self, rows: Tensor, block: int, every_step: bool) -> Denoised:
+        """One canvas from noise to argmax: (rows, canvas) ids and (rows,) steps taken. rows: which prompts are left."""
+        ...
+
+    def commit(self, canvas: Tensor) -> None: ...
+    def keep(self, rows: Tensor) -> None: ...
+
+
+class OnSlots:
+    """By a session, which the model keeps for the next batch."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        capacity: int,
+        sampler: SamplerConfig,
+        random: CounterRandom,
+    ) -> None:
+        self._model, self._sampler, self._random = model, sampler, random
+        self._session = _session(model, len(prompts), capacity, sampler)
+        self._session.start(prompts)
+        self.commit, self.keep = self._session.commit, self._session.keep
+
+    def denoise(self, rows: Tensor, block: int, every_step: bool) -> Denoised:
+        state, numbers = self._session.state, tuple(rows.tolist())
+        state.begin(self._random, rows, block)
+        for step in range(1, self._sampler.steps + 1):
+            over = self._session.step()
+            if every_step:
+                seen = state.argmax.clone(), state.accepted.clone(), state.mean_entropy()
+                yield Step(block, step, self._sampler.steps, *seen, numbers)
+            if over is None:
+                self._model.refuse_weights()
+            if over:
+                break
+        return state.argmax.clone(), state.took.clone()
+
+
+def _session(model: Model, rows: int, capacity: int, sampler: SamplerConfig) -> Session:
+    session = model.session
+    if session is None or not session.fits(rows, capacity, sampler):
+        model.session = session = None  # the old one's memory is free before the new one's is taken
+        model.session = session = Session(_passes(model), rows, capacity, sampler)
+    return session
+
+
+def _passes(model: Model) -> Passes:
+    return Plain(model)
+
+
+class Reference:
+    """Operation by operation on a growing cache: what everything faster is held against."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        capacity: int,
+        sampler: SamplerConfig,
+        random: Random,
+        pad_id: int,
+    ) -> None:
+        self._model, self._sampler, self._random = model, sampler, random
+        if random.independent:
+            self._cache = _stack(model, prompts, capacity)
+        else:
+            self._cache = _prefill(model, prompts, pad_id, capacity)
+        self.keep = self._cache.keep
+
+    def commit(self, canvas: Tensor) -> None:
+        self._model.encode(canvas, self._cache)
+
+    def denoise(self, rows: Tensor, block: int, every_step: bool) -> Denoised:
+        sampler = self._sampler
+        canvas = self._random.canvas(rows, block)
+        done = torch.zeros_like(rows, dtype=torch.bool)
+        took = torch.zeros_like(rows)
+        stopper, argmax = Stopper(sampler), canvas
+        conditioning: Tensor | None = None
+        for step in range(1, sampler.steps + 1):
+            took += ~done
+            logits = self._model.decode(canvas, self._cache, conditioning)
+            if logits.sum().isnan():
+                self._model.refuse_weights()
+            draw = partial(self._random.draw, rows=rows, block=block, step=step)
+            new = decide(logits, sampler.steps + 1 - step, sampler, draw)
+            argmax = torch.where(done[:, None], argmax, new.argmax)
+            canvas = torch.where(done[:, None], canvas, new.canvas)
+            # cast as transformers does, to the embedding's dtype; a done row's no longer matters
+            conditioning = new.logits.to(self._model.dtype)
+            done = done | stopper.done(argmax, new.entropy)
+            if every_step:
+                entropy = new.entropy.mean(-1)
+                yield Step(block, step, sampler.steps, argmax, new.accepted, entropy, tuple(rows.tolist()))
+            if done.all():
+                break
+        return argmax, took
+
+
+def _stack(model: Model, prompts: Sequence[Sequence[int]], capacity: int) -> Cache:
+    """Every prompt encoded alone, then put into one batch: nothing about a row depends on the others."""
+    cache = model.new_cache(len(prompts), capacity)
+    cache.stack([_prefill(model, [prompt], 0, len(prompt)) for prompt in prompts])
+    return cache
+
+
+def _prefill(model: Model, prompts: Sequence[Sequence[int]], pad_id: int, capacity: int) -> Cache:
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad_id)
+    padding = torch.ones_like(ids, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        padding[row, longest - len(prompt) :] = False
+    ids, padding = ids.to(model.device), padding.to(model.device)
+    padded = bool(padding.any())
+    cache = model.new_cache(len(prompts), capacity)
+    for start in range(0, longest, PREFILL):
+        part = slice(start, start + PREFILL)
+        model.encode(ids[:, part], cache, padding=padding[:, part] if padded else None)
+    return cache

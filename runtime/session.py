@@ -1,0 +1,143 @@
+"""One batch on fixed memory: a denoising step, and a block's commitment, as CUDA graphs that wait for nothing.
+
+    step graph     canvas ─ embed ─(+)─ layers ─ head ─ sampler ─> canvas, argmax, done ── one number to the host
+                              soft ─ MLP ─┘                └─ soft                             (is there more to do?)
+    commit graph   argmax ─ embed ─ layers ─> slots, lengths
+
+Everything that a step reads and changes lies in tensors that stay where they are: keys and values in Slots, which step
+it is and what stability compares with in a State. Graphs are captured for a number of rows; the first step of a kind
+runs without one, since that is what compiles its kernels. Where there are no graphs (on a CPU, in float32) the same
+steps run operation by operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dgq.runtime.config import ModelConfig
+from dgq.runtime.rng import CounterRandom
+from dgq.runtime.settings import SamplerConfig
+from dgq.runtime.slots import Canvas, Prompt, Slots
+
+
+class State(Protocol):
+    """Where the canvases of some rows are on their way. soft (rows, canvas, hidden): the expected embedding that the
+    next step is conditioned on, zeros before the first; took (rows,): steps made; the others (rows, canvas)."""
+
+    canvas: Tensor
+    soft: Tensor
+    argmax: Tensor
+    accepted: Tensor
+    took: Tensor
+
+    def begin(self, random: CounterRandom, rows: Tensor, block: int) -> None:
+        """New canvases of noise, for rows that have these places in the stream."""
+        ...
+
+    def decide(self, logits: Tensor) -> None:
+        """A step's decisions, from what Passes.decode() returned."""
+        ...
+
+    def mean_entropy(self) -> Tensor:
+        """(rows,) of the last step, in nats."""
+        ...
+
+    def flag(self) -> Tensor:
+        """int32 (1,): 1 if all rows are done, plus 2 if logits were not a number."""
+        ...
+
+
+class Passes(Protocol):
+    """The model's work on slots; capturable: without waiting for the device."""
+
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    capturable: bool
+    prefill: int  # prompt tokens encoded at once
+
+    def new_state(self, rows: int, sampler: SamplerConfig) -> State: ...
+    def decode(self, ids: Tensor, soft: Tensor, view: Canvas) -> Tensor: ...
+    def encode(self, ids: Tensor, view: Canvas) -> None: ...
+    def encode_prompt(self, ids: Tensor, view: Prompt) -> None: ...
+
+
+class Session:
+    """Rows being denoised: those of Slots, of which the first `live` are still there."""
+
+    def __init__(self, passes: Passes, rows: int, capacity: int, sampler: SamplerConfig) -> None:
+        self.passes, self.sampler, self.live = passes, sampler, rows
+        self.slots = Slots(passes.config, rows, capacity, passes.device, passes.dtype)
+        self._commit = torch.zeros(rows, passes.config.canvas, dtype=torch.int64, device=passes.device)
+        self._flag = torch.zeros(1, dtype=torch.int32, pin_memory=passes.device.type == "cuda")
+        self._states: dict[int, State] = {}
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if passes.capturable else None
+
+    def fits(self, rows: int, capacity: int, sampler: SamplerConfig) -> bool:
+        """Whether another batch can have this session's memory and graphs."""
+        return (rows, sampler) == (self.slots.rows, self.sampler) and capacity <= self.slots.capacity
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Encode prompts, one for each row, each as though it were alone."""
+        self.live, step = self.slots.rows, self.passes.prefill
+        for row, prompt in enumerate(prompts):
+            for first in range(0, len(prompt), step):
+                ids = torch.tensor(prompt[first : first + step], device=self.passes.device)[None]
+                self.passes.encode_prompt(ids, Prompt(self.slots, row, first, ids.shape[1]))
+        self.slots.lengths.copy_(torch.tensor([len(prompt) for prompt in prompts]))
+
+    @property
+    def state(self) -> State:
+        """Of the live rows."""
+        if self.live not in self._states:
+            self._states[self.live] = self.passes.new_state(self.live, self.sampler)
+        return self._states[self.live]
+
+    def step(self) -> bool | None:
+        """One step; whether all rows are done. None: their logits are not a number."""
+        self._play("step", self._step)
+        if self.passes.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the one thing that the host waits for
+        flag = int(self._flag)
+        return None if flag & 2 else bool(flag)
+
+    def commit(self, canvas: Tensor) -> None:
+        """Encode what was made of the live rows' canvases (live, canvas)."""
+        self._commit[: self.live] = canvas
+        self._play("commit", self._encode)
+
+    def keep(self, rows: Tensor) -> None:
+        """The live rows that are not in `rows`, int64 and rising, leave."""
+        self.slots.keep(rows)
+        self.live = len(rows)
+
+    def _step(self) -> None:
+        state = self.state
+        logits = self.passes.decode(state.canvas, state.soft, self._view())
+        state.decide(logits)
+        self._flag.copy_(state.flag(), non_blocking=True)
+
+    def _encode(self) -> None:
+        self.passes.encode(self._commit[: self.live], self._view())
+        self.slots.lengths[: self.live] += self.passes.config.canvas
+
+    def _view(self) -> Canvas:
+        return Canvas(self.slots, self.live, self.passes.config.canvas)
+
+    def _play(self, name: str, body: Callable[[], None]) -> None:
+        key = name, self.live
+        if key in self._graphs:
+            self._graphs[key].replay()
+            return
+        body()
+        if self.passes.capturable:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            graph = self._graphs[key] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                body()
