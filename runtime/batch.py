@@ -89,7 +89,11 @@ def _session(model: Model, rows: int, capacity: int, sampler: SamplerConfig) -> 
 
 
 def _passes(model: Model) -> Passes:
-    return Plain(model)
+    if not model.kernels:
+        return Plain(model)
+    from dgq.runtime.fast import Fast  # needs Triton
+
+    return Fast(model)
 
 
 class Reference:

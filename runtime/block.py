@@ -52,10 +52,10 @@ class Layer:
         self.index, self.shape = index, config.layers[index]
         self._observe = observe
         self._config = config
-        self._weights = weights
+        self.weights = weights
         self._norms = {name: w.dequantize(torch.float32) for name, w in weights.items() if "norm" in name}
         self._dense = (weights["mlp.gate_proj.weight"], weights["mlp.up_proj.weight"], weights["mlp.down_proj.weight"])
-        self._routed = routed or (weights["experts.gate_up_proj"], weights["experts.down_proj"])
+        self.routed = routed or (weights["experts.gate_up_proj"], weights["experts.down_proj"])
         self._router_scale = weights["router.scale"].dequantize(dtype)
         self._per_expert_scale = weights["router.per_expert_scale"].dequantize(dtype)
 
@@ -83,7 +83,7 @@ class Layer:
         return x + self._norm(both, "post_feedforward_layernorm")
 
     def _attention(self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Keys) -> Tensor:
-        w, eps = self._weights, self._config.norm_eps
+        w, eps = self.weights, self._config.norm_eps
         heads = (*x.shape[:-1], -1, self.shape.head_dim)
         watch = self._observer()
 
@@ -105,7 +105,7 @@ class Layer:
         chosen, share = self._route(rows)
         watch = self._observer("experts.")
         rows = self._norm(rows, "pre_feedforward_layernorm_2")
-        gate_up, down = self._routed
+        gate_up, down = self.routed
         return experts(rows, chosen, share, gate_up, down, watch, least).view_as(x)
 
     def _observer(self, part: str = "") -> Observer | None:
@@ -117,7 +117,7 @@ class Layer:
         """Each token's experts: residual (tokens, hidden) -> numbers and shares (float32), both (tokens, top_k)."""
         x = rms_norm(residual, None, self._config.norm_eps) * self._router_scale * self._config.hidden**-0.5
         name = "router.proj.weight"
-        scores = linear(x, self._weights[name], self._observer(), name).softmax(-1, dtype=torch.float32)
+        scores = linear(x, self.weights[name], self._observer(), name).softmax(-1, dtype=torch.float32)
         share, chosen = scores.topk(self._config.top_k, dim=-1)
         share = share / share.sum(-1, keepdim=True)
         return chosen, share * self._per_expert_scale[chosen]

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # above on any machine, the small models that tests and first tries run on are far below.
 KEEP_DECODED = 1 << 28
 
+JOINED = {"qkv": ("self_attn.q", "self_attn.k", "self_attn.v"), "mlp": ("mlp.gate", "mlp.up"), "self": ("gate", "up")}
 _PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -57,12 +58,14 @@ class Model:
         keep_decoded: int = KEEP_DECODED,
         activations: str | None = None,
         observe: Observer | None = None,
+        kernels: bool | None = None,
     ) -> None:
         """Check and move the weights. InputError for a missing, unknown or mis-shaped tensor; source is the file's
         name in it. Vision tensors are passed over. keep_decoded: see KEEP_DECODED, 0 = decode at every use.
 
         activations: None, or "nvfp4" to round the inputs of weights that carry an input scale, as W4A4 kernels do.
-        observe: sees every product of the layers; see layers.Observer.
+        observe: sees every product of the layers; see layers.Observer. kernels: whether to repack weights for the
+        kernels; as said above unless given, and only bfloat16 can.
         """
         expected = expected_tensors(config)
         # names now, shapes when each weight was read: reading can be expensive
@@ -71,21 +74,23 @@ class Model:
         self.session: Session | None = None  # the memory and graphs of the last batch
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
-        kernels = self.device.type == "cuda" and self.dtype == torch.bfloat16 and not activations and observe is None
+        able = self.device.type == "cuda" and self.dtype == torch.bfloat16 and not activations and observe is None
+        self.kernels = kernels = able if kernels is None else kernels
         self._tiles: dict[str, Tiles] = {}
+        self.joined: dict[str, Tensor] = {}  # bfloat16 weights that are multiplied together: prefix + "qkv", "gate_up"
         self.weights = self._load(weights, keep_decoded, activations, kernels)
         layers = range(len(config.layers))
         self.layers = [
-            Layer(config, i, self._below(f"{DECODER}layers.{i}."), self.dtype, observe, self._routed(i)) for i in layers
+            Layer(config, i, self._below(f"{DECODER}layers.{i}."), self.dtype, observe, self.routed(i)) for i in layers
         ]
-        self._decoder_scalars = [self._vector(f"{DECODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
-        self._encoder_scalars = [self._vector(f"{ENCODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
-        self._final_norm = self._vector(DECODER + "norm.weight", torch.float32)
+        self.decoder_scalars = [self._vector(f"{DECODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
+        self.encoder_scalars = [self._vector(f"{ENCODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
+        self.final_norm = self._vector(DECODER + "norm.weight", torch.float32)
         self._condition = self._below(DECODER + "self_conditioning.")
         gate, up, down = (self._condition[f"{part}_proj.weight"] for part in ("gate", "up", "down"))
-        self._condition_mlp = (gate, up, down)
-        self._condition_norm = self._condition["pre_norm.weight"].dequantize(torch.float32)
-        self._frequencies = {
+        self.condition_mlp = (gate, up, down)
+        self.condition_norm = self._condition["pre_norm.weight"].dequantize(torch.float32)
+        self.frequencies = {
             layer.is_sliding: rope_frequencies(config, layer).to(self.device) for layer in config.layers
         }
 
@@ -139,12 +144,12 @@ class Model:
         """decode() on any cache. soft (rows, canvas, hidden): the expected embedding under the previous step's logits;
         positions (rows or 1, canvas); masks: by is_sliding, see attention.attend()."""
         x = self._conditioned(embed(ids, self.table, self.dtype), soft)
-        x = self._run(x, positions, masks, cache, self._decoder_scalars)
-        return head(rms_norm(x, self._final_norm, self.config.norm_eps), self.table, self.config.softcap)
+        x = self._run(x, positions, masks, cache, self.decoder_scalars)
+        return head(rms_norm(x, self.final_norm, self.config.norm_eps), self.table, self.config.softcap)
 
     def append(self, ids: Tensor, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: Batch) -> None:
         """encode() on any cache, without committing."""
-        self._run(embed(ids, self.table, self.dtype), positions, masks, cache, self._encoder_scalars)
+        self._run(embed(ids, self.table, self.dtype), positions, masks, cache, self.encoder_scalars)
 
     def refuse_weights(self) -> NoReturn:
         """After logits that are not a number: InputError naming the first weight that holds such a value."""
@@ -156,15 +161,15 @@ class Model:
 
     def _conditioned(self, x: Tensor, soft: Tensor | None) -> Tensor:
         if soft is not None:
-            soft = rms_norm(soft, self._condition_norm, self.config.norm_eps)
+            soft = rms_norm(soft, self.condition_norm, self.config.norm_eps)
             # Before the first step the signal is zero, and so is the MLP's output: it has no biases.
-            x = x + gated_mlp(soft, self._condition_mlp)
+            x = x + gated_mlp(soft, self.condition_mlp)
         return rms_norm(x, None, self.config.norm_eps)
 
     def _run(
         self, x: Tensor, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: Batch, scalars: list[Tensor]
     ) -> Tensor:
-        tables = {sliding: rope_tables(f, positions, self.dtype) for sliding, f in self._frequencies.items()}
+        tables = {sliding: rope_tables(f, positions, self.dtype) for sliding, f in self.frequencies.items()}
         for layer, scalar in zip(self.layers, scalars, strict=True):
             sliding = layer.shape.is_sliding
             x = layer(x, tables[sliding], masks[sliding], cache, scalar)
@@ -193,11 +198,29 @@ class Model:
                 loaded[name] = moved
         if activations and not any("input_scale" in weight.parts for weight in loaded.values()):
             raise InputError(f"{self._source}: holds no input scales, which --activations {activations} needs (W4A4)")
+        if kernels:
+            return self._joined({name: self._decoded(w) if len(w.shape) > 1 else w for name, w in loaded.items()})
         elements = sum(weight.numel for weight in loaded.values())
         if elements * self.dtype.itemsize > keep_decoded:
             return loaded
         # vectors keep their precision: norms are computed in float32 whatever the dtype
         return {name: self._decoded(w) if len(w.shape) > 1 else w for name, w in loaded.items()}
+
+    def _joined(self, loaded: dict[str, Packed]) -> dict[str, Packed]:
+        """Weights of one input side by side, in self.joined; what they were become views of that."""
+        for prefix in (
+            DECODER + "self_conditioning.",
+            *(f"{DECODER}layers.{i}." for i in range(len(self.config.layers))),
+        ):
+            for whole, parts in JOINED.items():
+                names = [name for part in parts if (name := f"{prefix}{part}_proj.weight") in loaded]
+                if names:
+                    joined = torch.cat([loaded[name].parts[""] for name in names])
+                    pieces = joined.split([loaded[name].shape[0] for name in names])
+                    self.joined[prefix + whole] = joined
+                    for name, piece in zip(names, pieces, strict=True):
+                        loaded[name] = Packed(loaded[name].scheme, loaded[name].shape, {"": piece})
+        return loaded
 
     def _decoded(self, weight: Packed) -> Packed:
         scale = {k: v for k, v in weight.parts.items() if k == "input_scale"}
@@ -206,7 +229,7 @@ class Model:
     def _below(self, prefix: str) -> dict[str, Packed]:
         return {name[len(prefix) :]: weight for name, weight in self.weights.items() if name.startswith(prefix)}
 
-    def _routed(self, index: int) -> tuple[Tiles, Tiles] | None:
+    def routed(self, index: int) -> tuple[Tiles, Tiles] | None:
         """Layer `index`'s experts if they were loaded for the kernels."""
         prefix = f"{DECODER}layers.{index}.experts."
         gate_up, down = self._tiles.get(prefix + "gate_up_proj"), self._tiles.get(prefix + "down_proj")
