@@ -14,10 +14,12 @@ import triton
 from torch import Tensor
 
 from dgq.runtime import fused_kernels
+from dgq.runtime.repack import COLUMNS
 from dgq.runtime.settings import SamplerConfig
 
 _SLICE = 8192  # of the vocabulary, tokens
 _LEAST = 512  # the sampler's chunk
+_TOKENS = 4  # routed by a program
 
 
 @dataclass(frozen=True)
@@ -167,3 +169,241 @@ def decide(state: Denoising) -> None:
         state.streak, state.took, state.canvas, state.argmax, state.accepted, state.mean, state.entropy, state.found,
         state.sampled, canvas, state.vocab, C=triton.next_power_of_2(canvas), PART=32,
     )  # fmt: skip
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    plus: Tensor | None = None,
+    scale: Tensor | None = None,
+    factor: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """RMS norm of (x + plus) * scale * factor, times weight: x and plus bfloat16 (n, width), weight float32 (width,),
+    scale float32 (n,). Float32 within; bfloat16 (n, width)."""
+    rows, width = x.shape
+    out = torch.empty(rows, width, dtype=torch.bfloat16, device=x.device) if out is None else out
+    assert out.is_contiguous() and x.stride(1) == 1 and (plus is None or plus.stride(1) == 1)
+    fused_kernels.norm[(rows,)](
+        x, plus, scale, weight, out, x.stride(0), 0 if plus is None else plus.stride(0),
+        0 if scale is None else scale.stride(0), width, factor, eps, BLOCK=triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What the second half of a layer reads, bfloat16: dense and router (n, hidden); routed (n, hidden up to whole
+    tiles), its columns as repack.in_order puts them."""
+
+    dense: Tensor
+    routed: Tensor
+    router: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, width: int, device: torch.device | str) -> Feed:
+        def room(columns: int) -> Tensor:
+            return torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
+
+        return cls(room(width), room(width + -width % COLUMNS), room(width))
+
+
+def mixed(
+    x: Tensor,
+    seen: Tensor,
+    after: Tensor,
+    dense: Tensor,
+    routed: Tensor,
+    router_scale: Tensor,
+    eps: float,
+    out: Feed | None = None,
+) -> Feed:
+    """After attention: x += norm(seen, after), in place; then the inputs of MLP, experts and router.
+
+    x and seen bfloat16 (n, hidden); after, dense, routed: the norms' weights, float32 (hidden,); router_scale
+    (hidden,), of any float dtype.
+    """
+    rows, width = x.shape
+    out = Feed.empty(rows, width, x.device) if out is None else out
+    assert x.is_contiguous() and seen.is_contiguous()
+    fused_kernels.mixed[(rows,)](
+        x, seen, after, dense, routed, router_scale, out.dense, out.routed, out.router, width, out.routed.shape[1],
+        width**-0.5, eps, BLOCK=triton.next_power_of_2(width + -width % COLUMNS), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def fed(
+    x: Tensor,
+    dense: Tensor,
+    routed: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    scalar: Tensor,
+    following: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The end of a layer: x = (x + norm(norm(dense) + norm(routed))) * scalar, in place -> norm(x, following).
+
+    x and dense bfloat16 (n, hidden); routed (n, hidden), or (n, k, hidden) to be summed over k; weights: of the norms
+    of dense, routed and both, float32 (hidden,); scalar of one element; following: the weight of the next layer's
+    input norm, or the model's last.
+    """
+    rows, width = x.shape
+    out = torch.empty_like(x) if out is None else out
+    assert x.is_contiguous() and dense.is_contiguous() and routed.is_contiguous()
+    fused_kernels.fed[(rows,)](
+        x, dense, routed, *weights, scalar, following, out, width, eps,
+        K=routed.shape[1] if routed.dim() == 3 else 1, BLOCK=triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def route(
+    scores: Tensor, scale: Tensor, k: int, chosen: Tensor | None = None, share: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A token's k experts of highest score, int32 (n, k), and their shares, float32: softmax over these k times scale.
+
+    scores (n, experts), what the router's product gives; scale (experts,). Of equal scores the first is taken.
+    """
+    tokens, experts = scores.shape
+    chosen = torch.empty(tokens, k, dtype=torch.int32, device=scores.device) if chosen is None else chosen
+    share = torch.empty(tokens, k, dtype=torch.float32, device=scores.device) if share is None else share
+    assert scores.is_contiguous()
+    fused_kernels.route[(triton.cdiv(tokens, _TOKENS),)](
+        scores, scale, chosen, share, tokens, experts, K=k, PICKS=triton.next_power_of_2(k),
+        EXPERTS=triton.next_power_of_2(experts), TOKENS=_TOKENS, num_warps=_TOKENS,
+    )  # fmt: skip
+    return chosen, share
+
+
+def rotations(
+    length: Tensor, frequencies: Tensor, tokens: int, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 (rows * tokens, head_dim / 2), of the positions length[row] + 0, 1, …; length int32 (rows,),
+    frequencies as attention.rope_frequencies has them."""
+    rows, half = len(length), len(frequencies)
+    if out is None:
+        out = torch.empty(2, rows * tokens, half, dtype=torch.float32, device=length.device).unbind()
+    cos, sin = out
+    power = triton.next_power_of_2(half)
+    fused_kernels.angles[(rows * tokens,)](length, frequencies, cos, sin, tokens, half, HALF=power, num_warps=2)
+    return out
+
+
+def place(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norms: tuple[Tensor, Tensor],
+    turns: tuple[Tensor, Tensor],
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    eps: float,
+    pages: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Norm and turn q and k, norm v; keys and values go into the cache -> queries (rows, heads, tokens, head_dim).
+
+    q (rows * tokens, heads * head_dim), k and v (…, kv heads * head_dim), bfloat16; rows of any stride, v may be k.
+    norms: of q and k, float32 (head_dim,); turns: of rotations(). keys and values bfloat16 (rows, kv heads, size,
+    head_dim), of equal strides; token i of a row goes to slot (length + i) % size. With pages int32 (rows, n) they are
+    (pages, kv heads, size, head_dim), and position p goes to place p % size of page pages[row, p // size].
+    """
+    rows, (_, kv_heads, size, dim) = len(length), keys.shape
+    tokens, heads = len(q) // rows, q.shape[1] // dim
+    assert keys.stride() == values.stride() and keys.stride(3) == 1 and dim & (dim - 1) == 0
+    assert q.stride(1) == k.stride(1) == v.stride(1) == 1
+    out = torch.empty(rows, heads, tokens, dim, dtype=torch.bfloat16, device=q.device) if out is None else out
+    table = 0 if pages is None else pages.stride(0)
+    fused_kernels.place[(len(q), 2)](
+        q, k, v, *norms, *turns, out, keys, values, pages, length, q.stride(0), k.stride(0), v.stride(0), tokens,
+        heads, kv_heads, *keys.stride()[:3], table, size, eps, HALF=dim // 2, HEADS=triton.next_power_of_2(heads),
+        KV_HEADS=triton.next_power_of_2(kv_heads), PAGED=pages is not None, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How attend() cuts its work: queries and keys of a program, warps, stages of loads ahead."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def blocks_for(dim: int, device: torch.device) -> Blocks:
+    """As measured on Hopper; where shared memory is smaller, what fits there."""
+    room = 227 << 10
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if dim > 256:
+        return Blocks(64, 32, 8, 2) if room >= 200 << 10 else Blocks(32, 16, 8, 2)
+    if dim > 128:
+        return Blocks(64, 64, 4, 2) if room >= 160 << 10 else Blocks(64, 32, 4, 2)
+    return Blocks(64, 64, 4, 2)
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    length: Tensor,
+    window: int | None = None,
+    causal: bool = False,
+    start: Tensor | None = None,
+    pages: Tensor | None = None,
+    out: Tensor | None = None,
+    blocks: Blocks | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """softmax(q k^T) v, unscaled: place()'s queries over the tokens in the cache -> bfloat16 (rows, tokens, heads *
+    head_dim).
+
+    A row's queries see the length[row] tokens that are there and all of the queries' own ones; causal: only those up
+    to themselves. window: only the last window - 1 of the length[row], or, causal, of those before the query. start
+    int32 (rows,): no token before that. keys, values, pages: as place() has them; size is a multiple of 64, and at
+    least window - 1 + tokens, or whatever length + tokens will be.
+    """
+    rows, heads, tokens, dim = q.shape
+    _, kv_heads, size, _ = keys.shape
+    group = heads // kv_heads
+    cut = blocks_for(dim, q.device) if blocks is None else blocks
+    assert q.is_contiguous() and keys.stride() == values.stride() and size % cut.keys == 0
+    programs = triton.cdiv(group * tokens, cut.queries) * kv_heads
+    splits = _splits(programs * rows, q.device) if splits is None else splits
+    out = torch.empty(rows, tokens, heads * dim, dtype=torch.bfloat16, device=q.device) if out is None else out
+    parts, weights = out, None
+    if splits > 1:
+        parts = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
+        weights = torch.empty(splits, *q.shape[:3], dtype=torch.float32, device=q.device)
+    table = 0 if pages is None else pages.stride(0)
+    fused_kernels.attend[(programs // kv_heads, kv_heads, rows * splits)](
+        q, keys, values, pages, length, start, parts, weights, tokens, group, *keys.stride()[:3], table, size,
+        1 << 30 if window is None else window, D=dim, BLOCK_M=cut.queries, BLOCK_N=cut.keys, SPLITS=splits,
+        CAUSAL=causal, PAGED=pages is not None, STAGES=cut.stages, num_warps=cut.warps,
+    )  # fmt: skip
+    if weights is not None:
+        fused_kernels.join[(rows * tokens,)](
+            parts, weights, out, tokens, heads, rows * heads * tokens, D=dim, HEADS=triton.next_power_of_2(heads),
+            SPLITS=splits, num_warps=8,
+        )  # fmt: skip
+    return out
+
+
+def _splits(programs: int, device: torch.device) -> int:
+    """As many parts of the keys as make one wave of programs."""
+    processors = 132
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(8, processors // programs))
+
+
+def soft_embed(probabilities: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:
+    """sample()'s probabilities (n, vocab) @ table (vocab, hidden), both bfloat16 -> (n, hidden) bfloat16, summed in
+    float32. A row's scale is still to be multiplied with: norm() does."""
+    return torch.mm(probabilities, table) if out is None else torch.mm(probabilities, table, out=out)

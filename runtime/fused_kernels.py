@@ -245,3 +245,258 @@ def decide(
     tl.store(took + row, now)
     tl.store(step + row, now + 1)
     tl.store(temperature + row, _heat(settings, now + 1))
+
+
+@triton.jit
+def _inverse_rms(x, width, eps):
+    return tl.rsqrt(tl.sum(x * x) / width + eps)
+
+
+@triton.jit
+def norm(x, y, scale, weight, out, x_stride, y_stride, scale_stride, width, factor, eps, BLOCK: tl.constexpr):
+    """Program row: out = norm((x + y) * scale * factor) * weight; y, scale (a row's own) and weight may be None."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    real = column < width
+    value = tl.load(x + row * x_stride + column, real, other=0.0).to(tl.float32)
+    if y is not None:
+        value += tl.load(y + row * y_stride + column, real, other=0.0).to(tl.float32)
+    if scale is not None:
+        value *= tl.load(scale + row * scale_stride)
+    value *= factor
+    value *= _inverse_rms(value, width, eps)
+    if weight is not None:
+        value *= tl.load(weight + column, real, other=0.0)
+    tl.store(out + row * width + column, to_bfloat16(value), real)
+
+
+@triton.jit
+def _instruction_order(column):
+    """Where repack.in_order puts a column: t t a b h p -> a b h t t p."""
+    return column // 64 * 64 + (column >> 1 & 7) * 8 + (column >> 4 & 3) * 2 + (column & 1)
+
+
+@triton.jit
+def mixed(
+    x, seen, after, dense, routed, router_scale, to_dense, to_routed, to_router, width, wide, factor, eps,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program row, after attention: x += norm(seen) * after; what MLP, experts and router read of the new x."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    real, at = column < width, row * width + column
+    value = tl.load(seen + at, real, other=0.0).to(tl.float32)
+    value *= _inverse_rms(value, width, eps) * tl.load(after + column, real, other=0.0)
+    kept = to_bfloat16(value + tl.load(x + at, real, other=0.0).to(tl.float32))
+    tl.store(x + at, kept, real)
+    value = kept.to(tl.float32)
+    value *= _inverse_rms(value, width, eps)
+    tl.store(to_dense + at, to_bfloat16(value * tl.load(dense + column, real, other=0.0)), real)
+    ordered = to_routed + row * wide + _instruction_order(column)
+    tl.store(ordered, to_bfloat16(value * tl.load(routed + column, real, other=0.0)), column < wide)
+    scale = tl.load(router_scale + column, real, other=0.0).to(tl.float32) * factor
+    tl.store(to_router + at, to_bfloat16(value * scale), real)
+
+
+@triton.jit
+def fed(
+    x, dense, routed, dense_weight, routed_weight, both_weight, scalar, following, out, width, eps, K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program row, after the MLP and the experts, whose K parts are summed: the layer's x, and what the next reads."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    real, at = column < width, row * width + column
+    one = tl.load(dense + at, real, other=0.0).to(tl.float32)
+    other = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(K):
+        other += tl.load(routed + (row * K + i) * width + column, real, other=0.0).to(tl.float32)
+    one *= _inverse_rms(one, width, eps) * tl.load(dense_weight + column, real, other=0.0)
+    other *= _inverse_rms(other, width, eps) * tl.load(routed_weight + column, real, other=0.0)
+    both = one + other
+    both *= _inverse_rms(both, width, eps) * tl.load(both_weight + column, real, other=0.0)
+    value = tl.load(x + at, real, other=0.0).to(tl.float32) + both
+    kept = to_bfloat16(value * tl.load(scalar).to(tl.float32))
+    tl.store(x + at, kept, real)
+    value = kept.to(tl.float32)
+    value *= _inverse_rms(value, width, eps) * tl.load(following + column, real, other=0.0)
+    tl.store(out + at, to_bfloat16(value), real)
+
+
+@triton.jit
+def route(
+    scores, scale, chosen, share, tokens, experts, K: tl.constexpr, PICKS: tl.constexpr, EXPERTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """TOKENS tokens' K best experts, the first of equals, and their shares of the softmax over those K times scale."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    expert, pick = tl.arange(0, EXPERTS)[None, :], tl.arange(0, PICKS)[None, :]
+    real = (token < tokens)[:, None]
+    left = tl.load(scores + token[:, None] * experts + expert, real & (expert < experts), other=float("-inf"))
+    left = left.to(tl.float32)
+    top = tl.max(left, 1)
+    numbers = tl.zeros((TOKENS, PICKS), tl.int32)
+    weights = tl.zeros((TOKENS, PICKS), tl.float32)
+    for i in tl.static_range(K):
+        best = tl.max(left, 1)
+        number = tl.min(tl.where((left == best[:, None]) & (expert < experts), expert, EXPERTS), 1)
+        number = tl.minimum(number, experts - 1)  # scores that are no numbers are equal to nothing
+        left = tl.where(expert == number[:, None], float("-inf"), left)
+        numbers = tl.where(pick == i, number[:, None], numbers)
+        weights = tl.where(pick == i, tl.exp(best - top)[:, None], weights)
+    weights /= tl.sum(weights, 1)[:, None]
+    weights *= tl.load(scale + numbers).to(tl.float32)
+    to = token[:, None] * K + pick
+    tl.store(chosen + to, numbers, real & (pick < K))
+    tl.store(share + to, weights, real & (pick < K))
+
+
+@triton.jit
+def angles(length, frequencies, cos, sin, tokens, half, HALF: tl.constexpr):
+    """Program token: cos and sin of its position's angles. The position is length[row] + its place."""
+    token, lane = tl.program_id(0), tl.arange(0, HALF)
+    position = tl.load(length + token // tokens) + token % tokens
+    angle = position.to(tl.float32) * tl.load(frequencies + lane, lane < half, other=0.0)
+    tl.store(cos + token * half + lane, tl.cos(angle), lane < half)
+    tl.store(sin + token * half + lane, tl.sin(angle), lane < half)
+
+
+@triton.jit
+def _slot(pages, row, position, table, size, PAGED: tl.constexpr):
+    """Page and place in it of a row's position: of its own ring, or of the page that its table names."""
+    if PAGED:
+        return tl.load(pages + row * table + position // size).to(tl.int64), position % size
+    else:
+        return row.to(tl.int64), position % size
+
+
+@triton.jit
+def _halves(x, weight, lane, real, eps, HALF: tl.constexpr):
+    """A head's two halves, normed: x points to heads (n, 1)."""
+    a, b = tl.load(x + lane, real, other=0.0).to(tl.float32), tl.load(x + HALF + lane, real, other=0.0).to(tl.float32)
+    scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)[:, None]
+    if weight is not None:
+        return a * scale * tl.load(weight + lane), b * scale * tl.load(weight + HALF + lane)
+    else:
+        return a * scale, b * scale
+
+
+@triton.jit
+def _turned(x, weight, c, s, to, lane, real, eps, HALF: tl.constexpr):
+    """Heads at x normed, turned by cos c and sin s, stored at `to`."""
+    a, b = _halves(x, weight, lane, real, eps, HALF)
+    tl.store(to, to_bfloat16(a * c - b * s), real)
+    tl.store(to + HALF, to_bfloat16(b * c + a * s), real)
+
+
+@triton.jit
+def place(
+    q, k, v, q_weight, k_weight, cos, sin, out, keys, values, pages, length, q_stride, k_stride, v_stride, tokens,
+    heads, kv_heads, page_stride, head_stride, slot_stride, table, size, eps,
+    HALF: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PAGED: tl.constexpr,
+):  # fmt: skip
+    """Program (token, part): 0 norms and turns the queries, 1 keys and values, which go to the token's slot."""
+    at = tl.program_id(0).to(tl.int64)
+    row, i = at // tokens, at % tokens
+    lane = tl.arange(0, HALF)[None, :]
+    c, s = tl.load(cos + at * HALF + lane).to(tl.float32), tl.load(sin + at * HALF + lane).to(tl.float32)
+    if tl.program_id(1) == 0:
+        query = tl.arange(0, HEADS)[:, None]
+        to_query = out + ((row * heads + query) * tokens + i) * (2 * HALF) + lane
+        _turned(q + at * q_stride + query * (2 * HALF), q_weight, c, s, to_query, lane, query < heads, eps, HALF)
+    else:
+        head = tl.arange(0, KV_HEADS)[:, None]
+        real = head < kv_heads
+        page, slot = _slot(pages, row, tl.load(length + row) + i, table, size, PAGED)
+        to = page * page_stride + head * head_stride + slot.to(tl.int64) * slot_stride + lane
+        first, second = _halves(v + at * v_stride + head * (2 * HALF), None, lane, real, eps, HALF)
+        tl.store(values + to, to_bfloat16(first), real)
+        tl.store(values + to + HALF, to_bfloat16(second), real)
+        _turned(k + at * k_stride + head * (2 * HALF), k_weight, c, s, keys + to, lane, real, eps, HALF)
+
+
+@triton.jit
+def attend(
+    q, keys, values, pages, length, start, out, weights, tokens, group, page_stride, head_stride, slot_stride, table,
+    size, window,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr,
+    PAGED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of a key head's group, folded (group, tokens), over one of SPLITS parts of the keys they see."""
+    head, split = tl.program_id(1), tl.program_id(2) % SPLITS
+    row, kv_heads, rows = tl.program_id(2) // SPLITS, tl.num_programs(1), tl.num_programs(2) // SPLITS
+    held = tl.load(length + row)
+    first = tl.load(start + row) if start is not None else 0
+    last = held + tokens
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = m < group * tokens
+    position = held + m % tokens
+    if CAUSAL:
+        last = tl.max(tl.where(real, position, 0)) + 1
+        first = tl.maximum(first, tl.min(tl.where(real, position, last)) - window + 1)
+    else:
+        first = tl.maximum(first, held - window + 1)
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, D)
+    folded = (row * kv_heads + head).to(tl.int64) * group * tokens + m
+    queries = tl.load(q + folded[:, None] * D + d[None, :], real[:, None], other=0.0)
+    if INTERPRETED:  # whose product of bfloat16 is wrong
+        queries = queries.to(tl.float32)
+    top = tl.full((BLOCK_M,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sums = tl.zeros((BLOCK_M, D), tl.float32)
+    begin = first // BLOCK_N
+    each = tl.cdiv(tl.cdiv(last, BLOCK_N) - begin, SPLITS)
+    begin += split * each
+    end = tl.minimum(begin + each, tl.cdiv(last, BLOCK_N))
+    for block in tl.range(begin, end, num_stages=STAGES):
+        page, slot = _slot(pages, row, block * BLOCK_N, table, size, PAGED)
+        at = page * page_stride + head * head_stride + (slot + n)[:, None].to(tl.int64) * slot_stride + d[None, :]
+        key = block * BLOCK_N + n
+        seen = (key >= first) & (key < last)
+        k = tl.load(keys + at)
+        if INTERPRETED:
+            k = k.to(tl.float32)
+        scores = tl.dot(queries, k.trans()) * _LOG2E
+        visible = seen[None, :]
+        if CAUSAL:
+            visible &= (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - window)
+        scores = tl.where(visible, scores, -1e30)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(p, 1)
+        v = tl.load(values + at, seen[:, None], other=0.0)  # what lies in empty slots may be no number
+        sums *= shrink[:, None]
+        if INTERPRETED:
+            sums = tl.dot(to_bfloat16(p).to(tl.float32), v.to(tl.float32), sums)
+        else:
+            sums = tl.dot(p.to(tl.bfloat16), v, sums)
+        top = higher
+    sums /= tl.where(total > 0, total, 1.0)[:, None]
+    if SPLITS == 1:
+        query, heads = m // tokens + head * group, kv_heads * group
+        to = out + ((row.to(tl.int64) * tokens + m % tokens) * heads + query)[:, None] * D + d[None, :]
+        tl.store(to, to_bfloat16(sums), real[:, None])
+    else:
+        folded += (split * rows).to(tl.int64) * kv_heads * group * tokens
+        tl.store(out + folded[:, None] * D + d[None, :], sums, real[:, None])
+        tl.store(weights + folded, tl.where(total > 0, top + tl.log2(total), -2e30), real)
+
+
+@triton.jit
+def join(parts, weights, out, tokens, heads, count, D: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr):
+    """Program (row, token): the splits' results (SPLITS, rows, heads, tokens, D), each by its weight (log2)."""
+    at = tl.program_id(0).to(tl.int64)
+    row, i = at // tokens, at % tokens
+    head, d = tl.arange(0, HEADS), tl.arange(0, D)
+    real = head < heads
+    place = (row * heads + head) * tokens + i
+    top = tl.full((HEADS,), -3e30, tl.float32)
+    for s in tl.static_range(SPLITS):
+        top = tl.maximum(top, tl.load(weights + s * count + place, real, other=0.0))
+    total = tl.zeros((HEADS,), tl.float32)
+    sums = tl.zeros((HEADS, D), tl.float32)
+    for s in tl.static_range(SPLITS):
+        weight = tl.exp2(tl.load(weights + s * count + place, real, other=0.0) - top)
+        total += weight
+        part = tl.load(parts + (s * count + place)[:, None] * D + d[None, :], real[:, None], other=0.0)
+        sums += weight[:, None] * part.to(tl.float32)
+    to = out + (at * heads + head)[:, None] * D + d[None, :]
+    tl.store(to, to_bfloat16(sums / total[:, None]), real[:, None])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dgq.runtime import sampler
+from dgq.runtime.repack import in_order
 from dgq.runtime.rng import CounterRandom
 from dgq.runtime.settings import SamplerConfig
 
@@ -158,3 +159,228 @@ def test_acceptance(canvas: int, bound: float) -> None:
     assert torch.equal(state.accepted, expected)
     assert torch.equal(state.canvas == -1, expected)
     assert math.isclose(float(state.mean[1]), float(state.entropy[1].mean()), rel_tol=1e-5, abs_tol=1e-9)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.full(shape, torch.nan if dtype.is_floating_point else 1 << 20, dtype=dtype, device=DEVICE)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape).to(dtype).to(DEVICE)
+
+
+def exact_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    x = x.double()
+    x = x * (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    return x if weight is None else x * weight.double()
+
+
+EPS = 1e-6
+WIDTHS = [(3, 72), (2, 256)] + ([(256, 2816), (1, 2816), (777, 2816)] if CUDA else [])
+
+
+@pytest.mark.parametrize("shape", WIDTHS, ids=str)
+def test_norm(shape: tuple[int, int]) -> None:
+    torch.manual_seed(5)
+    x, plus, weight = normal(*shape), normal(*shape), normal(shape[1], dtype=torch.float32)
+    scale = torch.rand(shape[0], 3, device=DEVICE)[:, 1] + 0.1
+    small = torch.full_like(scale, 1e-3)  # where eps is felt
+    for args, exact in [
+        ({"weight": weight}, exact_norm(x, weight)),
+        ({"weight": None}, exact_norm(x)),
+        ({"weight": None, "plus": plus}, exact_norm(x.double() + plus.double())),
+        ({"weight": weight, "scale": scale, "factor": 7.5}, exact_norm(x.double() * scale[:, None] * 7.5, weight)),
+        ({"weight": None, "scale": small}, exact_norm(x.double() * 1e-3)),
+    ]:
+        out = poisoned(*shape)
+        assert fused.norm(x, eps=EPS, out=out, **args) is out
+        assert error(out, exact) <= LIMIT
+
+
+@pytest.mark.parametrize("shape", WIDTHS, ids=str)
+def test_after_attention(shape: tuple[int, int]) -> None:
+    torch.manual_seed(6)
+    rows, width = shape
+    x, seen = normal(*shape), normal(*shape)
+    after, dense, routed = (normal(width, dtype=torch.float32) for _ in range(3))
+    router_scale = normal(width)
+    new = x.double() + exact_norm(seen, after)
+    out = fused.Feed(poisoned(*shape), poisoned(rows, width + -width % 64), poisoned(*shape))
+    assert fused.mixed(x, seen, after, dense, routed, router_scale, EPS, out) is out
+    assert error(x, new) <= LIMIT
+    assert error(out.dense, exact_norm(x, dense)) <= LIMIT
+    assert error(out.router, exact_norm(x) * router_scale.double() * width**-0.5) <= LIMIT
+    ordered = in_order(exact_norm(x, routed))
+    assert out.routed.shape == ordered.shape and error(out.routed, ordered) <= LIMIT
+    assert not out.routed[ordered == 0].any()
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("shape", WIDTHS, ids=str)
+def test_after_the_experts(shape: tuple[int, int], k: int) -> None:
+    torch.manual_seed(7)
+    rows, width = shape
+    x, dense = normal(*shape), normal(*shape)
+    parts = normal(rows, k, width) if k > 1 else normal(*shape)
+    w1, w2, w3, following = (normal(width, dtype=torch.float32) for _ in range(4))
+    scalar = torch.tensor([0.37], dtype=torch.bfloat16, device=DEVICE)
+    total = parts.double().sum(1) if k > 1 else parts
+    both = exact_norm(dense, w1) + exact_norm(total, w2)
+    new = (x.double() + exact_norm(both, w3)) * scalar.double()
+    out = poisoned(*shape)
+    fused.fed(x, dense, parts, (w1, w2, w3), scalar, following, EPS, out)
+    assert error(x, new) <= LIMIT
+    assert error(out, exact_norm(x, following)) <= LIMIT
+
+
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(5, 16, 4), (3, 128, 8), (9, 30, 1), (1, 12, 12)])
+def test_route(tokens: int, experts: int, k: int) -> None:
+    torch.manual_seed(8)
+    tokens = tokens * 85 if CUDA else tokens
+    scores, scale = normal(tokens, experts) * 3, normal(experts)
+    scores[0] = 1.0  # equals: the first are taken
+    chosen, share = poisoned(tokens, k, dtype=torch.int32), poisoned(tokens, k, dtype=torch.float32)
+    fused.route(scores, scale, k, chosen, share)
+    best = scores.double().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(chosen.long(), best)
+    exact = scores.double().softmax(-1).gather(-1, best)
+    exact = exact / exact.sum(-1, keepdim=True) * scale.double()[best]
+    assert torch.allclose(share.double(), exact, rtol=1e-5)
+
+
+def test_scores_that_are_no_numbers_stay_within_the_experts() -> None:
+    chosen, _ = fused.route(torch.full((4, 12), torch.nan, device=DEVICE), normal(12), 3)
+    assert bool(((chosen >= 0) & (chosen < 12)).all())
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_rotations(full: bool) -> None:
+    frequencies = 1 / (1e6 if full else 1e4) ** (torch.arange(0, 64, 2) / 64)
+    frequencies[8 if full else 32 :] = 0
+    length = torch.tensor([0, 5, 262_000], dtype=torch.int32, device=DEVICE)
+    out = poisoned(2, 9, 32, dtype=torch.float32).unbind()
+    fused.rotations(length, frequencies.to(DEVICE), 3, out)
+    position = (length[:, None] + torch.arange(3, device=DEVICE)).flatten().float()
+    angle = (position[:, None] * frequencies.to(DEVICE)).double()  # rounded as the model does
+    assert torch.allclose(out[0].double(), angle.cos(), atol=1e-6) and torch.allclose(
+        out[1].double(), angle.sin(), atol=1e-6
+    )
+
+
+HEADS = [(4, 2, 16, 5), (3, 1, 32, 3)] + ([(16, 8, 256, 256), (16, 2, 512, 256), (16, 8, 256, 1)] if CUDA else [])
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (rows, tokens, heads, d); cos and sin (rows * tokens, d / 2)."""
+    cos, sin = (part.double().view(*x.shape[:2], 1, -1) for part in (cos, sin))
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("shape", HEADS, ids=str)
+def test_place(shape: tuple[int, int, int, int], paged: bool) -> None:
+    """Queries, keys and values of one product; the ring's end is crossed; slots beside the written ones keep theirs."""
+    torch.manual_seed(9)
+    heads, kv, dim, tokens = shape
+    rows, size = 2, 64 if tokens < 64 else 512
+    length = torch.tensor([size - 2, 3 * size + 1], dtype=torch.int32, device=DEVICE)
+    qkv = normal(rows * tokens, (heads + 2 * kv) * dim)
+    q, k, v = qkv.split((heads * dim, kv * dim, kv * dim), -1)
+    norms = normal(dim, dtype=torch.float32), normal(dim, dtype=torch.float32)
+    turns = fused.rotations(length, torch.rand(dim // 2, device=DEVICE), tokens)
+    pages = torch.randperm(16)[:12].view(2, 6).int().to(DEVICE) if paged else None
+    buffer = normal(2, 16 if paged else rows, kv, size, dim)
+    expected = buffer.double()
+    out = poisoned(rows, heads, tokens, dim)
+    fused.place(q, k, v, norms, turns, buffer[0], buffer[1], length, EPS, pages, out)
+    q, k, v = (part.unflatten(-1, (-1, dim)).unflatten(0, (rows, tokens)) for part in (q, k, v))
+    assert error(out, turned(exact_norm(q, norms[0]), *turns).transpose(1, 2)) <= LIMIT
+    k, v = turned(exact_norm(k, norms[1]), *turns), exact_norm(v)
+    for row in range(rows):
+        for i in range(tokens):
+            p = int(length[row]) + i
+            page = row if pages is None else int(pages[row, p // size])
+            expected[0, page, :, p % size], expected[1, page, :, p % size] = k[row, i], v[row, i]
+    untouched = expected == buffer.double()
+    assert int((~untouched).sum()) <= 2 * rows * tokens * kv * dim
+    assert error(buffer, expected) <= LIMIT
+    assert float((buffer.double() - expected).abs().max()) < 0.1
+
+
+CASES = [  # heads, kv heads, head_dim, tokens, size, window, lengths, starts, causal, paged, splits
+    (4, 2, 16, 5, 64, None, [11, 30], None, False, False, 1),
+    (4, 2, 16, 5, 64, None, [11, 30], [4, 0], False, False, 3),
+    (2, 1, 32, 21, 64, 24, [0, 200], None, False, False, 2),  # a ring; nothing cached
+    (4, 1, 16, 9, 32, None, [40, 3], None, False, True, 2),
+    (4, 2, 16, 19, 64, 12, [0, 77], None, True, False, 1),
+    (2, 2, 16, 40, 64, None, [7], [7], True, False, 2),
+    (3, 1, 16, 1, 32, None, [0], None, False, False, 2),  # a part without keys
+]
+if CUDA:
+    CASES += [
+        (16, 8, 256, 256, 1280, 1024, [1024], None, False, False, None),
+        (16, 8, 256, 256, 1280, 1024, [100, 5000], [30, 4800], False, False, None),
+        (16, 2, 512, 256, 1280, None, [1024], None, False, False, None),
+        (16, 2, 512, 256, 8192, None, [7777, 1, 3000], [0, 0, 2999], False, False, None),
+        (16, 2, 512, 256, 256, None, [1000, 2222], None, False, True, None),
+        (16, 8, 256, 512, 1536, 1024, [900], None, True, False, None),
+        (16, 2, 512, 300, 2048, None, [1300], None, True, False, None),
+        (16, 2, 512, 7, 2048, None, [1300], None, True, False, 8),
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attend(case: tuple) -> None:
+    heads, kv, dim, tokens, size, window, lengths, starts, causal, paged, splits = case
+    torch.manual_seed(10)
+    rows, group = len(lengths), heads // kv
+    q = (torch.randn(rows, heads, tokens, dim) * 1.5 * dim**-0.5).bfloat16().to(DEVICE)
+    count = -(-(max(lengths) + tokens) // size)
+    pages = torch.randperm(rows * count + 3)[: rows * count].view(rows, count).int().to(DEVICE) if paged else None
+    buffer = torch.full((2, rows * count + 3 if paged else rows, kv, size, dim), torch.nan).bfloat16().to(DEVICE)
+    expected = torch.empty(rows, tokens, heads, dim, dtype=torch.float64, device=DEVICE)
+    for row, length in enumerate(lengths):
+        total, start = length + tokens, 0 if starts is None else starts[row]
+        k, v = (torch.randn(kv, total, dim).mul(scale).bfloat16().to(DEVICE) for scale in (1.5, 1.0))
+        for p in range(max(0, total - size) if not paged else 0, total):
+            page = row if pages is None else int(pages[row, p // size])
+            buffer[0, page, :, p % size], buffer[1, page, :, p % size] = k[:, p], v[:, p]
+        at = torch.arange(total, device=DEVICE)
+        place = length + torch.arange(tokens, device=DEVICE)[:, None]
+        seen = (at >= start).expand(tokens, -1)
+        if causal:
+            seen = seen & (at <= place) & (at > place - (window or 1 << 30))
+        elif window:
+            seen = seen & (at > length - window)
+        k, v = (part.double().repeat_interleave(group, 0) for part in (k, v))
+        scores = (q[row].double() @ k.transpose(1, 2)).masked_fill(~seen, -torch.inf)
+        expected[row] = (scores.softmax(-1) @ v).transpose(0, 1)
+    out = poisoned(rows, tokens, heads * dim)
+    cut = None if CUDA else fused.Blocks(16, 16, 4, 2)
+    begin = None if starts is None else torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+    length = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    if CUDA and size % 64:
+        cut = fused.Blocks(16, 16, 4, 2)
+    args = (q, buffer[0], buffer[1], length, window, causal, begin, pages)
+    fused.attend(*args, out=out, blocks=cut, splits=splits)
+    assert error(out, expected.flatten(2)) <= LIMIT
+    if CUDA:
+        again = poisoned(*out.shape)
+        fused.attend(*args, out=again, blocks=cut, splits=splits)
+        assert torch.equal(out, again)
+
+
+def test_soft_embedding() -> None:
+    """sample()'s probabilities and scale, through the product and the norm, against the reference's softmax."""
+    torch.manual_seed(11)
+    rows, vocab, hidden = (256, 262144, 2816) if CUDA else (4, 600, 72)
+    state = state_of(1, rows, vocab, SamplerConfig(), [0])
+    logits = (torch.randn(1, rows, vocab) * 4).bfloat16().to(DEVICE)
+    probabilities = poisoned(rows, vocab)
+    fused.sample(state, logits, probabilities)
+    table, weight = normal(vocab, hidden), normal(hidden, dtype=torch.float32)
+    found = fused.norm(fused.soft_embed(probabilities, table), weight, EPS, scale=state.scale, factor=hidden**0.5)
+    shares = processed(logits, state.temperature).softmax(-1)[0]
+    exact = torch.cat([part @ table.double() for part in shares.split(64)])
+    assert error(found, exact_norm(exact * hidden**0.5, weight)) <= LIMIT
