@@ -53,7 +53,7 @@ class Layer:
         self._observe = observe
         self._config = config
         self.weights = weights
-        self._norms = {name: w.dequantize(torch.float32) for name, w in weights.items() if "norm" in name}
+        self.norms = {name: w.dequantize(torch.float32) for name, w in weights.items() if "norm" in name}
         self._dense = (weights["mlp.gate_proj.weight"], weights["mlp.up_proj.weight"], weights["mlp.down_proj.weight"])
         self.routed = routed or (weights["experts.gate_up_proj"], weights["experts.down_proj"])
         self._router_scale = weights["router.scale"].dequantize(dtype)
@@ -123,4 +123,4 @@ class Layer:
         return chosen, share * self._per_expert_scale[chosen]
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return rms_norm(x, self._norms[name + ".weight"], self._config.norm_eps)
+        return rms_norm(x, self.norms[name + ".weight"], self._config.norm_eps)

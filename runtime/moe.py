@@ -39,8 +39,15 @@ def experts(x: Tensor, chosen: Tensor, share: Tensor, gate_up: Tiles, down: Tile
     return second_product(first_product(x, picks, gate_up), picks, share, down)
 
 
+def parts(x: Tensor, chosen: Tensor, share: Tensor, gate_up: Tiles, down: Tiles) -> Tensor:
+    """experts() of x whose columns are as repack.in_order() puts them, before the sum: (tokens, k, hidden)."""
+    picks = sort(chosen, gate_up.shape[0])
+    inner = torch.empty(len(picks.order), gate_up.codes.shape[1] * ROWS // 2, dtype=x.dtype, device=x.device)
+    return weighted(_product(x, inner, picks, None, gate_up), picks, share, down)
+
+
 def sort(chosen: Tensor, experts: int) -> Sorted:
-    """chosen (tokens, k) int64, experts: how many there are."""
+    """chosen (tokens, k) int32 or int64, experts: how many there are."""
     picks, k = chosen.numel(), chosen.shape[1]
     block = _tokens_a_tile(picks, experts)
     tiles = min(experts, picks) + picks // block
@@ -62,12 +69,17 @@ def first_product(x: Tensor, picks: Sorted, gate_up: Tiles) -> Tensor:
 def second_product(inner: Tensor, picks: Sorted, share: Tensor, down: Tiles) -> Tensor:
     """The sum over each token's picks of share * (down @ inner): (tokens, hidden)."""
     tokens, hidden = share.shape[0], down.shape[1]
-    parts = torch.empty(len(picks.order), hidden, dtype=inner.dtype, device=inner.device)
-    _product(inner, parts, picks, share.contiguous(), down)
+    parts = weighted(inner, picks, share, down)
     result = torch.empty(tokens, hidden, dtype=inner.dtype, device=inner.device)
     grid = tokens, triton.cdiv(hidden, _COMBINED_AT_ONCE)
     moe_kernels.combine[grid](parts, result, hidden, K=picks.k, BLOCK=_COMBINED_AT_ONCE)
     return result
+
+
+def weighted(inner: Tensor, picks: Sorted, share: Tensor, down: Tiles) -> Tensor:
+    """share * (down @ inner) of each pick: (tokens, k, hidden)."""
+    out = torch.empty(len(picks.order), down.shape[1], dtype=inner.dtype, device=inner.device)
+    return _product(inner, out, picks, share.contiguous(), down).view(share.shape[0], picks.k, -1)
 
 
 def _product(x: Tensor, out: Tensor, picks: Sorted, share: Tensor | None, weight: Tiles) -> Tensor:

@@ -26,9 +26,9 @@ class Plain:
     def new_state(self, rows: int, sampler: SamplerConfig) -> PlainState:
         return PlainState(self._model, rows, sampler)
 
-    def decode(self, ids: Tensor, soft: Tensor, view: Canvas) -> Tensor:
+    def decode(self, state: PlainState, view: Canvas) -> Tensor:
         masks = {sliding: view.decoder_mask(sliding) for sliding in (False, True)}
-        return self._model.logits(ids, soft, view.positions(), masks, view)
+        return self._model.logits(state.canvas, state.soft, view.positions(), masks, view)
 
     def encode(self, ids: Tensor, view: Canvas) -> None:
         masks = {sliding: view.encoder_mask(sliding) for sliding in (False, True)}
@@ -40,7 +40,9 @@ class Plain:
 
 
 class PlainState:
-    """See session.State. A block's random numbers are made beforehand: u and fresh (steps, rows, canvas)."""
+    """See session.State. canvas: the next step's input; soft (rows, canvas, hidden): the expected embedding that it is
+    conditioned on, zeros before the first step. A block's random numbers are made beforehand, u and fresh (steps, rows,
+    canvas)."""
 
     def __init__(self, model: Model, rows: int, sampler: SamplerConfig) -> None:
         self._model, self._sampler = model, sampler

@@ -13,7 +13,7 @@ steps run operation by operation.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,11 +25,8 @@ from dgq.runtime.slots import Canvas, Prompt, Slots
 
 
 class State(Protocol):
-    """Where the canvases of some rows are on their way. soft (rows, canvas, hidden): the expected embedding that the
-    next step is conditioned on, zeros before the first; took (rows,): steps made; the others (rows, canvas)."""
+    """Where the canvases of some rows are on their way: (rows, canvas); took (rows,): steps made."""
 
-    canvas: Tensor
-    soft: Tensor
     argmax: Tensor
     accepted: Tensor
     took: Tensor
@@ -52,7 +49,7 @@ class State(Protocol):
 
 
 class Passes(Protocol):
-    """The model's work on slots; capturable: without waiting for the device."""
+    """The model's work on slots. capturable: without waiting for the device; decode() takes a State of new_state()."""
 
     config: ModelConfig
     device: torch.device
@@ -61,7 +58,7 @@ class Passes(Protocol):
     prefill: int  # prompt tokens encoded at once
 
     def new_state(self, rows: int, sampler: SamplerConfig) -> State: ...
-    def decode(self, ids: Tensor, soft: Tensor, view: Canvas) -> Tensor: ...
+    def decode(self, state: Any, view: Canvas) -> Tensor: ...
     def encode(self, ids: Tensor, view: Canvas) -> None: ...
     def encode_prompt(self, ids: Tensor, view: Prompt) -> None: ...
 
@@ -118,8 +115,7 @@ class Session:
 
     def _step(self) -> None:
         state = self.state
-        logits = self.passes.decode(state.canvas, state.soft, self._view())
-        state.decide(logits)
+        state.decide(self.passes.decode(state, self._view()))
         self._flag.copy_(state.flag(), non_blocking=True)
 
     def _encode(self) -> None:
