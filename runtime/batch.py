@@ -69,7 +69,7 @@ class OnSlots:
         state, numbers = self._session.state, tuple(rows.tolist())
         state.begin(self._random, rows, block)
         for step in range(1, self._sampler.steps + 1):
-            over = self._session.step()
+            over = self._session.step(last=step == self._sampler.steps)
             if every_step:
                 seen = state.argmax.clone(), state.accepted.clone(), state.mean_entropy()
                 yield Step(block, step, self._sampler.steps, *seen, numbers)

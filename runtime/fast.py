@@ -36,7 +36,8 @@ class Fast:
         self._model = model
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
         self.capturable = model.device.type == "cuda"
-        self._layers = [FastLayer(model, index) for index in range(len(model.layers))]
+        side = torch.cuda.Stream() if self.capturable else None
+        self._layers = [FastLayer(model, index, side) for index in range(len(model.layers))]
         self._condition = model.joined[DECODER + "self_conditioning.self"], model.condition_mlp[2].parts[""]
         self._table = model.table.parts[""]
         self._scale = embedding_scale(self.config.hidden, self._table)
@@ -74,12 +75,12 @@ class Fast:
 class FastLayer:
     """block.Layer on x in place, its input normed before and the next layer's after."""
 
-    def __init__(self, model: Model, index: int) -> None:
+    def __init__(self, model: Model, index: int, side: torch.cuda.Stream | None) -> None:
         layer, config = model.layers[index], model.config
         prefix = f"{DECODER}layers.{index}."
         routed = model.routed(index)
         assert routed is not None
-        self.index, self.sliding = index, layer.shape.is_sliding
+        self.index, self.sliding, self._side = index, layer.shape.is_sliding, side
         self._config, self._shape, self._gate_up, self._down = config, layer.shape, *routed
         self._norms = layer.norms
         self._qkv, self._o = model.joined[prefix + "qkv"], layer.weights["self_attn.o_proj.weight"].parts[""]
@@ -108,14 +109,28 @@ class FastLayer:
             x, seen, self.norm("post_attention_layernorm"), self.norm("pre_feedforward_layernorm"),
             self.norm("pre_feedforward_layernorm_2"), self._router_scale, eps,
         )  # fmt: skip
-        chosen, share = fused.route(
-            functional.linear(feed.router, self._router), self._per_expert_scale, self._config.top_k
-        )
-        routed = moe.parts(feed.routed, chosen, share, self._gate_up, self._down)
-        dense = _gated_mlp(feed.dense, *self._mlp)
+        dense, routed = self._both(feed)
         names = ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "post_feedforward_layernorm")
         one, two, both = (self.norm(name) for name in names)
         return fused.fed(x, dense, routed, (one, two, both), scalar, after, eps)
+
+    def _both(self, feed: fused.Feed) -> tuple[Tensor, Tensor]:
+        """What MLP (n, hidden) and experts (n, k, hidden) make of it. In a graph the MLP, whose products are too small
+        to fill the GPU, runs beside router and experts."""
+        if self._side is None or not torch.cuda.is_current_stream_capturing():
+            return _gated_mlp(feed.dense, *self._mlp), self._experts(feed)
+        here = torch.cuda.current_stream()
+        self._side.wait_stream(here)
+        with torch.cuda.stream(self._side):
+            dense = _gated_mlp(feed.dense, *self._mlp)
+        routed = self._experts(feed)
+        here.wait_stream(self._side)
+        return dense, routed
+
+    def _experts(self, feed: fused.Feed) -> Tensor:
+        scores = functional.linear(feed.router, self._router)
+        chosen, share = fused.route(scores, self._per_expert_scale, self._config.top_k)
+        return moe.parts(feed.routed, chosen, share, self._gate_up, self._down)
 
     def _attention(self, x: Tensor, turns: tuple[Tensor, Tensor], view: View, causal: bool) -> Tensor:
         shape, config = self._shape, self._config
@@ -143,6 +158,7 @@ class FastState:
         self.canvas, self.argmax, self.accepted = self._all.canvas, self._all.argmax, self._all.accepted
         self.took, self.scale = self._all.took, self._all.scale
         self.soft = torch.zeros(rows * config.canvas, config.hidden, dtype=model.dtype, device=device)
+        self._probabilities = torch.empty(len(self.soft), config.vocab, dtype=model.dtype, device=device)
         self._shape = rows, config.canvas, config.vocab
 
     def begin(self, random: CounterRandom, rows: Tensor, block: int) -> None:
@@ -151,10 +167,11 @@ class FastState:
         self.soft.zero_()
 
     def decide(self, logits: Tensor) -> None:
-        probabilities = torch.empty_like(logits)
-        fused.sample(self._all, logits.view(self._shape), probabilities)
+        fused.sample(self._all, logits.view(self._shape), self._probabilities)
         fused.decide(self._all)
-        fused.soft_embed(probabilities, self._table, out=self.soft)
+
+    def soften(self) -> None:
+        fused.soft_embed(self._probabilities, self._table, out=self.soft)
 
     def mean_entropy(self) -> Tensor:
         return self._all.mean.clone()

@@ -75,12 +75,15 @@ class PlainState:
         self.canvas.copy_(torch.where(done[:, None], self.canvas, new.canvas))
         self.accepted.copy_(new.accepted)
         self._entropy.copy_(new.entropy)
-        self.soft.copy_(soft_embed(new.logits.to(self._model.dtype), self._model.table, self._model.dtype))
+        self._logits = new.logits
         same = (self._past == self.argmax).all(-1).all(0) & (step >= sampler.stability)
         if sampler.stability:
             self._past.index_copy_(0, step % sampler.stability, self.argmax[None])
         done |= (new.entropy.mean(-1) < sampler.confidence) & same
         step += 1
+
+    def soften(self) -> None:
+        self.soft.copy_(soft_embed(self._logits.to(self._model.dtype), self._model.table, self._model.dtype))
 
     def mean_entropy(self) -> Tensor:
         return self._entropy.mean(-1)

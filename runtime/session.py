@@ -1,8 +1,9 @@
 """One batch on fixed memory: a denoising step, and a block's commitment, as CUDA graphs that wait for nothing.
 
-    step graph     canvas ─ embed ─(+)─ layers ─ head ─ sampler ─> canvas, argmax, done ── one number to the host
-                              soft ─ MLP ─┘                └─ soft                             (is there more to do?)
-    commit graph   argmax ─ embed ─ layers ─> slots, lengths
+    step     canvas ─ embed ─(+)─ layers ─ head ─ sampler ─> canvas, argmax, done ── one number to the host:
+               soft ── MLP ───┘              │                                           is there more to do?
+    soft                                  logits ─> soft      meanwhile
+    commit   argmax ─ embed ─ layers ─> slots, lengths
 
 Everything that a step reads and changes lies in tensors that stay where they are: keys and values in Slots, which step
 it is and what stability compares with in a State. Graphs are captured for a number of rows; the first step of a kind
@@ -39,6 +40,10 @@ class State(Protocol):
         """A step's decisions, from what Passes.decode() returned."""
         ...
 
+    def soften(self) -> None:
+        """The expected embedding under those logits, for the next step."""
+        ...
+
     def mean_entropy(self) -> Tensor:
         """(rows,) of the last step, in nats."""
         ...
@@ -71,9 +76,11 @@ class Session:
         self.slots = Slots(passes.config, rows, capacity, passes.device, passes.dtype)
         self._commit = torch.zeros(rows, passes.config.canvas, dtype=torch.int64, device=passes.device)
         self._flag = torch.zeros(1, dtype=torch.int32, pin_memory=passes.device.type == "cuda")
+        self._decided = torch.cuda.Event() if passes.device.type == "cuda" else None
         self._states: dict[int, State] = {}
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if passes.capturable else None
+        self.clock: list[tuple[str, torch.cuda.Event]] | None = None  # a list gets an event for each pass's beginning
 
     def fits(self, rows: int, capacity: int, sampler: SamplerConfig) -> bool:
         """Whether another batch can have this session's memory and graphs."""
@@ -95,11 +102,15 @@ class Session:
             self._states[self.live] = self.passes.new_state(self.live, self.sampler)
         return self._states[self.live]
 
-    def step(self) -> bool | None:
-        """One step; whether all rows are done. None: their logits are not a number."""
+    def step(self, last: bool = False) -> bool | None:
+        """One step; whether all rows are done. None: their logits are not a number. last: no step follows."""
         self._play("step", self._step)
-        if self.passes.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # the one thing that the host waits for
+        if self._decided is not None:
+            self._decided.record()
+        if not last:  # while the host learns whether it was for nothing, and asks for the next step
+            self._play("soft", self._soften)
+        if self._decided is not None:
+            self._decided.synchronize()  # the one thing that the host waits for
         flag = int(self._flag)
         return None if flag & 2 else bool(flag)
 
@@ -118,6 +129,9 @@ class Session:
         state.decide(self.passes.decode(state, self._view()))
         self._flag.copy_(state.flag(), non_blocking=True)
 
+    def _soften(self) -> None:
+        self.state.soften()
+
     def _encode(self) -> None:
         self.passes.encode(self._commit[: self.live], self._view())
         self.slots.lengths[: self.live] += self.passes.config.canvas
@@ -127,6 +141,9 @@ class Session:
 
     def _play(self, name: str, body: Callable[[], None]) -> None:
         key = name, self.live
+        if self.clock is not None:
+            self.clock.append((name, torch.cuda.Event(enable_timing=True)))
+            self.clock[-1][1].record()
         if key in self._graphs:
             self._graphs[key].replay()
             return

@@ -1,0 +1,241 @@
+"""`dgq bench`: how fast a model denoises here, where the time goes, what it needs, and how far that is from the floor.
+
+steps       by events, from one step's beginning to the next's, inside generate(): every step sees another canvas
+parts       by the profiler, kernels of one replayed step in their order
+tokens/s    from a block's commitment to the next one's, the encoding of the block included
+floors      bytes over the rate of a copy, or operations over that of a large product, both measured here
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from dgq.convert.needs import Runtime
+from dgq.convert.plan import Plan
+from dgq.convert.shapes import RandomWeights, plan_of_shapes
+from dgq.quant.errors import InputError
+from dgq.runtime.engine import Block, stream
+from dgq.runtime.model import Model
+from dgq.runtime.names import DECODER
+from dgq.runtime.settings import GenerationConfig
+
+WARM, TIMED = 2, 4  # blocks
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a model: so many tokens of prompt, rows, steps a block."""
+
+    context: int
+    rows: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Of this GPU, measured: bytes a second of a copy, read and written; operations a second of a bfloat16 product."""
+
+    bandwidth: float
+    rate: float
+
+    def seconds(self, nbytes: float, operations: float = 0.0) -> float:
+        return max(nbytes / self.bandwidth, operations / self.rate)
+
+
+def ceilings() -> Ceilings:
+    source = torch.randn(1 << 29, device="cuda")
+    to = torch.empty_like(source)
+    copy = milliseconds(lambda: torch.abs(source, out=to))
+    nbytes = 2 * source.nbytes
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = milliseconds(lambda: a @ b)
+    return Ceilings(nbytes / copy * 1e3, 2 * 8192**3 / product * 1e3)
+
+
+def milliseconds(call: Callable[[], object], runs: int = 10) -> float:
+    """The median of a call."""
+    times = []
+    for _ in range(runs + 2):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return float(statistics.median(times[2:]))
+
+
+def bench_shapes(shapes: str, scheme: str, load: Load, found: Ceilings, zipf: bool = False) -> dict[str, Any]:
+    """A model of random weights: see measured()."""
+    plan = plan_of_shapes(shapes, scheme)
+    model, seconds = _loaded(
+        lambda: Model(plan.source.config, RandomWeights(plan, "cuda", zipf), "cuda", source=f"random {shapes}")
+    )
+    return measured(model, plan.source.generation, load, found) | {"made_s": seconds} | _planned(plan, load)
+
+
+def bench_artifact(asked: str, load: Load, found: Ceilings) -> dict[str, Any]:
+    """An artifact or a BF16 source: see measured()."""
+    from dgq.convert.generate import open_model
+
+    artifact = open_model(asked)
+    if load.context + (WARM + TIMED) * artifact.config.canvas > artifact.config.context:
+        raise InputError(f"--context {load.context}: {asked} holds {artifact.config.context} tokens, answer included")
+    model, seconds = _loaded(lambda: artifact.load("cuda"))
+    return measured(model, artifact.generation, load, found) | {"load_s": seconds}
+
+
+@torch.inference_mode()
+def measured(model: Model, generation: GenerationConfig, load: Load, found: Ceilings) -> dict[str, Any]:
+    """Times in milliseconds, bytes; medians. model: on a GPU, in bfloat16."""
+    config = model.config
+    sampler = replace(generation.sampler, steps=load.steps, confidence=0.0)  # no canvas is done before its last step
+    generation = replace(generation, sampler=sampler, eos_ids=())
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(0, config.vocab, (load.rows, load.context), generator=generator).tolist()
+
+    def run(blocks: int) -> Iterator[float]:
+        wanted = (WARM + TIMED) * config.canvas
+        for event in stream(model, prompts, generation, wanted, seed=1, every_step=False):
+            assert isinstance(event, Block)
+            yield time.perf_counter()
+            if event.block == blocks - 1:
+                return
+
+    torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    first = next(iter(run(1))) - began
+    list(run(WARM))
+    session = model.session
+    assert session is not None
+    prompt = milliseconds(lambda: session.start(prompts), 3)
+    session.clock = []
+    ends = list(run(WARM + TIMED))
+    torch.cuda.synchronize()
+    clock, session.clock = session.clock, None
+    steps, commits = _paces(clock, load.steps)
+    block = statistics.median(b - a for a, b in zip(ends[WARM - 1 :], ends[WARM:], strict=False))
+    context = load.context + (WARM + TIMED // 2) * config.canvas
+    floors = floor_of_a_step(model, load.rows, context, found)
+    step, floor = statistics.median(steps), sum(floors.values())
+    return {
+        "step_ms": step,
+        "floor_ms": floor,
+        "ratio": step / floor,
+        "spread_ms": [min(steps), max(steps)],
+        "parts_ms": parts_of_a_step(model),
+        "floors_ms": floors,
+        "commit_ms": statistics.median(commits),
+        "block_ms": block * 1e3,
+        "tokens_per_s": load.rows * config.canvas / block,
+        "prompt_ms": prompt,
+        "prompt_tokens_per_s": load.rows * load.context / prompt * 1e3,
+        "first_block_s": first,
+        "peak_allocated": torch.cuda.max_memory_allocated(),
+        "peak_reserved": torch.cuda.max_memory_reserved(),
+        "weights": weight_bytes(model),
+        **asdict(load),
+    }
+
+
+def _paces(clock: list[tuple[str, torch.cuda.Event]], steps: int) -> tuple[list[float], list[float]]:
+    """Milliseconds from each step to the next one of its block, and from each commitment to the step after it."""
+    paces: list[float] = []
+    commits: list[float] = []
+    for (name, start), (following, stop) in pairwise(clock):
+        if following == "step":
+            (paces if name == "step" else commits).append(start.elapsed_time(stop))
+    return paces[WARM * (steps - 1) :], commits[WARM - 1 :]
+
+
+def parts_of_a_step(model: Model) -> dict[str, float]:
+    """Milliseconds of kernels by part, of one step of the last batch, and what lies between them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    session = model.session
+    assert session is not None
+    session.step()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        session.step()
+    kernels = sorted(
+        (event for event in seen.profiler.kineto_results.events() if event.device_type().name == "CUDA"),
+        key=lambda event: event.start_ns(),
+    )
+    parts = [next((part for word, part in _PARTS.items() if word in event.name()), None) for event in kernels]
+    layers = [i for i, part in enumerate(parts) if part == "norms"]
+    sampler = [i for i, part in enumerate(parts) if part == "sampler"]
+    attention = parts.index("attention")
+    found: dict[str, float] = {}
+    for i, (event, named) in enumerate(zip(kernels, parts, strict=True)):
+        if named is None and not any(word in event.name() for word in _PRODUCTS):
+            part = "others"
+        elif i > sampler[-1]:
+            part = "soft embedding"
+        elif i > layers[-1]:
+            part = named or "head"
+        else:
+            part = named or ("dense" if i > attention else "self-conditioning")
+        found[part] = found.get(part, 0.0) + event.duration_ns() / 1e6
+    found["gaps"] = (kernels[-1].end_ns() - kernels[0].start_ns()) / 1e6 - sum(found.values())
+    return found
+
+
+_PARTS = {
+    "expert_product": "experts", "sort_picks": "experts", "map_tiles": "experts", "combine": "experts",
+    "attend": "attention", "join": "attention", "place": "attention", "angles": "attention",
+    "mixed": "norms", "fed": "norms", "norm": "norms", "route": "router",
+    "slices": "sampler", "pick": "sampler", "rewrite": "sampler", "decide": "sampler",
+}  # fmt: skip
+_PRODUCTS = ("gemm", "nvjet", "cutlass", "splitK", "linear")
+
+
+def floor_of_a_step(model: Model, rows: int, context: int, found: Ceilings) -> dict[str, float]:
+    """Milliseconds by part: each weight read once, what it is multiplied with left out; or the products' operations."""
+    config, tokens = model.config, rows * model.config.canvas
+    tiles = [tile for index in range(len(config.layers)) for tile in model.routed(index) or ()]
+    hit = 1 - (1 - config.top_k / config.experts) ** tokens
+    picks = tokens * config.top_k * 3 * config.hidden * config.expert_intermediate * len(config.layers)
+    table = config.vocab * config.hidden
+    dense = [w for name, w in model.weights.items() if name.startswith(DECODER + "layers.") and len(w.shape) == 2]
+    keys = operations = 0
+    for layer in config.layers:
+        seen = min(context, config.window - 1) if layer.is_sliding else context
+        keys += 4 * rows * seen * layer.kv_heads * layer.head_dim
+        operations += 4 * tokens * (seen + config.canvas) * config.heads * layer.head_dim
+    seconds = {
+        "experts": found.seconds(hit * sum(tile.nbytes for tile in tiles), 2 * picks),
+        "dense": found.seconds(sum(w.nbytes for w in dense), 2 * tokens * sum(w.numel for w in dense)),
+        "attention": found.seconds(keys, operations),
+        "head": found.seconds(model.table.nbytes, 2 * tokens * table),
+        "soft embedding": found.seconds(model.table.nbytes, 2 * tokens * table),
+        "sampler": found.seconds(4 * tokens * config.vocab),
+    }
+    return {part: 1e3 * value for part, value in seconds.items()}
+
+
+def weight_bytes(model: Model) -> int:
+    """Bytes of all weights on the GPU."""
+    layers = range(len(model.config.layers))
+    tiles = sum(tile.nbytes for index in layers for tile in model.routed(index) or ())
+    return tiles + sum(weight.nbytes for weight in model.weights.values())
+
+
+def _planned(plan: Plan, load: Load) -> dict[str, Any]:
+    context = load.context + (WARM + TIMED) * plan.source.config.canvas
+    return {"planned": Runtime.of(plan).vram(context)["total"]}
+
+
+def _loaded(make: Callable[[], Model]) -> tuple[Model, float]:
+    began = time.perf_counter()
+    model = make()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return model, time.perf_counter() - began
