@@ -17,7 +17,7 @@ from dgq.runtime import fused_kernels
 from dgq.runtime.repack import COLUMNS
 from dgq.runtime.settings import SamplerConfig
 
-_SLICE = 8192  # of the vocabulary, tokens
+_SLICE = 4096  # of the vocabulary, tokens
 _LEAST = 512  # the sampler's chunk
 _TOKENS = 4  # routed by a program
 
@@ -147,17 +147,17 @@ def sample(state: Denoising, logits: Tensor, probabilities: Tensor | None = None
     assert flat.stride(1) == 1 and (probabilities is None or probabilities.is_contiguous())
     fused_kernels.slices[(positions, count)](
         flat, state.temperature, state.done, largest, first, mass, weighted, probabilities, flat.stride(0), canvas,
-        vocab, softcap, SLICE=width, WRITE=probabilities is not None, EVEN=vocab % width == 0, num_warps=8,
+        vocab, softcap, SLICE=width, WRITE=probabilities is not None, EVEN=vocab % width == 0, num_warps=4,
     )  # fmt: skip
     fused_kernels.pick[(positions,)](
         flat, state.temperature, state.done, state.seed, state.step, state.block, state.numbers, largest, first, mass,
         weighted, state.entropy, state.found, state.sampled, state._whole, flat.stride(0), canvas, vocab, count,
-        softcap, SLICE=width, COUNT=triton.next_power_of_2(count), CHUNKS=width // _LEAST, num_warps=8,
+        softcap, SLICE=width, COUNT=triton.next_power_of_2(count), CHUNKS=width // _LEAST, num_warps=4,
     )  # fmt: skip
     if probabilities is not None:
         fused_kernels.rewrite[(positions, min(count, 4))](
             flat, state.temperature, state.done, state._whole, probabilities, flat.stride(0), canvas, vocab, softcap,
-            count, SLICE=width, num_warps=8,
+            count, SLICE=width, num_warps=4,
         )  # fmt: skip
 
 
@@ -178,18 +178,26 @@ def norm(
     plus: Tensor | None = None,
     scale: Tensor | None = None,
     factor: float = 1.0,
+    ordered: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """RMS norm of (x + plus) * scale * factor, times weight: x and plus bfloat16 (n, width), weight float32 (width,),
-    scale float32 (n,). Float32 within; bfloat16 (n, width)."""
+    scale float32 (n,). Float32 within; bfloat16 (n, width), or ordered: as repack.in_order puts it."""
     rows, width = x.shape
-    out = torch.empty(rows, width, dtype=torch.bfloat16, device=x.device) if out is None else out
+    out = _room(x, ordered) if out is None else out
     assert out.is_contiguous() and x.stride(1) == 1 and (plus is None or plus.stride(1) == 1)
     fused_kernels.norm[(rows,)](
         x, plus, scale, weight, out, x.stride(0), 0 if plus is None else plus.stride(0),
-        0 if scale is None else scale.stride(0), width, factor, eps, BLOCK=triton.next_power_of_2(width), num_warps=8,
+        0 if scale is None else scale.stride(0), width, out.shape[1], factor, eps, ORDERED=ordered,
+        BLOCK=triton.next_power_of_2(out.shape[1]), num_warps=8,
     )  # fmt: skip
     return out
+
+
+def _room(x: Tensor, ordered: bool) -> Tensor:
+    """For x (n, width) in bfloat16, to whole tiles if ordered."""
+    width = x.shape[1] + (-x.shape[1] % COLUMNS if ordered else 0)
+    return torch.empty(len(x), width, dtype=torch.bfloat16, device=x.device)
 
 
 @dataclass(frozen=True)
@@ -201,13 +209,6 @@ class Feed:
     routed: Tensor
     router: Tensor
 
-    @classmethod
-    def empty(cls, rows: int, width: int, device: torch.device | str) -> Feed:
-        def room(columns: int) -> Tensor:
-            return torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
-
-        return cls(room(width), room(width + -width % COLUMNS), room(width))
-
 
 def mixed(
     x: Tensor,
@@ -217,19 +218,21 @@ def mixed(
     routed: Tensor,
     router_scale: Tensor,
     eps: float,
+    ordered: bool = False,
     out: Feed | None = None,
 ) -> Feed:
     """After attention: x += norm(seen, after), in place; then the inputs of MLP, experts and router.
 
     x and seen bfloat16 (n, hidden); after, dense, routed: the norms' weights, float32 (hidden,); router_scale
-    (hidden,), of any float dtype.
+    (hidden,), of any float dtype. ordered: the MLP's input is to be as the experts' is.
     """
     rows, width = x.shape
-    out = Feed.empty(rows, width, x.device) if out is None else out
+    out = Feed(_room(x, ordered), _room(x, True), _room(x, False)) if out is None else out
     assert x.is_contiguous() and seen.is_contiguous()
     fused_kernels.mixed[(rows,)](
-        x, seen, after, dense, routed, router_scale, out.dense, out.routed, out.router, width, out.routed.shape[1],
-        width**-0.5, eps, BLOCK=triton.next_power_of_2(width + -width % COLUMNS), num_warps=8,
+        x, seen, after, dense, routed, router_scale, out.dense, out.routed, out.router, width, out.dense.shape[1],
+        out.routed.shape[1], width**-0.5, eps, ORDERED=ordered, BLOCK=triton.next_power_of_2(out.routed.shape[1]),
+        num_warps=8,
     )  # fmt: skip
     return out
 
@@ -242,20 +245,22 @@ def fed(
     scalar: Tensor,
     following: Tensor,
     eps: float,
+    ordered: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """The end of a layer: x = (x + norm(norm(dense) + norm(routed))) * scalar, in place -> norm(x, following).
 
     x and dense bfloat16 (n, hidden); routed (n, hidden), or (n, k, hidden) to be summed over k; weights: of the norms
     of dense, routed and both, float32 (hidden,); scalar of one element; following: the weight of the next layer's
-    input norm, or the model's last.
+    input norm, or the model's last; ordered: see norm().
     """
     rows, width = x.shape
-    out = torch.empty_like(x) if out is None else out
+    out = _room(x, ordered) if out is None else out
     assert x.is_contiguous() and dense.is_contiguous() and routed.is_contiguous()
     fused_kernels.fed[(rows,)](
-        x, dense, routed, *weights, scalar, following, out, width, eps,
-        K=routed.shape[1] if routed.dim() == 3 else 1, BLOCK=triton.next_power_of_2(width), num_warps=8,
+        x, dense, routed, *weights, scalar, following, out, width, out.shape[1], eps,
+        K=routed.shape[1] if routed.dim() == 3 else 1, ORDERED=ordered, BLOCK=triton.next_power_of_2(out.shape[1]),
+        num_warps=8,
     )  # fmt: skip
     return out
 
@@ -284,12 +289,11 @@ def rotations(
     """cos and sin, float32 (rows * tokens, head_dim / 2), of the positions length[row] + 0, 1, …; length int32 (rows,),
     frequencies as attention.rope_frequencies has them."""
     rows, half = len(length), len(frequencies)
-    if out is None:
-        out = torch.empty(2, rows * tokens, half, dtype=torch.float32, device=length.device).unbind()
-    cos, sin = out
+    room = (rows * tokens, half)
+    cos, sin = (torch.empty(room, device=length.device) for _ in range(2)) if out is None else out
     power = triton.next_power_of_2(half)
     fused_kernels.angles[(rows * tokens,)](length, frequencies, cos, sin, tokens, half, HALF=power, num_warps=2)
-    return out
+    return cos, sin
 
 
 def place(
@@ -340,11 +344,12 @@ def blocks_for(dim: int, device: torch.device) -> Blocks:
     """As measured on Hopper; where shared memory is smaller, what fits there."""
     room = 227 << 10
     if device.type == "cuda":
-        room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        properties = torch.cuda.get_device_properties(device)
+        room = getattr(properties, "shared_memory_per_block_optin", room)  # not in torch's annotations
     if dim > 256:
-        return Blocks(64, 32, 8, 2) if room >= 200 << 10 else Blocks(32, 16, 8, 2)
+        return Blocks(64, 64, 8, 1) if room >= 200 << 10 else Blocks(32, 16, 8, 2)
     if dim > 128:
-        return Blocks(64, 64, 4, 2) if room >= 160 << 10 else Blocks(64, 32, 4, 2)
+        return Blocks(64, 64, 4, 3) if room >= 224 << 10 else Blocks(64, 32, 4, 2)
     return Blocks(64, 64, 4, 2)
 
 
@@ -357,6 +362,7 @@ def attend(
     causal: bool = False,
     start: Tensor | None = None,
     pages: Tensor | None = None,
+    ordered: bool = False,
     out: Tensor | None = None,
     blocks: Blocks | None = None,
     splits: int | None = None,
@@ -367,13 +373,15 @@ def attend(
     A row's queries see the length[row] tokens that are there and all of the queries' own ones; causal: only those up
     to themselves. window: only the last window - 1 of the length[row], or, causal, of those before the query. start
     int32 (rows,): no token before that. keys, values, pages: as place() has them; size is a multiple of 64, and at
-    least window - 1 + tokens, or whatever length + tokens will be.
+    least window - 1 + tokens, or whatever length + tokens will be. ordered: a token's columns as repack.in_order puts
+    them.
     """
     rows, heads, tokens, dim = q.shape
     _, kv_heads, size, _ = keys.shape
     group = heads // kv_heads
     cut = blocks_for(dim, q.device) if blocks is None else blocks
     assert q.is_contiguous() and keys.stride() == values.stride() and size % cut.keys == 0
+    assert not ordered or heads * dim % COLUMNS == 0
     programs = triton.cdiv(group * tokens, cut.queries) * kv_heads
     splits = _splits(programs * rows, q.device) if splits is None else splits
     out = torch.empty(rows, tokens, heads * dim, dtype=torch.bfloat16, device=q.device) if out is None else out
@@ -385,12 +393,12 @@ def attend(
     fused_kernels.attend[(programs // kv_heads, kv_heads, rows * splits)](
         q, keys, values, pages, length, start, parts, weights, tokens, group, *keys.stride()[:3], table, size,
         1 << 30 if window is None else window, D=dim, BLOCK_M=cut.queries, BLOCK_N=cut.keys, SPLITS=splits,
-        CAUSAL=causal, PAGED=pages is not None, STAGES=cut.stages, num_warps=cut.warps,
+        CAUSAL=causal, PAGED=pages is not None, ORDERED=ordered, STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     if weights is not None:
         fused_kernels.join[(rows * tokens,)](
             parts, weights, out, tokens, heads, rows * heads * tokens, D=dim, HEADS=triton.next_power_of_2(heads),
-            SPLITS=splits, num_warps=8,
+            SPLITS=splits, ORDERED=ordered, num_warps=8,
         )  # fmt: skip
     return out
 

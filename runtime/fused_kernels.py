@@ -253,7 +253,37 @@ def _inverse_rms(x, width, eps):
 
 
 @triton.jit
-def norm(x, y, scale, weight, out, x_stride, y_stride, scale_stride, width, factor, eps, BLOCK: tl.constexpr):
+def _instruction_order(column):
+    """Where repack.in_order puts a column: t t a b h p -> a b h t t p."""
+    return column // 64 * 64 + (column >> 1 & 7) * 8 + (column >> 4 & 3) * 2 + (column & 1)
+
+
+@triton.jit
+def _store(out, column, value, wide, ORDERED: tl.constexpr):
+    """A row's columns, of which those that do not exist are zero, to `wide` places."""
+    if ORDERED:
+        tl.store(out + _instruction_order(column), to_bfloat16(value), column < wide)
+    else:
+        tl.store(out + column, to_bfloat16(value), column < wide)
+
+
+@triton.jit
+def norm(
+    x,
+    y,
+    scale,
+    weight,
+    out,
+    x_stride,
+    y_stride,
+    scale_stride,
+    width,
+    wide,
+    factor,
+    eps,
+    ORDERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Program row: out = norm((x + y) * scale * factor) * weight; y, scale (a row's own) and weight may be None."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     real = column < width
@@ -266,19 +296,13 @@ def norm(x, y, scale, weight, out, x_stride, y_stride, scale_stride, width, fact
     value *= _inverse_rms(value, width, eps)
     if weight is not None:
         value *= tl.load(weight + column, real, other=0.0)
-    tl.store(out + row * width + column, to_bfloat16(value), real)
-
-
-@triton.jit
-def _instruction_order(column):
-    """Where repack.in_order puts a column: t t a b h p -> a b h t t p."""
-    return column // 64 * 64 + (column >> 1 & 7) * 8 + (column >> 4 & 3) * 2 + (column & 1)
+    _store(out + row * wide, column, value, wide, ORDERED)
 
 
 @triton.jit
 def mixed(
-    x, seen, after, dense, routed, router_scale, to_dense, to_routed, to_router, width, wide, factor, eps,
-    BLOCK: tl.constexpr,
+    x, seen, after, dense, routed, router_scale, to_dense, to_routed, to_router, width, dense_wide, wide, factor, eps,
+    ORDERED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program row, after attention: x += norm(seen) * after; what MLP, experts and router read of the new x."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -289,17 +313,16 @@ def mixed(
     tl.store(x + at, kept, real)
     value = kept.to(tl.float32)
     value *= _inverse_rms(value, width, eps)
-    tl.store(to_dense + at, to_bfloat16(value * tl.load(dense + column, real, other=0.0)), real)
-    ordered = to_routed + row * wide + _instruction_order(column)
-    tl.store(ordered, to_bfloat16(value * tl.load(routed + column, real, other=0.0)), column < wide)
+    _store(to_dense + row * dense_wide, column, value * tl.load(dense + column, real, other=0.0), dense_wide, ORDERED)
+    _store(to_routed + row * wide, column, value * tl.load(routed + column, real, other=0.0), wide, True)
     scale = tl.load(router_scale + column, real, other=0.0).to(tl.float32) * factor
     tl.store(to_router + at, to_bfloat16(value * scale), real)
 
 
 @triton.jit
 def fed(
-    x, dense, routed, dense_weight, routed_weight, both_weight, scalar, following, out, width, eps, K: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, dense, routed, dense_weight, routed_weight, both_weight, scalar, following, out, width, wide, eps,
+    K: tl.constexpr, ORDERED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program row, after the MLP and the experts, whose K parts are summed: the layer's x, and what the next reads."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
@@ -317,7 +340,7 @@ def fed(
     tl.store(x + at, kept, real)
     value = kept.to(tl.float32)
     value *= _inverse_rms(value, width, eps) * tl.load(following + column, real, other=0.0)
-    tl.store(out + at, to_bfloat16(value), real)
+    _store(out + row * wide, column, value, wide, ORDERED)
 
 
 @triton.jit
@@ -417,7 +440,7 @@ def attend(
     q, keys, values, pages, length, start, out, weights, tokens, group, page_stride, head_stride, slot_stride, table,
     size, window,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr,
-    PAGED: tl.constexpr, STAGES: tl.constexpr,
+    PAGED: tl.constexpr, ORDERED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of a key head's group, folded (group, tokens), over one of SPLITS parts of the keys they see."""
     head, split = tl.program_id(1), tl.program_id(2) % SPLITS
@@ -472,7 +495,10 @@ def attend(
     sums /= tl.where(total > 0, total, 1.0)[:, None]
     if SPLITS == 1:
         query, heads = m // tokens + head * group, kv_heads * group
-        to = out + ((row.to(tl.int64) * tokens + m % tokens) * heads + query)[:, None] * D + d[None, :]
+        column = query[:, None] * D + d[None, :]
+        if ORDERED:
+            column = _instruction_order(column)
+        to = out + (row.to(tl.int64) * tokens + m % tokens)[:, None] * (heads * D) + column
         tl.store(to, to_bfloat16(sums), real[:, None])
     else:
         folded += (split * rows).to(tl.int64) * kv_heads * group * tokens
@@ -481,7 +507,10 @@ def attend(
 
 
 @triton.jit
-def join(parts, weights, out, tokens, heads, count, D: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr):
+def join(
+    parts, weights, out, tokens, heads, count, D: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr,
+    ORDERED: tl.constexpr,
+):  # fmt: skip
     """Program (row, token): the splits' results (SPLITS, rows, heads, tokens, D), each by its weight (log2)."""
     at = tl.program_id(0).to(tl.int64)
     row, i = at // tokens, at % tokens
@@ -498,5 +527,7 @@ def join(parts, weights, out, tokens, heads, count, D: tl.constexpr, HEADS: tl.c
         total += weight
         part = tl.load(parts + (s * count + place)[:, None] * D + d[None, :], real[:, None], other=0.0)
         sums += weight[:, None] * part.to(tl.float32)
-    to = out + (at * heads + head)[:, None] * D + d[None, :]
-    tl.store(to, to_bfloat16(sums / total[:, None]), real[:, None])
+    column = head[:, None] * D + d[None, :]
+    if ORDERED:
+        column = _instruction_order(column)
+    tl.store(out + at * heads * D + column, to_bfloat16(sums / total[:, None]), real[:, None])

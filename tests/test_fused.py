@@ -195,6 +195,9 @@ def test_norm(shape: tuple[int, int]) -> None:
         out = poisoned(*shape)
         assert fused.norm(x, eps=EPS, out=out, **args) is out
         assert error(out, exact) <= LIMIT
+    out = poisoned(shape[0], shape[1] + -shape[1] % 64)
+    fused.norm(x, weight, EPS, ordered=True, out=out)
+    assert error(out, in_order(exact_norm(x, weight))) <= LIMIT
 
 
 @pytest.mark.parametrize("shape", WIDTHS, ids=str)
@@ -204,15 +207,17 @@ def test_after_attention(shape: tuple[int, int]) -> None:
     x, seen = normal(*shape), normal(*shape)
     after, dense, routed = (normal(width, dtype=torch.float32) for _ in range(3))
     router_scale = normal(width)
-    new = x.double() + exact_norm(seen, after)
+    before, new = x.clone(), x.double() + exact_norm(seen, after)
     out = fused.Feed(poisoned(*shape), poisoned(rows, width + -width % 64), poisoned(*shape))
-    assert fused.mixed(x, seen, after, dense, routed, router_scale, EPS, out) is out
+    assert fused.mixed(x, seen, after, dense, routed, router_scale, EPS, out=out) is out
     assert error(x, new) <= LIMIT
     assert error(out.dense, exact_norm(x, dense)) <= LIMIT
     assert error(out.router, exact_norm(x) * router_scale.double() * width**-0.5) <= LIMIT
     ordered = in_order(exact_norm(x, routed))
     assert out.routed.shape == ordered.shape and error(out.routed, ordered) <= LIMIT
     assert not out.routed[ordered == 0].any()
+    again = fused.mixed(before, seen, after, dense, routed, router_scale, EPS, ordered=True)
+    assert torch.equal(again.dense, in_order(out.dense)) and torch.equal(again.routed, out.routed)
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
@@ -226,11 +231,13 @@ def test_after_the_experts(shape: tuple[int, int], k: int) -> None:
     scalar = torch.tensor([0.37], dtype=torch.bfloat16, device=DEVICE)
     total = parts.double().sum(1) if k > 1 else parts
     both = exact_norm(dense, w1) + exact_norm(total, w2)
-    new = (x.double() + exact_norm(both, w3)) * scalar.double()
+    before, new = x.clone(), (x.double() + exact_norm(both, w3)) * scalar.double()
     out = poisoned(*shape)
-    fused.fed(x, dense, parts, (w1, w2, w3), scalar, following, EPS, out)
+    fused.fed(x, dense, parts, (w1, w2, w3), scalar, following, EPS, out=out)
     assert error(x, new) <= LIMIT
     assert error(out, exact_norm(x, following)) <= LIMIT
+    ordered = fused.fed(before, dense, parts, (w1, w2, w3), scalar, following, EPS, ordered=True)
+    assert torch.equal(ordered, in_order(out)) and torch.equal(before, x)
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(5, 16, 4), (3, 128, 8), (9, 30, 1), (1, 12, 12)])
@@ -365,10 +372,10 @@ def test_attend(case: tuple) -> None:
     args = (q, buffer[0], buffer[1], length, window, causal, begin, pages)
     fused.attend(*args, out=out, blocks=cut, splits=splits)
     assert error(out, expected.flatten(2)) <= LIMIT
-    if CUDA:
+    if heads * dim % 64 == 0:
         again = poisoned(*out.shape)
-        fused.attend(*args, out=again, blocks=cut, splits=splits)
-        assert torch.equal(out, again)
+        fused.attend(*args, ordered=True, out=again, blocks=cut, splits=splits)
+        assert torch.equal(again.flatten(0, 1), in_order(out.flatten(0, 1)))
 
 
 def test_soft_embedding() -> None:
