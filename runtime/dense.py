@@ -178,12 +178,12 @@ def _product(x: Tensor, weight: Tiles, out: Tensor, gated: bool, cut: Cut | None
     dense_kernels.product[(triton.cdiv(tokens, cut.tokens), row_tiles, cut.splits)](
         x, parts, weight.codes, weight.scales, weight.high, weight.factors, x.stride(0), parts.stride(-2),
         parts.stride(0), out.shape[1], tokens, column_tiles,
-        SCHEME=weight.scheme, GATED=gated, SPLITS=cut.splits, BLOCK_N=cut.tokens, STAGES=cut.stages,
+        SCHEME=weight.scheme, GATED=gated, SPLIT=cut.splits > 1, BLOCK_N=cut.tokens, STAGES=cut.stages,
         UNROLL=cut.unroll, num_warps=4,
     )  # fmt: skip
     if cut.splits > 1:
         dense_kernels.add[(tokens, triton.cdiv(out.shape[1], _ADDED))](
-            parts, out, parts.stride(1), parts.stride(0), out.stride(0), out.shape[1], SPLITS=cut.splits, GATED=gated,
+            parts, out, parts.stride(1), parts.stride(0), out.stride(0), out.shape[1], cut.splits, GATED=gated,
             BLOCK=_ADDED,
         )  # fmt: skip
 

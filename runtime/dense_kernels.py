@@ -20,17 +20,17 @@ from dgq.runtime.moe_kernels import _gated
 @triton.jit
 def product(
     x, out, codes, scales, high, factors, x_stride, out_stride, part_stride, width, tokens, column_tiles,
-    SCHEME: tl.constexpr, GATED: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    SCHEME: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of tokens, row tile, split). x (tokens, columns in the instruction's order). With one split: out
-    (tokens, width) bfloat16, GATED gelu(gate) * up; with more: float32 (split, tokens, rows of whole tiles)."""
+    """Program (block of tokens, row tile, split). x (tokens, columns in the instruction's order). out (tokens, width)
+    bfloat16, GATED gelu(gate) * up; SPLIT: float32 (splits, tokens, rows of whole tiles)."""
     row_tile, split = tl.program_id(1), tl.program_id(2)
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = token < tokens
     at = x + token[:, None].to(tl.int64) * x_stride + tl.arange(0, 64)[None, :]
     tile = row_tile.to(tl.int64) * column_tiles
-    each = tl.cdiv(column_tiles, SPLITS)
+    each = tl.cdiv(column_tiles, tl.num_programs(2))
     sums = tl.zeros((128, BLOCK_N), tl.float32)
     for step in tl.range(
         split * each, tl.minimum(split * each + each, column_tiles), num_stages=STAGES, loop_unroll_factor=UNROLL
@@ -44,7 +44,7 @@ def product(
     sums *= tl.load(factors + row_tile)
     row = row_tile * 128 + tl.arange(0, 128)
     begin = out + token[:, None].to(tl.int64) * out_stride
-    if SPLITS > 1:
+    if SPLIT:
         tl.store(begin + split.to(tl.int64) * part_stride + row[None, :], sums.trans(), real[:, None])
     elif GATED:
         gate, up = sums.reshape(8, 2, 8, BLOCK_N).permute(0, 2, 3, 1).split()
@@ -56,22 +56,20 @@ def product(
 
 
 @triton.jit
-def add(
-    parts, out, stride, part_stride, out_stride, width, SPLITS: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
-):
+def add(parts, out, stride, part_stride, out_stride, width, splits, GATED: tl.constexpr, BLOCK: tl.constexpr):
     """Program (token, piece of the width): the sum of the splits; GATED as `product` has it."""
     token, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < width
     if GATED:
         at = parts + token * stride + column // 8 * 16 + column % 8
         gate, up = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        for s in tl.static_range(SPLITS):
+        for s in range(splits):
             gate += tl.load(at + s * part_stride, real, other=0.0)
             up += tl.load(at + s * part_stride + 8, real, other=0.0)
         total = _gated(gate, up)
     else:
         total = tl.zeros((BLOCK,), tl.float32)
-        for s in tl.static_range(SPLITS):
+        for s in range(splits):
             total += tl.load(parts + s * part_stride + token * stride + column, real, other=0.0)
     tl.store(out + token * out_stride + column, to_bfloat16(total), real)
 

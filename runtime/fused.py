@@ -392,13 +392,13 @@ def attend(
     table = 0 if pages is None else pages.stride(0)
     fused_kernels.attend[(programs // kv_heads, kv_heads, rows * splits)](
         q, keys, values, pages, length, start, parts, weights, tokens, group, *keys.stride()[:3], table, size,
-        1 << 30 if window is None else window, D=dim, BLOCK_M=cut.queries, BLOCK_N=cut.keys, SPLITS=splits,
+        1 << 30 if window is None else window, splits, D=dim, BLOCK_M=cut.queries, BLOCK_N=cut.keys, SPLIT=splits > 1,
         CAUSAL=causal, PAGED=pages is not None, ORDERED=ordered, STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     if weights is not None:
         fused_kernels.join[(rows * tokens,)](
-            parts, weights, out, tokens, heads, rows * heads * tokens, D=dim, HEADS=triton.next_power_of_2(heads),
-            SPLITS=splits, ORDERED=ordered, num_warps=8,
+            parts, weights, out, tokens, heads, rows * heads * tokens, splits, D=dim,
+            HEADS=triton.next_power_of_2(heads), ORDERED=ordered, num_warps=8,
         )  # fmt: skip
     return out
 

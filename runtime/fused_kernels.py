@@ -438,13 +438,13 @@ def place(
 @triton.jit
 def attend(
     q, keys, values, pages, length, start, out, weights, tokens, group, page_stride, head_stride, slot_stride, table,
-    size, window,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr, CAUSAL: tl.constexpr,
+    size, window, splits,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
     PAGED: tl.constexpr, ORDERED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of a key head's group, folded (group, tokens), over one of SPLITS parts of the keys they see."""
-    head, split = tl.program_id(1), tl.program_id(2) % SPLITS
-    row, kv_heads, rows = tl.program_id(2) // SPLITS, tl.num_programs(1), tl.num_programs(2) // SPLITS
+    """BLOCK_M queries of a key head's group, folded (group, tokens), over one of some parts of the keys they see."""
+    head, split = tl.program_id(1), tl.program_id(2) % splits
+    row, kv_heads, rows = tl.program_id(2) // splits, tl.num_programs(1), tl.num_programs(2) // splits
     held = tl.load(length + row)
     first = tl.load(start + row) if start is not None else 0
     last = held + tokens
@@ -465,7 +465,7 @@ def attend(
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, D), tl.float32)
     begin = first // BLOCK_N
-    each = tl.cdiv(tl.cdiv(last, BLOCK_N) - begin, SPLITS)
+    each = tl.cdiv(tl.cdiv(last, BLOCK_N) - begin, splits)
     begin += split * each
     end = tl.minimum(begin + each, tl.cdiv(last, BLOCK_N))
     for block in tl.range(begin, end, num_stages=STAGES):
@@ -493,7 +493,7 @@ def attend(
             sums = tl.dot(p.to(tl.bfloat16), v, sums)
         top = higher
     sums /= tl.where(total > 0, total, 1.0)[:, None]
-    if SPLITS == 1:
+    if not SPLIT:
         query, heads = m // tokens + head * group, kv_heads * group
         column = query[:, None] * D + d[None, :]
         if ORDERED:
@@ -508,21 +508,20 @@ def attend(
 
 @triton.jit
 def join(
-    parts, weights, out, tokens, heads, count, D: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr,
-    ORDERED: tl.constexpr,
+    parts, weights, out, tokens, heads, count, splits, D: tl.constexpr, HEADS: tl.constexpr, ORDERED: tl.constexpr
 ):  # fmt: skip
-    """Program (row, token): the splits' results (SPLITS, rows, heads, tokens, D), each by its weight (log2)."""
+    """Program (row, token): the splits' results (splits, rows, heads, tokens, D), each by its weight (log2)."""
     at = tl.program_id(0).to(tl.int64)
     row, i = at // tokens, at % tokens
     head, d = tl.arange(0, HEADS), tl.arange(0, D)
     real = head < heads
     place = (row * heads + head) * tokens + i
     top = tl.full((HEADS,), -3e30, tl.float32)
-    for s in tl.static_range(SPLITS):
+    for s in range(splits):
         top = tl.maximum(top, tl.load(weights + s * count + place, real, other=0.0))
     total = tl.zeros((HEADS,), tl.float32)
     sums = tl.zeros((HEADS, D), tl.float32)
-    for s in tl.static_range(SPLITS):
+    for s in range(splits):
         weight = tl.exp2(tl.load(weights + s * count + place, real, other=0.0) - top)
         total += weight
         part = tl.load(parts + (s * count + place)[:, None] * D + d[None, :], real[:, None], other=0.0)
