@@ -22,7 +22,7 @@ from dgq.runtime.layers import rms_norm
 from dgq.runtime.settings import SamplerConfig
 
 HIDDEN, CANVAS, VOCAB, HEADS, WINDOW, EPS = 2816, 256, 262144, 16, 1024, 1e-6
-CALLS = 4
+CALLS = 8
 Call = Callable[[], object]
 
 
@@ -52,12 +52,15 @@ def microseconds(calls: list[Call], runs: int) -> float:
     return statistics.median(times[2:]) * 1e3
 
 
-def stock_sampler(logits: torch.Tensor, state: fused.Denoising) -> torch.Tensor:
+def stock_sampler(logits: torch.Tensor) -> torch.Tensor:
     """As transformers does it, the next step's softmax included."""
-    capped = 30 * torch.tanh(logits.float() / 30)
-    draw = torch.multinomial
-    new = sampler.decide(capped, 9, SamplerConfig(), lambda p: (draw(p.flatten(0, 1), 1).view(p.shape[:2]),) * 2)
-    return new.logits.bfloat16().softmax(-1, dtype=torch.float32).bfloat16()
+    capped = 30 * torch.tanh(logits.float() / 30) / 0.6
+    shares = capped.softmax(-1)
+    torch.multinomial(shares.flatten(0, 1), 1)
+    entropy = -(capped.log_softmax(-1) * shares).sum(-1)
+    sampler.accept(entropy, 0.1)
+    capped.argmax(-1)
+    return capped.bfloat16().softmax(-1, dtype=torch.float32).bfloat16()
 
 
 def sampling(rows: int) -> dict[str, tuple[list[Call], list[Call]]]:
@@ -68,13 +71,13 @@ def sampling(rows: int) -> dict[str, tuple[list[Call], list[Call]]]:
     probabilities = torch.empty(rows * CANVAS, VOCAB, dtype=torch.bfloat16, device="cuda")
     table, x = normal(VOCAB, HIDDEN), normal(rows * CANVAS, HIDDEN)
     fused.sample(state, logits[0], probabilities)
-    stock = [partial(stock_sampler, one, state) for one in logits[: 2 if rows < 4 else 1]]
+    stock = [partial(stock_sampler, one) for one in logits[: 2 if rows < 4 else 1]]
     out = torch.empty(rows * CANVAS, VOCAB, dtype=torch.bfloat16, device="cuda")
     soft = torch.empty(rows * CANVAS, HIDDEN, dtype=torch.bfloat16, device="cuda")
     return {
         "sample": ([partial(fused.sample, state, one) for one in logits], []),
         "sample, probabilities": ([partial(fused.sample, state, one, probabilities) for one in logits], stock),
-        "decide": ([partial(fused.decide, state)], []),
+        "decide": ([partial(fused.decide, state)] * CALLS, []),
         "head": ([], [partial(torch.mm, x, table.T, out=out)]),
         "soft embedding": ([partial(fused.soft_embed, probabilities, table, soft)], []),
     }
@@ -85,7 +88,7 @@ def layer(rows: int) -> dict[str, tuple[list[Call], list[Call]]]:
     w = torch.randn(5, HIDDEN, device="cuda")
     xs = [normal(n, HIDDEN) for _ in range(CALLS)]
     other, parts, scalar = normal(n, HIDDEN), normal(n, 8, HIDDEN), normal(1)
-    feed, out = fused.Feed.empty(n, HIDDEN, "cuda"), normal(n, HIDDEN)
+    feed, out = fused.Feed(normal(n, HIDDEN), normal(n, HIDDEN), normal(n, HIDDEN)), normal(n, HIDDEN)
     scores, scale = normal(n, 128), normal(128)
     routing = fused.route(scores, scale, 8)
 
@@ -139,7 +142,9 @@ def attention(rows: int, context: int) -> dict[str, tuple[list[Call], list[Call]
             partial(folded_sdpa, q, c[0][:, :, :seen], c[1][:, :, :seen]) for q, c in zip(queries, caches, strict=True)
         ]
         parts |= {f"place, {name}": (places, []), f"attend, {name}": (ours, torchs)}
-        parts |= {f"rotations, {name}": ([partial(fused.rotations, length, norms[0][: dim // 2], CANVAS, turns)], [])}
+        parts |= {
+            f"rotations, {name}": ([partial(fused.rotations, length, norms[0][: dim // 2], CANVAS, turns)] * CALLS, [])
+        }
     return parts
 
 
