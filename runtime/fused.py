@@ -332,12 +332,14 @@ def place(
 
 @dataclass(frozen=True)
 class Blocks:
-    """How attend() cuts its work: queries and keys of a program, warps, stages of loads ahead."""
+    """How attend() cuts its work: queries and keys of a program, warps, stages of loads; apart: whether keys that all
+    queries see are gone through without masks."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    apart: bool = True
 
 
 def blocks_for(dim: int, device: torch.device) -> Blocks:
@@ -347,7 +349,7 @@ def blocks_for(dim: int, device: torch.device) -> Blocks:
         properties = torch.cuda.get_device_properties(device)
         room = getattr(properties, "shared_memory_per_block_optin", room)  # not in torch's annotations
     if dim > 256:
-        return Blocks(64, 64, 8, 1) if room >= 200 << 10 else Blocks(32, 16, 8, 2)
+        return Blocks(64, 64, 8, 1, False) if room >= 200 << 10 else Blocks(32, 16, 8, 2, False)
     if dim > 128:
         return Blocks(64, 64, 4, 3) if room >= 224 << 10 else Blocks(64, 32, 4, 2)
     return Blocks(64, 64, 4, 2)
@@ -393,7 +395,8 @@ def attend(
     fused_kernels.attend[(programs // kv_heads, kv_heads, rows * splits)](
         q, keys, values, pages, length, start, parts, weights, tokens, group, *keys.stride()[:3], table, size,
         1 << 30 if window is None else window, splits, D=dim, BLOCK_M=cut.queries, BLOCK_N=cut.keys, SPLIT=splits > 1,
-        CAUSAL=causal, PAGED=pages is not None, ORDERED=ordered, STAGES=cut.stages, num_warps=cut.warps,
+        CAUSAL=causal, PAGED=pages is not None, ORDERED=ordered, APART=cut.apart,
+        STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     if weights is not None:
         fused_kernels.join[(rows * tokens,)](

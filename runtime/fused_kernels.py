@@ -436,13 +436,45 @@ def place(
 
 
 @triton.jit
+def _attended(
+    queries, keys, values, places, key, first, last, position, window, top, total, sums, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys more. MASKED: some are not seen by all, and what lies in empty slots may be no number."""
+    k = tl.load(keys + places)
+    if INTERPRETED:
+        k = k.to(tl.float32)
+    scores = tl.dot(queries, k.trans()) * _LOG2E
+    if MASKED:
+        seen = (key >= first) & (key < last)
+        visible = seen[None, :]
+        if CAUSAL:
+            visible &= (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - window)
+        scores = tl.where(visible, scores, -1e30)
+        v = tl.load(values + places, seen[:, None], other=0.0)
+    else:
+        v = tl.load(values + places)
+    higher = tl.maximum(top, tl.max(scores, 1))
+    p = _exp2(scores - higher[:, None])
+    shrink = _exp2(top - higher)
+    total = total * shrink + tl.sum(p, 1)
+    sums *= shrink[:, None]
+    if INTERPRETED:  # whose product of bfloat16 is wrong
+        sums = tl.dot(to_bfloat16(p).to(tl.float32), v.to(tl.float32), sums)
+    else:
+        sums = tl.dot(p.to(tl.bfloat16), v, sums)
+    return higher, total, sums
+
+
+@triton.jit
 def attend(
     q, keys, values, pages, length, start, out, weights, tokens, group, page_stride, head_stride, slot_stride, table,
     size, window, splits,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
-    PAGED: tl.constexpr, ORDERED: tl.constexpr, STAGES: tl.constexpr,
+    PAGED: tl.constexpr, ORDERED: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of a key head's group, folded (group, tokens), over one of some parts of the keys they see."""
+    """BLOCK_M queries of a key head's group, folded (group, tokens), over one of some parts of the keys they see.
+    APART: first the blocks of keys that all of them see whole, then those at the edges."""
     head, split = tl.program_id(1), tl.program_id(2) % splits
     row, kv_heads, rows = tl.program_id(2) // splits, tl.num_programs(1), tl.num_programs(2) // splits
     held = tl.load(length + row)
@@ -452,46 +484,46 @@ def attend(
     real = m < group * tokens
     position = held + m % tokens
     if CAUSAL:
-        last = tl.max(tl.where(real, position, 0)) + 1
-        first = tl.maximum(first, tl.min(tl.where(real, position, last)) - window + 1)
+        least, most = tl.min(tl.where(real, position, last)), tl.max(tl.where(real, position, 0))
+        whole_from, whole_to = tl.maximum(first, most - window + 1), least + 1
+        first, last = tl.maximum(first, least - window + 1), most + 1
     else:
         first = tl.maximum(first, held - window + 1)
+        whole_from, whole_to = first, last
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, D)
     folded = (row * kv_heads + head).to(tl.int64) * group * tokens + m
     queries = tl.load(q + folded[:, None] * D + d[None, :], real[:, None], other=0.0)
-    if INTERPRETED:  # whose product of bfloat16 is wrong
+    if INTERPRETED:
         queries = queries.to(tl.float32)
     top = tl.full((BLOCK_M,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     sums = tl.zeros((BLOCK_M, D), tl.float32)
-    begin = first // BLOCK_N
-    each = tl.cdiv(tl.cdiv(last, BLOCK_N) - begin, splits)
+    begin, end = first // BLOCK_N, tl.cdiv(last, BLOCK_N)
+    each = tl.cdiv(end - begin, splits)
     begin += split * each
-    end = tl.minimum(begin + each, tl.cdiv(last, BLOCK_N))
-    for block in tl.range(begin, end, num_stages=STAGES):
+    end = tl.minimum(begin + each, end)
+    places = n[:, None] * slot_stride + d[None, :]
+    inner = tl.minimum(end, begin)
+    outer = inner
+    if APART:
+        inner = tl.minimum(end, tl.maximum(begin, tl.cdiv(whole_from, BLOCK_N)))
+        outer = tl.minimum(end, tl.maximum(inner, whole_to // BLOCK_N))
+        for block in tl.range(inner, outer, num_stages=STAGES):
+            page, slot = _slot(pages, row, block * BLOCK_N, table, size, PAGED)
+            at = page * page_stride + head.to(tl.int64) * head_stride + slot.to(tl.int64) * slot_stride
+            top, total, sums = _attended(
+                queries, keys + at, values + at, places, block * BLOCK_N + n, first, last, position, window, top,
+                total, sums, CAUSAL, False,
+            )  # fmt: skip
+    before = inner - tl.minimum(end, begin)
+    for i in tl.range(before + end - outer, num_stages=STAGES):
+        block = tl.where(i < before, begin + i, outer + i - before)
         page, slot = _slot(pages, row, block * BLOCK_N, table, size, PAGED)
-        at = page * page_stride + head * head_stride + (slot + n)[:, None].to(tl.int64) * slot_stride + d[None, :]
-        key = block * BLOCK_N + n
-        seen = (key >= first) & (key < last)
-        k = tl.load(keys + at)
-        if INTERPRETED:
-            k = k.to(tl.float32)
-        scores = tl.dot(queries, k.trans()) * _LOG2E
-        visible = seen[None, :]
-        if CAUSAL:
-            visible &= (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - window)
-        scores = tl.where(visible, scores, -1e30)
-        higher = tl.maximum(top, tl.max(scores, 1))
-        p = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, 1)
-        v = tl.load(values + at, seen[:, None], other=0.0)  # what lies in empty slots may be no number
-        sums *= shrink[:, None]
-        if INTERPRETED:
-            sums = tl.dot(to_bfloat16(p).to(tl.float32), v.to(tl.float32), sums)
-        else:
-            sums = tl.dot(p.to(tl.bfloat16), v, sums)
-        top = higher
+        at = page * page_stride + head.to(tl.int64) * head_stride + slot.to(tl.int64) * slot_stride
+        top, total, sums = _attended(
+            queries, keys + at, values + at, places, block * BLOCK_N + n, first, last, position, window, top, total,
+            sums, CAUSAL, True,
+        )  # fmt: skip
     sums /= tl.where(total > 0, total, 1.0)[:, None]
     if not SPLIT:
         query, heads = m // tokens + head * group, kv_heads * group
