@@ -150,7 +150,8 @@ def _paces(clock: list[tuple[str, torch.cuda.Event]], steps: int) -> tuple[list[
     """Milliseconds from each step to the next one of its block, and from each commitment to the step after it."""
     paces: list[float] = []
     commits: list[float] = []
-    for (name, start), (following, stop) in pairwise(clock):
+    whole = [(name, event) for name, event in clock if name != "soft"]
+    for (name, start), (following, stop) in pairwise(whole):
         if following == "step":
             (paces if name == "step" else commits).append(start.elapsed_time(stop))
     return paces[WARM * (steps - 1) :], commits[WARM - 1 :]

@@ -89,7 +89,7 @@ def _session(model: Model, rows: int, capacity: int, sampler: SamplerConfig) -> 
 
 
 def _passes(model: Model) -> Passes:
-    if not model.kernels:
+    if model.kernels is None:
         return Plain(model)
     from dgq.runtime.fast import Fast  # needs Triton
 

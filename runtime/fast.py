@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dgq.runtime import fused, moe
-from dgq.runtime.layers import embedding_scale
+from dgq.runtime import dense, fused, moe
+from dgq.runtime.config import ModelConfig
 from dgq.runtime.model import Model
 from dgq.runtime.names import DECODER
 from dgq.runtime.rng import CounterRandom
@@ -38,19 +38,25 @@ class Fast:
         self.capturable = model.device.type == "cuda"
         side = torch.cuda.Stream() if self.capturable else None
         self._layers = [FastLayer(model, index, side) for index in range(len(model.layers))]
-        self._condition = model.joined[DECODER + "self_conditioning.self"], model.condition_mlp[2].parts[""]
-        self._table = model.table.parts[""]
-        self._scale = embedding_scale(self.config.hidden, self._table)
+        assert model.kernels is not None and model.kernels.table is not None
+        condition = DECODER + "self_conditioning."
+        self._gate_up, self._down = model.kernels.gated(condition + "gate_up"), model.kernels.linear(condition + "down")
+        table = model.kernels.table
+        self._table = PlainTable(table) if isinstance(table, Tensor) else table
 
     def new_state(self, rows: int, sampler: SamplerConfig) -> FastState:
-        return FastState(self._model, rows, sampler)
+        return FastState(self.config, self._table, rows, sampler, self.device)
 
     def decode(self, state: FastState, view: Canvas) -> Tensor:
         """bfloat16 logits (rows * canvas, vocab), not capped."""
         eps, factor = self.config.norm_eps, self.config.hidden**0.5
-        soft = fused.norm(state.soft, self._model.condition_norm, eps, scale=state.scale, factor=factor)
-        x = fused.norm(self._embed(state.canvas), None, eps, plus=_gated_mlp(soft, *self._condition))
-        return functional.linear(self._run(x, view, self._model.decoder_scalars, causal=False), self._table)
+        ordered = self._gate_up.packed
+        soft = fused.norm(
+            state.soft, self._model.condition_norm, eps, scale=state.scale, factor=factor, ordered=ordered
+        )
+        signal = dense.gated_mlp(soft, self._gate_up, self._down, ordered)
+        x = fused.norm(self._embed(state.canvas), None, eps, plus=signal)
+        return self._table.head(self._run(x, view, self._model.decoder_scalars, causal=False))
 
     def encode(self, ids: Tensor, view: View) -> None:
         self._run(self._embed(ids), view, self._model.encoder_scalars, causal=True)
@@ -58,17 +64,20 @@ class Fast:
     encode_prompt = encode
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return functional.embedding(ids.flatten(), self._table) * self._scale
+        return self._table.rows(ids.flatten(), self.config.hidden**0.5)
 
     def _run(self, x: Tensor, view: View, scalars: Sequence[Tensor], causal: bool) -> Tensor:
         """x (rows * tokens, hidden), overwritten, through all layers -> normed for the head."""
         tokens = len(x) // len(view.lengths)
         turns = {s: fused.rotations(view.lengths, f, tokens) for s, f in self._model.frequencies.items()}
-        normed = fused.norm(x, self._layers[0].norm("input_layernorm"), self.config.norm_eps)
+        first, eps = self._layers[0], self.config.norm_eps
+        normed = fused.norm(x, first.norm("input_layernorm"), eps, ordered=first.ordered)
         for layer, scalar in zip(self._layers, scalars, strict=True):
-            following = self._layers[layer.index + 1 : layer.index + 2]
-            after = following[0].norm("input_layernorm") if following else self._model.final_norm
-            normed = layer(x, normed, turns[layer.sliding], view, scalar, after, causal)
+            after, ordered = self._model.final_norm, False
+            if layer.index + 1 < len(self._layers):
+                following = self._layers[layer.index + 1]
+                after, ordered = following.norm("input_layernorm"), following.ordered
+            normed = layer(x, normed, turns[layer.sliding], view, scalar, after, ordered, causal)
         return normed
 
 
@@ -81,13 +90,22 @@ class FastLayer:
         routed = model.routed(index)
         assert routed is not None
         self.index, self.sliding, self._side = index, layer.shape.is_sliding, side
-        self._config, self._shape, self._gate_up, self._down = config, layer.shape, *routed
+        self._config, self._shape, self._routed = config, layer.shape, routed
         self._norms = layer.norms
-        self._qkv, self._o = model.joined[prefix + "qkv"], layer.weights["self_attn.o_proj.weight"].parts[""]
-        self._mlp = model.joined[prefix + "mlp"], layer.weights["mlp.down_proj.weight"].parts[""]
+        assert model.kernels is not None
+        self._qkv, self._o = (model.kernels.linear(f"{prefix}self_attn.{name}") for name in ("qkv", "o"))
+        self._gate_up, self._down = (
+            model.kernels.gated(prefix + "mlp.gate_up"),
+            model.kernels.linear(prefix + "mlp.down"),
+        )
         self._router = layer.weights["router.proj.weight"].parts[""]
         self._router_scale = layer.weights["router.scale"].dequantize(torch.float32)
         self._per_expert_scale = layer.weights["router.per_expert_scale"].dequantize(torch.float32)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether its input is to be in the instruction's order: see dense.py."""
+        return self._qkv.packed
 
     def norm(self, name: str) -> Tensor:
         """A norm's weight, float32."""
@@ -101,6 +119,7 @@ class FastLayer:
         view: View,
         scalar: Tensor,
         after: Tensor,
+        ordered: bool,
         causal: bool,
     ) -> Tensor:
         eps = self._config.norm_eps
@@ -108,57 +127,67 @@ class FastLayer:
         feed = fused.mixed(
             x, seen, self.norm("post_attention_layernorm"), self.norm("pre_feedforward_layernorm"),
             self.norm("pre_feedforward_layernorm_2"), self._router_scale, eps,
+            ordered=self._gate_up.packed,
         )  # fmt: skip
-        dense, routed = self._both(feed)
+        mlp, routed = self._both(feed)
         names = ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "post_feedforward_layernorm")
         one, two, both = (self.norm(name) for name in names)
-        return fused.fed(x, dense, routed, (one, two, both), scalar, after, eps)
+        return fused.fed(x, mlp, routed, (one, two, both), scalar, after, eps, ordered=ordered)
 
     def _both(self, feed: fused.Feed) -> tuple[Tensor, Tensor]:
         """What MLP (n, hidden) and experts (n, k, hidden) make of it. In a graph the MLP, whose products are too small
         to fill the GPU, runs beside router and experts."""
         if self._side is None or not torch.cuda.is_current_stream_capturing():
-            return _gated_mlp(feed.dense, *self._mlp), self._experts(feed)
+            return self._mlp(feed), self._experts(feed)
         here = torch.cuda.current_stream()
         self._side.wait_stream(here)
         with torch.cuda.stream(self._side):
-            dense = _gated_mlp(feed.dense, *self._mlp)
+            mlp = self._mlp(feed)
         routed = self._experts(feed)
         here.wait_stream(self._side)
-        return dense, routed
+        return mlp, routed
+
+    def _mlp(self, feed: fused.Feed) -> Tensor:
+        return dense.gated_mlp(feed.dense, self._gate_up, self._down, self._gate_up.packed)
 
     def _experts(self, feed: fused.Feed) -> Tensor:
         scores = functional.linear(feed.router, self._router)
         chosen, share = fused.route(scores, self._per_expert_scale, self._config.top_k)
-        return moe.parts(feed.routed, chosen, share, self._gate_up, self._down)
+        return moe.parts(feed.routed, chosen, share, *self._routed)
 
     def _attention(self, x: Tensor, turns: tuple[Tensor, Tensor], view: View, causal: bool) -> Tensor:
         shape, config = self._shape, self._config
         queries, keys_too = config.heads * shape.head_dim, (config.heads + shape.kv_heads) * shape.head_dim
-        parts = functional.linear(x, self._qkv)
+        parts = dense.linear(x, self._qkv, self._qkv.packed)
         q, k = parts[:, :queries], parts[:, queries:keys_too]
         v = parts[:, keys_too:] if shape.has_v_proj else k
         norms = self.norm("self_attn.q_norm"), self.norm("self_attn.k_norm")
         keys, values, lengths = view.room(self.index)
         q = fused.place(q, k, v, norms, turns, keys, values, lengths, config.norm_eps)
         window = config.window if self.sliding else None
-        seen = fused.attend(q, keys, values, lengths, window, causal)
+        seen = fused.attend(q, keys, values, lengths, window, causal, ordered=self._o.packed)
         view.close(self.index)
-        return functional.linear(seen.view(len(x), -1), self._o)
+        return dense.linear(seen.view(len(x), -1), self._o, self._o.packed)
 
 
 class FastState:
     """See session.State. soft (rows * canvas, hidden), scale (rows * canvas,): their product is the expected embedding
     that the next step is conditioned on, zero before the first."""
 
-    def __init__(self, model: Model, rows: int, sampler: SamplerConfig) -> None:
-        config, device = model.config, model.device
-        self._table = model.table.parts[""]
+    def __init__(
+        self,
+        config: ModelConfig,
+        table: PlainTable | dense.Table,
+        rows: int,
+        sampler: SamplerConfig,
+        device: torch.device,
+    ) -> None:
+        self._table = table
         self._all = fused.Denoising.new(rows, config.canvas, config.vocab, config.softcap, sampler, device)
         self.canvas, self.argmax, self.accepted = self._all.canvas, self._all.argmax, self._all.accepted
         self.took, self.scale = self._all.took, self._all.scale
-        self.soft = torch.zeros(rows * config.canvas, config.hidden, dtype=model.dtype, device=device)
-        self._probabilities = torch.empty(len(self.soft), config.vocab, dtype=model.dtype, device=device)
+        self.soft = torch.zeros(rows * config.canvas, config.hidden, dtype=torch.bfloat16, device=device)
+        self._probabilities = torch.empty(len(self.soft), config.vocab, dtype=torch.bfloat16, device=device)
         self._shape = rows, config.canvas, config.vocab
 
     def begin(self, random: CounterRandom, rows: Tensor, block: int) -> None:
@@ -171,7 +200,7 @@ class FastState:
         fused.decide(self._all)
 
     def soften(self) -> None:
-        fused.soft_embed(self._probabilities, self._table, out=self.soft)
+        self._table.soft_embed(self._probabilities, out=self.soft)
 
     def mean_entropy(self) -> Tensor:
         return self._all.mean.clone()
@@ -180,6 +209,19 @@ class FastState:
         return (self._all.done.all() + 2 * self._all.mean.isnan().any()).int()[None]
 
 
-def _gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    gate, up = functional.linear(x, gate_up).chunk(2, dim=-1)
-    return functional.linear(functional.gelu(gate, approximate="tanh") * up, down)
+class PlainTable:
+    """dense.Table of a bfloat16 embedding (vocab, hidden)."""
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+
+    def rows(self, ids: Tensor, factor: float) -> Tensor:
+        return functional.embedding(ids, self._table) * torch.full(
+            (), factor, dtype=self._table.dtype, device=ids.device
+        )
+
+    def head(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self._table)
+
+    def soft_embed(self, probabilities: Tensor, out: Tensor) -> Tensor:
+        return fused.soft_embed(probabilities, self._table, out=out)

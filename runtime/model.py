@@ -11,7 +11,7 @@ The weights are any mapping canonical name -> Packed, so a BF16 checkpoint, a .g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
@@ -26,8 +26,9 @@ from dgq.runtime.block import Batch, Layer
 from dgq.runtime.cache import Cache
 from dgq.runtime.config import LayerConfig, ModelConfig
 from dgq.runtime.layers import Observer, embed, gated_mlp, head, rms_norm, soft_embed
+from dgq.runtime.load import ForKernels, decodes, for_kernels, read_ahead
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER, VISION, check_tensors, expected_tensors
-from dgq.runtime.repack import Tiles, tile
+from dgq.runtime.repack import Tiles
 
 if TYPE_CHECKING:
     from dgq.runtime.session import Session
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 # above on any machine, the small models that tests and first tries run on are far below.
 KEEP_DECODED = 1 << 28
 
-JOINED = {"qkv": ("self_attn.q", "self_attn.k", "self_attn.v"), "mlp": ("mlp.gate", "mlp.up"), "self": ("gate", "up")}
 _PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -59,13 +59,14 @@ class Model:
         activations: str | None = None,
         observe: Observer | None = None,
         kernels: bool | None = None,
+        vram: int | None = None,
     ) -> None:
         """Check and move the weights. InputError for a missing, unknown or mis-shaped tensor; source is the file's
         name in it. Vision tensors are passed over. keep_decoded: see KEEP_DECODED, 0 = decode at every use.
 
         activations: None, or "nvfp4" to round the inputs of weights that carry an input scale, as W4A4 kernels do.
         observe: sees every product of the layers; see layers.Observer. kernels: whether to repack weights for the
-        kernels; as said above unless given, and only bfloat16 can.
+        kernels; as said above unless given, and only bfloat16 can. vram: bytes of the GPU to use, all unless given.
         """
         expected = expected_tensors(config)
         # names now, shapes when each weight was read: reading can be expensive
@@ -75,10 +76,12 @@ class Model:
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         able = self.device.type == "cuda" and self.dtype == torch.bfloat16 and not activations and observe is None
-        self.kernels = kernels = able if kernels is None else kernels
-        self._tiles: dict[str, Tiles] = {}
-        self.joined: dict[str, Tensor] = {}  # bfloat16 weights that are multiplied together: prefix + "qkv", "gate_up"
-        self.weights = self._load(weights, keep_decoded, activations, kernels)
+        self.kernels: ForKernels | None = None
+        if able if kernels is None else kernels:
+            self.kernels = self._load_for_kernels(weights, vram)
+            self.weights = self.kernels.weights
+        else:
+            self.weights = self._load(weights, keep_decoded, activations)
         layers = range(len(config.layers))
         self.layers = [
             Layer(config, i, self._below(f"{DECODER}layers.{i}."), self.dtype, observe, self.routed(i)) for i in layers
@@ -179,48 +182,36 @@ class Model:
         """A sliding and a full layer: all of a kind share one mask."""
         return list({layer.is_sliding: (i, layer) for i, layer in enumerate(self.config.layers)}.values())
 
-    def _load(
-        self, weights: Mapping[str, Packed], keep_decoded: int, activations: str | None, kernels: bool
-    ) -> dict[str, Packed]:
-        """All weights but the experts that go to self._tiles, for the kernels."""
-        if kernels and find_spec("triton") is None:
+    def _load_for_kernels(self, weights: Mapping[str, Packed], vram: int | None) -> ForKernels:
+        if find_spec("triton") is None:
             raise InputError("bfloat16 on a GPU needs Triton: pip install triton, or use --dtype fp32")
+        names = list(expected_tensors(self.config))
+        if vram is None:
+            vram = torch.cuda.mem_get_info()[1] if self.device.type == "cuda" else 0
+        read = self._checked(read_ahead(weights, names, self.device))
+        return for_kernels(names, read, self._source, decodes(self.config, vram))
+
+    def _checked(self, read: Iterable[tuple[str, Packed]]) -> Iterator[tuple[str, Packed]]:
         shapes = expected_tensors(self.config)
+        for name, weight in read:
+            check_tensors({name: weight.shape}, {name: shapes[name]}, self._source)
+            parts = {key: part for key, part in weight.parts.items() if key != "input_scale"}
+            yield name, Packed(weight.scheme, weight.shape, parts)
+
+    def _load(self, weights: Mapping[str, Packed], keep_decoded: int, activations: str | None) -> dict[str, Packed]:
         loaded: dict[str, Packed] = {}
-        for name, shape in shapes.items():
+        for name, shape in expected_tensors(self.config).items():
             weight = weights[name]
             check_tensors({name: weight.shape}, {name: shape}, self._source)
             kept = {k: v for k, v in weight.parts.items() if k != "input_scale" or activations}
-            moved = Packed(weight.scheme, weight.shape, kept).to(self.device)
-            if kernels and ".experts." in name:
-                self._tiles[name] = tile(moved, name.endswith("gate_up_proj"), f"{self._source}: {name}")
-            else:
-                loaded[name] = moved
+            loaded[name] = Packed(weight.scheme, weight.shape, kept).to(self.device)
         if activations and not any("input_scale" in weight.parts for weight in loaded.values()):
             raise InputError(f"{self._source}: holds no input scales, which --activations {activations} needs (W4A4)")
-        if kernels:
-            return self._joined({name: self._decoded(w) if len(w.shape) > 1 else w for name, w in loaded.items()})
         elements = sum(weight.numel for weight in loaded.values())
         if elements * self.dtype.itemsize > keep_decoded:
             return loaded
         # vectors keep their precision: norms are computed in float32 whatever the dtype
         return {name: self._decoded(w) if len(w.shape) > 1 else w for name, w in loaded.items()}
-
-    def _joined(self, loaded: dict[str, Packed]) -> dict[str, Packed]:
-        """Weights of one input side by side, in self.joined; what they were become views of that."""
-        for prefix in (
-            DECODER + "self_conditioning.",
-            *(f"{DECODER}layers.{i}." for i in range(len(self.config.layers))),
-        ):
-            for whole, parts in JOINED.items():
-                names = [name for part in parts if (name := f"{prefix}{part}_proj.weight") in loaded]
-                if names:
-                    joined = torch.cat([loaded[name].parts[""] for name in names])
-                    pieces = joined.split([loaded[name].shape[0] for name in names])
-                    self.joined[prefix + whole] = joined
-                    for name, piece in zip(names, pieces, strict=True):
-                        loaded[name] = Packed(loaded[name].scheme, loaded[name].shape, {"": piece})
-        return loaded
 
     def _decoded(self, weight: Packed) -> Packed:
         scale = {k: v for k, v in weight.parts.items() if k == "input_scale"}
@@ -232,8 +223,9 @@ class Model:
     def routed(self, index: int) -> tuple[Tiles, Tiles] | None:
         """Layer `index`'s experts if they were loaded for the kernels."""
         prefix = f"{DECODER}layers.{index}.experts."
-        gate_up, down = self._tiles.get(prefix + "gate_up_proj"), self._tiles.get(prefix + "down_proj")
-        return None if gate_up is None or down is None else (gate_up, down)
+        if self.kernels is None:
+            return None
+        return self.kernels.experts[prefix + "gate_up_proj"], self.kernels.experts[prefix + "down_proj"]
 
     def _vector(self, name: str, dtype: torch.dtype) -> Tensor:
         return self.weights[name].dequantize(dtype)
