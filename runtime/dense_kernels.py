@@ -18,6 +18,15 @@ from dgq.runtime.moe_kernels import _gated
 
 
 @triton.jit
+def _settled(sums):
+    """The product, finished. Triton 3.6 cuts one whose first operand lies in registers into four, of which three may
+    still run when the next iteration overwrites those registers; where the result is used at once, it waits."""
+    if INTERPRETED:
+        return sums
+    return tl.inline_asm_elementwise("", "=f,0", [sums], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def product(
     x, out, codes, scales, high, factors, x_stride, out_stride, part_stride, width, tokens, column_tiles,
     SCHEME: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -40,7 +49,7 @@ def product(
         if INTERPRETED:  # whose product of bfloat16 is wrong
             sums = tl.dot(values.to(tl.float32), some.to(tl.float32).trans(), sums)
         else:
-            sums = tl.dot(values, some.trans(), sums)
+            sums = _settled(tl.dot(values, some.trans(), sums))
     sums *= tl.load(factors + row_tile)
     row = row_tile * 128 + tl.arange(0, 128)
     begin = out + token[:, None].to(tl.int64) * out_stride

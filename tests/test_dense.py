@@ -143,7 +143,7 @@ def test_many_tokens(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     out = torch.full((9, 128), torch.nan, device=DEVICE).bfloat16()
     dense._product(in_order(x), weight.both, out, True)
     exact = gelu(exactly(x, gate), approximate="tanh") * exactly(x, up)
-    assert error(out, in_order(exact)) <= LIMIT * 1.3
+    assert error(out, in_order(exact)) <= LIMIT * 2  # of a square
     assert error(dense.decoded(dense.pack([other]).parts[0]), in_order(other.dequantize())) <= LIMIT
 
 

@@ -217,7 +217,7 @@ def test_after_attention(shape: tuple[int, int]) -> None:
     assert out.routed.shape == ordered.shape and error(out.routed, ordered) <= LIMIT
     assert not out.routed[ordered == 0].any()
     again = fused.mixed(before, seen, after, dense, routed, router_scale, EPS, ordered=True)
-    assert torch.equal(again.dense, in_order(out.dense)) and torch.equal(again.routed, out.routed)
+    assert error(again.dense, in_order(exact_norm(before, dense))) <= LIMIT and error(again.routed, ordered) <= LIMIT
 
 
 @pytest.mark.parametrize("k", [1, 3, 8])
@@ -237,7 +237,7 @@ def test_after_the_experts(shape: tuple[int, int], k: int) -> None:
     assert error(x, new) <= LIMIT
     assert error(out, exact_norm(x, following)) <= LIMIT
     ordered = fused.fed(before, dense, parts, (w1, w2, w3), scalar, following, EPS, ordered=True)
-    assert torch.equal(ordered, in_order(out)) and torch.equal(before, x)
+    assert error(ordered, in_order(exact_norm(before, following))) <= LIMIT and error(before, new) <= LIMIT
 
 
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(5, 16, 4), (3, 128, 8), (9, 30, 1), (1, 12, 12)])
@@ -375,7 +375,7 @@ def test_attend(case: tuple) -> None:
     if heads * dim % 64 == 0:
         again = poisoned(*out.shape)
         fused.attend(*args, ordered=True, out=again, blocks=cut, splits=splits)
-        assert torch.equal(again.flatten(0, 1), in_order(out.flatten(0, 1)))
+        assert error(again.flatten(0, 1), in_order(expected.flatten(2).flatten(0, 1))) <= LIMIT
 
 
 def test_soft_embedding() -> None:
