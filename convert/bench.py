@@ -8,6 +8,7 @@ floors      bytes over the rate of a copy, or operations over that of a large pr
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,12 +19,11 @@ from typing import Any
 import torch
 
 from dgq.convert.needs import Runtime
-from dgq.convert.plan import Plan
 from dgq.convert.shapes import RandomWeights, plan_of_shapes
 from dgq.quant.errors import InputError
 from dgq.runtime.engine import Block, stream
 from dgq.runtime.model import Model
-from dgq.runtime.names import DECODER
+from dgq.runtime.names import expected_tensors
 from dgq.runtime.settings import GenerationConfig
 
 WARM, TIMED = 2, 4  # blocks
@@ -32,11 +32,12 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a model: so many tokens of prompt, rows, steps a block."""
+    """What is asked of a model: so many tokens of prompt, rows, steps a block; bytes of the GPU that it may use."""
 
     context: int
     rows: int
     steps: int
+    vram: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Ceilings:
 
     bandwidth: float
     rate: float
+    host: float  # bytes a second from pinned memory
 
     def seconds(self, nbytes: float, operations: float = 0.0) -> float:
         return max(nbytes / self.bandwidth, operations / self.rate)
@@ -57,7 +59,10 @@ def ceilings() -> Ceilings:
     nbytes = 2 * source.nbytes
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = milliseconds(lambda: a @ b)
-    return Ceilings(nbytes / copy * 1e3, 2 * 8192**3 / product * 1e3)
+    there = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+    place = torch.empty_like(there, device="cuda")
+    moved = milliseconds(lambda: place.copy_(there, non_blocking=True))
+    return Ceilings(nbytes / copy * 1e3, 2 * 8192**3 / product * 1e3, there.nbytes / moved * 1e3)
 
 
 def milliseconds(call: Callable[[], object], runs: int = 10) -> float:
@@ -76,10 +81,13 @@ def milliseconds(call: Callable[[], object], runs: int = 10) -> float:
 def bench_shapes(shapes: str, scheme: str, load: Load, found: Ceilings, zipf: bool = False) -> dict[str, Any]:
     """A model of random weights: see measured()."""
     plan = plan_of_shapes(shapes, scheme)
+    weights = RandomWeights(plan, "cuda", zipf)
     model, seconds = _loaded(
-        lambda: Model(plan.source.config, RandomWeights(plan, "cuda", zipf), "cuda", source=f"random {shapes}")
+        lambda: Model(plan.source.config, weights, "cuda", source=f"random {shapes}", vram=load.vram)
     )
-    return measured(model, plan.source.generation, load, found) | {"made_s": seconds} | _planned(plan, load)
+    context = load.context + (WARM + TIMED) * plan.source.config.canvas
+    planned = Runtime.of(plan).vram(context)["total"]
+    return measured(model, plan.source.generation, load, found) | {"made_s": seconds, "planned": planned}
 
 
 def bench_artifact(asked: str, load: Load, found: Ceilings) -> dict[str, Any]:
@@ -89,7 +97,7 @@ def bench_artifact(asked: str, load: Load, found: Ceilings) -> dict[str, Any]:
     artifact = open_model(asked)
     if load.context + (WARM + TIMED) * artifact.config.canvas > artifact.config.context:
         raise InputError(f"--context {load.context}: {asked} holds {artifact.config.context} tokens, answer included")
-    model, seconds = _loaded(lambda: artifact.load("cuda"))
+    model, seconds = _loaded(lambda: artifact.load("cuda", vram=load.vram))
     return measured(model, artifact.generation, load, found) | {"load_s": seconds}
 
 
@@ -141,7 +149,8 @@ def measured(model: Model, generation: GenerationConfig, load: Load, found: Ceil
         "first_block_s": first,
         "peak_allocated": torch.cuda.max_memory_allocated(),
         "peak_reserved": torch.cuda.max_memory_reserved(),
-        "weights": weight_bytes(model),
+        "weights": 0 if model.kernels is None else model.kernels.nbytes,
+        "copied": 0 if model.kernels is None or model.kernels.offload is None else model.kernels.offload.copied,
         **asdict(load),
     }
 
@@ -199,39 +208,31 @@ _PRODUCTS = ("gemm", "nvjet", "cutlass", "splitK", "linear")
 
 
 def floor_of_a_step(model: Model, rows: int, context: int, found: Ceilings) -> dict[str, float]:
-    """Milliseconds by part: each weight read once, what it is multiplied with left out; or the products' operations."""
+    """Milliseconds by part: each weight read once, or the products' operations; experts in host memory apart."""
     config, tokens = model.config, rows * model.config.canvas
-    tiles = [tile for index in range(len(config.layers)) for tile in model.routed(index) or ()]
+    kernels = model.kernels
+    assert kernels is not None and kernels.table is not None
     hit = 1 - (1 - config.top_k / config.experts) ** tokens
     picks = tokens * config.top_k * 3 * config.hidden * config.expert_intermediate * len(config.layers)
     table = config.vocab * config.hidden
-    dense = [w for name, w in model.weights.items() if name.startswith(DECODER + "layers.") and len(w.shape) == 2]
+    experts = sum(tiles.nbytes for layer in range(len(config.layers)) for tiles in model.routed(layer) or ())
+    dense = sum(math.prod(shape) for name, shape in expected_tensors(config).items() if ".experts." not in name) - table
     keys = operations = 0
     for layer in config.layers:
         seen = min(context, config.window - 1) if layer.is_sliding else context
         keys += 4 * rows * seen * layer.kv_heads * layer.head_dim
         operations += 4 * tokens * (seen + config.canvas) * config.heads * layer.head_dim
     seconds = {
-        "experts": found.seconds(hit * sum(tile.nbytes for tile in tiles), 2 * picks),
-        "dense": found.seconds(sum(w.nbytes for w in dense), 2 * tokens * sum(w.numel for w in dense)),
+        "experts": found.seconds(hit * experts, 2 * picks),
+        "dense": found.seconds(sum(product.nbytes for product in kernels.products.values()), 2 * tokens * dense),
         "attention": found.seconds(keys, operations),
         "head": found.seconds(model.table.nbytes, 2 * tokens * table),
         "soft embedding": found.seconds(model.table.nbytes, 2 * tokens * table),
         "sampler": found.seconds(4 * tokens * config.vocab),
     }
+    if kernels.offload is not None:
+        seconds["copies"] = max(0.0, kernels.offload.copied / found.host - sum(seconds.values()))
     return {part: 1e3 * value for part, value in seconds.items()}
-
-
-def weight_bytes(model: Model) -> int:
-    """Bytes of all weights on the GPU."""
-    layers = range(len(model.config.layers))
-    tiles = sum(tile.nbytes for index in layers for tile in model.routed(index) or ())
-    return tiles + sum(weight.nbytes for weight in model.weights.values())
-
-
-def _planned(plan: Plan, load: Load) -> dict[str, Any]:
-    context = load.context + (WARM + TIMED) * plan.source.config.canvas
-    return {"planned": Runtime.of(plan).vram(context)["total"]}
 
 
 def _loaded(make: Callable[[], Model]) -> tuple[Model, float]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import click
 
+from dgq.convert.bench_cli import bench
 from dgq.quant.errors import InputError
 
 # Before torch is imported: OpenMP threads that spin while they wait make small products a hundred times slower as soon
@@ -276,6 +277,7 @@ def verify(artifact: Path, threads: int | None, as_json: bool) -> None:
     show_default=True,
     help="counter: the same text on every device. torch: transformers' random stream.",
 )
+@click.option("--vram", help="Of the GPU to use, as 12GiB: experts beyond that wait in host memory. [default: all]")
 @_REVISION
 @_JSON
 def run(
@@ -289,6 +291,7 @@ def run(
     dtype: str,
     activations: str | None,
     rng: Literal["counter", "torch"],
+    vram: str | None,
     revision: str | None,
     as_json: bool,
 ) -> None:
@@ -303,10 +306,12 @@ def run(
         raise InputError("PROMPT is not valid UTF-8") from None
     answer = generate_text(
         model, text, revision=revision, chat=chat, max_new_tokens=max_new_tokens, steps=steps, seed=seed, device=device,
-        dtype=dtype, activations=activations, rng=rng, draw=not as_json and sys.stdout.isatty(),
+        dtype=dtype, activations=activations, rng=rng, draw=not as_json and sys.stdout.isatty(), vram=vram,
     )  # fmt: skip
     show.print_json(answer) if as_json else show.answer(answer)
 
+
+main.add_command(bench)
 
 if __name__ == "__main__":
     main()

@@ -56,12 +56,17 @@ class Artifact:
         return Tokenizer.from_gguf(self.weights.reader.metadata, str(self.path))
 
     def load(
-        self, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, activations: str | None = None
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        activations: str | None = None,
+        vram: int | None = None,
     ) -> Model:
-        """The model on a device; dtype and activations as for Model. InputError for values no quantiser writes."""
+        """The model on a device; dtype, activations, vram as for Model. InputError for values no quantiser writes."""
         from dgq.runtime.model import Model
 
-        return Model(self.config, self.weights, device, dtype, source=str(self.file), activations=activations)
+        source = str(self.file)
+        return Model(self.config, self.weights, device, dtype, source=source, activations=activations, vram=vram)
 
 
 def open_artifact(path: Path | str) -> Artifact:

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from dgq.runtime import dense, fused, moe
 from dgq.runtime.config import ModelConfig
+from dgq.runtime.memory import PREFILL
 from dgq.runtime.model import Model
 from dgq.runtime.names import DECODER
 from dgq.runtime.rng import CounterRandom
@@ -30,7 +31,7 @@ View = Canvas | Prompt
 class Fast:
     """See session.Passes."""
 
-    prefill = 2048
+    prefill = PREFILL
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -93,6 +94,8 @@ class FastLayer:
         self._config, self._shape, self._routed = config, layer.shape, routed
         self._norms = layer.norms
         assert model.kernels is not None
+        offload = model.kernels.offload
+        self._offload = offload if offload and index in offload else None
         self._qkv, self._o = (model.kernels.linear(f"{prefix}self_attn.{name}") for name in ("qkv", "o"))
         self._gate_up, self._down = (
             model.kernels.gated(prefix + "mlp.gate_up"),
@@ -153,7 +156,12 @@ class FastLayer:
     def _experts(self, feed: fused.Feed) -> Tensor:
         scores = functional.linear(feed.router, self._router)
         chosen, share = fused.route(scores, self._per_expert_scale, self._config.top_k)
-        return moe.parts(feed.routed, chosen, share, *self._routed)
+        if self._offload is None:
+            return moe.parts(feed.routed, chosen, share, *self._routed)
+        self._offload.arrive(self.index)
+        parts = moe.parts(feed.routed, chosen, share, *self._routed)
+        self._offload.leave(self.index)
+        return parts
 
     def _attention(self, x: Tensor, turns: tuple[Tensor, Tensor], view: View, causal: bool) -> Tensor:
         shape, config = self._shape, self._config

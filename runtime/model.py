@@ -26,7 +26,8 @@ from dgq.runtime.block import Batch, Layer
 from dgq.runtime.cache import Cache
 from dgq.runtime.config import LayerConfig, ModelConfig
 from dgq.runtime.layers import Observer, embed, gated_mlp, head, rms_norm, soft_embed
-from dgq.runtime.load import ForKernels, decodes, for_kernels, read_ahead
+from dgq.runtime.loading import ForKernels, decodes, for_kernels, read_ahead
+from dgq.runtime.memory import CONTEXT, GIB, SHORT, working_bytes
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER, VISION, check_tensors, expected_tensors
 from dgq.runtime.repack import Tiles
 
@@ -114,6 +115,7 @@ class Model:
         bool, True where a row has no token; only on the left of a row's first token does it make sense.
         """
         new = ids.shape[1]
+        self._refuse_offloaded()
         if positions is None:
             positions = cache.positions(new)
         real = cache.seen(new, padding)
@@ -132,6 +134,7 @@ class Model:
 
         self_conditioning_logits (rows, canvas, vocab), any float dtype: the previous step's, None on the first.
         """
+        self._refuse_offloaded()
         new = canvas.shape[1]
         masks = {
             layer.is_sliding: decoder_mask(cache.length, new, cache.held(i), cache.real)
@@ -153,6 +156,10 @@ class Model:
     def append(self, ids: Tensor, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: Batch) -> None:
         """encode() on any cache, without committing."""
         self._run(embed(ids, self.table, self.dtype), positions, masks, cache, self.encoder_scalars)
+
+    def _refuse_offloaded(self) -> None:
+        if self.kernels is not None and self.kernels.offload is not None:
+            raise InputError("experts are in host memory (--vram): only generate() with rng=counter brings them")
 
     def refuse_weights(self) -> NoReturn:
         """After logits that are not a number: InputError naming the first weight that holds such a value."""
@@ -185,11 +192,24 @@ class Model:
     def _load_for_kernels(self, weights: Mapping[str, Packed], vram: int | None) -> ForKernels:
         if find_spec("triton") is None:
             raise InputError("bfloat16 on a GPU needs Triton: pip install triton, or use --dtype fp32")
-        names = list(expected_tensors(self.config))
-        if vram is None:
-            vram = torch.cuda.mem_get_info()[1] if self.device.type == "cuda" else 0
+        names = sorted(expected_tensors(self.config), key=lambda name: ".experts." in name)
         read = self._checked(read_ahead(weights, names, self.device))
-        return for_kernels(names, read, self._source, decodes(self.config, vram))
+        if self.device.type != "cuda":
+            return for_kernels(names, read, self._source, decode=False)
+        whole = torch.cuda.mem_get_info()[1]
+        if vram is None:
+            return for_kernels(names, read, self._source, decodes(self.config, whole))
+
+        def room() -> int:
+            others = torch.cuda.memory_allocated() + CONTEXT + working_bytes(self.config, SHORT)
+            left = vram - others
+            if left <= 0:
+                raise InputError(
+                    f"--vram: {vram / GIB:.1f} GiB is too little; all but the routed experts takes {others / GIB:.1f}"
+                )
+            return left
+
+        return for_kernels(names, read, self._source, decodes(self.config, min(vram, whole)), room)
 
     def _checked(self, read: Iterable[tuple[str, Packed]]) -> Iterator[tuple[str, Packed]]:
         shapes = expected_tensors(self.config)
@@ -222,10 +242,10 @@ class Model:
 
     def routed(self, index: int) -> tuple[Tiles, Tiles] | None:
         """Layer `index`'s experts if they were loaded for the kernels."""
-        prefix = f"{DECODER}layers.{index}.experts."
         if self.kernels is None:
             return None
-        return self.kernels.experts[prefix + "gate_up_proj"], self.kernels.experts[prefix + "down_proj"]
+        offload = self.kernels.offload
+        return offload.weights(index) if offload and index in offload else self.kernels.experts[index]
 
     def _vector(self, name: str, dtype: torch.dtype) -> Tensor:
         return self.weights[name].dequantize(dtype)

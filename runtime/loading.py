@@ -25,6 +25,7 @@ from dgq.quant.types import Packed
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.layers import DECODE_BUDGET
 from dgq.runtime.names import DECODER, EMBEDDING, expected_tensors
+from dgq.runtime.offload import Host, Offload, Pair
 from dgq.runtime.repack import Tiles, tile
 
 if TYPE_CHECKING:
@@ -56,11 +57,12 @@ class Repacked(Packed):
 
 @dataclass
 class ForKernels:
-    """weights: by canonical name, as the reference reads them; experts and products: by canonical name or prefix of
-    the layer, as the kernels do; table: the embedding."""
+    """weights: by canonical name, as the reference reads them; products: by prefix of the layer, as the kernels do;
+    experts: of the layers whose experts are on the GPU, gate_up and down; offload: the others; table: the embedding."""
 
     weights: dict[str, Packed] = field(default_factory=dict)
-    experts: dict[str, Tiles] = field(default_factory=dict)
+    experts: dict[int, Pair] = field(default_factory=dict)
+    offload: Offload | None = None
     products: dict[str, Linear | Gated] = field(default_factory=dict)
     table: Tensor | Table | None = None
 
@@ -80,9 +82,11 @@ class ForKernels:
 
     @property
     def nbytes(self) -> int:
-        packed = [*self.experts.values(), *self.products.values()]
-        own = (w for w in self.weights.values() if not isinstance(w, Repacked))
-        return sum(one.nbytes for one in packed) + sum(weight.nbytes for weight in own)
+        """On the GPU."""
+        experts = sum(tiles.nbytes for pair in self.experts.values() for tiles in pair)
+        products = sum(product.nbytes for product in self.products.values() if product.packed)
+        own = sum(weight.nbytes for weight in self.weights.values() if not isinstance(weight, Repacked))
+        return experts + products + own + (self.offload.nbytes if self.offload else 0)
 
 
 def read_ahead(weights: Mapping[str, Packed], names: list[str], device: torch.device) -> Iterator[tuple[str, Packed]]:
@@ -123,28 +127,66 @@ def decodes(config: ModelConfig, memory: int) -> bool:
     return 2 * sum(math.prod(shape) for name, shape in shapes if ".experts." not in name) <= memory // 4
 
 
-def for_kernels(names: Collection[str], read: Iterable[tuple[str, Packed]], source: str, decode: bool) -> ForKernels:
-    """Repack what is read: all of `names`. decode: see decodes(). InputError naming a weight that holds values that
-    are not finite."""
+def for_kernels(
+    names: Collection[str],
+    read: Iterable[tuple[str, Packed]],
+    source: str,
+    decode: bool,
+    room: Callable[[], int] | None = None,
+) -> ForKernels:
+    """Repack what is read: all of `names`, the experts last. decode: see decodes(). room: asked when only the experts
+    are missing, how many bytes they may take; None: all. InputError naming a weight that holds values that are not
+    finite."""
     loaded = ForKernels()
     products = _products(names)
     product_of = {name: key for key, members in products.items() for name in members}
     waiting: dict[str, Packed] = {}
+    placing: _Placing | None = None
     for name, weight in read:
-        if decode and ".experts." not in name and len(weight.shape) > 1:
-            weight = _plain(weight)
         if ".experts." in name:
-            loaded.experts[name] = tile(weight, name.endswith("gate_up_proj"), f"{source}: {name}")
+            placing = placing or _Placing(loaded, sum("experts.down" in one for one in names), room and room())
+            placing.add(name, tile(weight, name.endswith("gate_up_proj"), f"{source}: {name}"))
         elif name == EMBEDDING:
-            loaded.table, loaded.weights[name] = _table(weight)
+            loaded.table, loaded.weights[name] = _table(_plain(weight) if decode else weight)
         elif (key := product_of.get(name)) is None:
             loaded.weights[name] = _plain(weight) if len(weight.shape) > 1 else weight
         else:
-            waiting[name] = weight
+            waiting[name] = _plain(weight) if decode else weight
             if all(member in waiting for member in products[key]):
                 loaded.products[key], back = _product([waiting.pop(member) for member in products[key]], key, source)
                 loaded.weights |= dict(zip(products[key], back, strict=True))
+    if placing is not None and placing.hosts:
+        loaded.offload = Offload(placing.hosts, loaded.weights[EMBEDDING].parts[""].device)
     return loaded
+
+
+class _Placing:
+    """Which layers' experts stay on the GPU: as many as `room` bytes hold beside two places, evenly spread."""
+
+    def __init__(self, loaded: ForKernels, layers: int, room: int | None) -> None:
+        self._loaded, self._layers, self._room = loaded, layers, room
+        self._half: Tiles | None = None
+        self._kept = self._largest = 0
+        self.hosts: dict[int, Host] = {}
+
+    def add(self, name: str, tiles: Tiles) -> None:
+        """gate_up and then down of each layer, rising."""
+        if self._half is None:
+            self._half = tiles
+            return
+        pair, self._half = (self._half, tiles), None
+        layer, size = layer_of(name), sum(one.nbytes for one in pair)
+        self._largest = max(self._largest, size)
+        share = 0.0 if self._room is None else (self._room - 2 * self._largest) * (layer + 1) / self._layers
+        if self._room is None or self._kept + size <= share:
+            self._loaded.experts[layer] = pair
+            self._kept += size
+        else:
+            self.hosts[layer] = Host.of(pair)
+
+
+def layer_of(name: str) -> int:
+    return int(name.removeprefix(DECODER + "layers.").partition(".")[0])
 
 
 def _products(names: Collection[str]) -> dict[str, list[str]]:

@@ -1,0 +1,79 @@
+"""The engine for programs: `dgq.runtime.load(path)`.
+
+engine = dgq.runtime.load("diffusiongemma-NVFP4")
+engine.generate("Once upon a time", max_new_tokens=512).text
+for event in engine.stream([{"role": "user", "content": "Why is the sky blue?"}]):
+    ...    # Step: the canvas taking shape; Block: tokens that stay
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgq.runtime.artifact import Artifact, open_artifact
+from dgq.runtime.engine import Block, Step, generate, stream
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text as it is, token ids, or the messages of a chat."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To one prompt. ended: whether the model said so itself; steps: of each block."""
+
+    text: str
+    tokens: list[int]
+    ended: bool
+    steps: list[int]
+
+
+class Engine:
+    """An opened artifact on a device; one batch at a time."""
+
+    def __init__(self, artifact: Artifact, device: str, dtype: torch.dtype | None, vram: int | None) -> None:
+        self.artifact, self.tokenizer, self.generation = artifact, artifact.tokenizer, artifact.generation
+        self.model = artifact.load(device, dtype, vram=vram)
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """A prompt's tokens."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
+        return self.tokenizer.chat(messages) if messages else [int(token) for token in prompt]  # type: ignore[arg-type]
+
+    def generate(self, prompt: Prompt, **settings: Any) -> Answer:
+        """The answer to one prompt. settings: max_new_tokens, steps, seed, on_step; see engine.generate()."""
+        return self.generate_batch([prompt], **settings)[0]
+
+    def generate_batch(self, prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:
+        """Answers to several prompts, computed together; each is what it would be alone with rows=[its number]."""
+        found = generate(self.model, [self.ids(prompt) for prompt in prompts], self.generation, **settings)
+        texts = map(self.tokenizer.decode, found.tokens)
+        return [Answer(*one) for one in zip(texts, found.tokens, found.ended, found.steps, strict=True)]
+
+    def stream(self, *prompts: Prompt, **settings: Any) -> Iterator[Step | Block]:
+        """Steps and committed blocks as they come. settings: also every_step=False, for blocks only."""
+        return stream(self.model, [self.ids(prompt) for prompt in prompts], self.generation, **settings)
+
+    def text(self, event: Step | Block, row: int = 0) -> str:
+        """What a step's canvas or a block says, up to its end-of-sequence token."""
+        tokens = event.canvas[row].tolist()
+        stop = next((i for i, token in enumerate(tokens) if token in self.generation.eos_ids), len(tokens))
+        return self.tokenizer.decode(tokens[:stop])
+
+
+def load(
+    path: Path | str, device: str | None = None, dtype: torch.dtype | None = None, vram: int | None = None
+) -> Engine:
+    """Open an artifact or a BF16 checkpoint: a directory or a .gguf. InputError for everything that is wrong with it.
+
+    device: "cuda" or "cpu", a GPU where there is one unless given; dtype: of activations, bfloat16 on a GPU and
+    float32 on a CPU; vram: bytes of the GPU to use, experts beyond that wait in host memory.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Engine(open_artifact(path), device, dtype, vram)
