@@ -22,6 +22,7 @@ from dgq.convert.needs import Runtime
 from dgq.convert.shapes import RandomWeights, plan_of_shapes
 from dgq.quant.errors import InputError
 from dgq.runtime.engine import Block, stream
+from dgq.runtime.loading import decodes
 from dgq.runtime.model import Model
 from dgq.runtime.names import expected_tensors
 from dgq.runtime.settings import GenerationConfig
@@ -86,8 +87,19 @@ def bench_shapes(shapes: str, scheme: str, load: Load, found: Ceilings, zipf: bo
         lambda: Model(plan.source.config, weights, "cuda", source=f"random {shapes}", vram=load.vram)
     )
     context = load.context + (WARM + TIMED) * plan.source.config.canvas
-    planned = Runtime.of(plan).vram(context)["total"]
+    runtime = Runtime.of(plan)
+    planned = runtime.vram(context, load.rows)["decoded" if decodes(plan.source.config, _memory(load)) else "total"]
+    if load.vram is not None:
+        away = runtime.offloaded(load.vram)
+        away_bytes = 0 if away is None else away["on_gpu"]
+        planned += away_bytes - runtime.weights(decodes(plan.source.config, _memory(load)))
     return measured(model, plan.source.generation, load, found) | {"made_s": seconds, "planned": planned}
+
+
+def _memory(load: Load) -> int:
+    """Bytes that the model may take."""
+    whole = int(torch.cuda.mem_get_info()[1])
+    return whole if load.vram is None else min(whole, load.vram)
 
 
 def bench_artifact(asked: str, load: Load, found: Ceilings) -> dict[str, Any]:

@@ -1,18 +1,17 @@
 """What a user will need: memory on the GPU to run the artifact, memory and disk to make it.
 
-Memory on the GPU is what the runtime allocates for one answer in 16 bit, counted at the moments when most is there:
+Memory on the GPU is what the engine allocates for one answer in bfloat16 (runtime/memory.py counts the batch):
 
-    always     weights (text only); keys and values: sliding layers a window and a canvas, full layers every token
-    prompt     + the prompt's own cache, which is then copied into the answer's; masks, repeated for groups of heads
-    step       + the last step's logits: raw, scaled, as self-conditioning; weights being decoded
-    sampling   + float32 arrays of canvas x vocabulary: two steps' logits, probabilities, log-probabilities, products
+    weights       text only; experts as the kernels read them. The others packed, or decoded where there is room
+    keys, values  sliding layers a window and a canvas, full layers every token
+    canvas        logits, what the sampler makes of them
+    activations   a part of a prompt on its way through a layer, cuBLAS
 
-tests/test_plan_needs.py holds these against what a run allocates; a change in runtime/ that moves them shows there.
+tests/test_plan_needs.py holds these against what runs allocate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,23 +21,20 @@ from dgq.convert.plan import Plan, PlannedTensor
 from dgq.convert.slices import SLICE
 from dgq.runtime import layers
 from dgq.runtime.config import ModelConfig
-from dgq.runtime.engine import PREFILL
-from dgq.runtime.model import KEEP_DECODED
+from dgq.runtime.loading import TABLES, decodes, layer_of
+from dgq.runtime.memory import CONTEXT, SHORT, WORKSPACE, canvas_bytes, kv_bytes, layer_bytes, widest, working_bytes
 from dgq.runtime.names import EMBEDDING, VISION
-from dgq.runtime.rng import PIECE
 
 CONTEXTS = (4096, 32768, 131072, 262144)
 CARDS = (12, 16, 24, 32, 48, 80)  # GB as they are sold: GiB on the card
-CARD_RESERVED = 640 << 20  # of a card: CUDA's context, a desktop
-WORKSPACE = 32 << 20  # cuBLAS's on a Hopper GPU; less on others
 WIDTH = 2  # bytes of an activation
 
-# Bytes an element of a weight that is being decoded to bf16, temporaries and result. A plain bf16 weight is not copied.
-DECODING = {
-    "bf16": 0.0, "f16": 2.0, "f32": 2.0, "nvfp4": 17.0, "nf4": 17.0, "nf4_dq": 17.0,
-    "q4_k": 7.25, "q5_0": 7.125, "q6_k": 7.25, "q8_0": 6.0,
+# Bits a weight takes for the kernels. NF4's maxima are bfloat16 where the weights were, and take two words elsewhere.
+TILED = {
+    "bf16": 16.0, "f16": 16.0, "f32": 16.0, "nvfp4": 4.5, "nf4": 4.25, "nf4_dq": 4.5, "q4_k": 5.0, "q5_0": 5.5,
+    "q6_k": 9.0, "q8_0": 8.5,
 }  # fmt: skip
-NUMBER_A_ROW = ("nvfp4", "nf4_dq")  # schemes with a part of 4 bytes a row, in memory only
+HOST_LINKS = {"PCIe 4 x16": 25e9, "PCIe 5 x16": 55e9}  # bytes a second from pinned memory, as measured on such
 
 # Measured: Python with torch; and bytes for each element of the slices at work: as read, encoded, waiting to be written
 # (and, for ggml, in float32).
@@ -53,151 +49,94 @@ def needs(plan: Plan, threads: int) -> dict[str, Any]:
     """Everything below, for `dgq plan --json`; bytes are whole numbers."""
     runtime = Runtime.of(plan)
     contexts = sorted({min(n, runtime.config.context) for n in CONTEXTS})
+    by_context = {n: runtime.vram(n) for n in contexts}
+    small = [card for card in CARDS if card not in by_context[contexts[0]]["fits"]]
     return {
-        "vram_by_context": {n: runtime.vram(n) for n in contexts},
+        "vram_by_context": by_context,
+        "offloaded": {card: away for card in small if (away := runtime.offloaded(card << 30)) is not None},
         "ram": ram(plan, threads),
         "disk": disk(plan),
     }
 
 
-def kv_bytes(config: ModelConfig, context: int, new: int) -> tuple[int, int]:
-    """Keys and values in 16 bit of sliding layers, which have room for `new` tokens behind the window, and of full
-    ones, with room for the context."""
-    found = [0, 0]
-    for layer in config.layers:
-        tokens = min(context, config.window - 1 + new) if layer.is_sliding else context
-        found[not layer.is_sliding] += 2 * WIDTH * tokens * layer.kv_heads * layer.head_dim
-    return found[0], found[1]
-
-
 @dataclass(frozen=True)
 class Runtime:
-    """What runtime/ allocates for a plan's artifact. decoding: DECODING, or zeros where weights are kept decoded."""
+    """What the engine allocates for a plan's artifact."""
 
     config: ModelConfig
     text: list[PlannedTensor]
-    decoding: Mapping[str, float]
 
     @classmethod
     def of(cls, plan: Plan) -> Runtime:
-        text = [tensor for tensor in plan.weights if not str(tensor.source).startswith(VISION)]
-        kept = WIDTH * sum(tensor.numel for tensor in text) <= KEEP_DECODED
-        return cls(plan.source.config, text, dict.fromkeys(DECODING, 0.0) if kept else DECODING)
+        text = [t for t in plan.weights if not str(t.source).startswith(VISION)]
+        return cls(plan.source.config, text)
 
-    def vram(self, context: int) -> dict[str, Any]:
-        """Peak bytes on the GPU for one answer: `context` tokens of prompt, answer and canvas.
+    def vram(self, context: int, rows: int = 1) -> dict[str, Any]:
+        """Bytes on the GPU for answers of `context` tokens each, prompt and canvas included.
 
-        parts: of the total, which is that of the largest moment; moments: what each takes on top of weights and keys
-        and values; fits: the CARDS that hold the total.
+        parts: of the total, with packed weights; decoded: the total where all but the experts are decoded to bfloat16,
+        which loading does on cards of `decoded_from` GB and more; fits: the CARDS that hold what they would be given.
         """
-        sliding, full = kv_bytes(self.config, context, self.config.canvas)
-        base = {"weights": self.weights(), "kv_sliding": sliding, "kv_full": full}
-        moments = {
-            "prompt": max(self._prompt(max(1, context - self.config.canvas)), key=_size),
-            "step": max(self._step(), key=_size),
-            "sampling": max(self._sampling(), key=_size),
-        }
-        peak = max(moments, key=lambda when: _size(moments[when]))
-        parts = base | moments[peak]
+        sliding, full = kv_bytes(self.config, context, rows)
+        parts = {
+            "weights": self.weights(decode=False), "kv_sliding": sliding, "kv_full": full,
+            "canvas": canvas_bytes(self.config, rows),
+            "activations": layer_bytes(self.config, widest(self.config, context, rows)) + WORKSPACE,
+        }  # fmt: skip
+        total = sum(parts.values())
+        decoded = total + self.weights(decode=True) - parts["weights"]
+        given = {card: decoded if decodes(self.config, card << 30) else total for card in CARDS}
         return {
-            "total": _size(parts),
+            "total": total,
             "parts": parts,
-            "peak": peak,
-            "moments": {when: _size(found) for when, found in moments.items()},
-            "fits": [card for card in CARDS if _size(parts) <= (card << 30) - CARD_RESERVED],
+            "decoded": decoded,
+            "decoded_from": next((card for card in CARDS if decodes(self.config, card << 30)), None),
+            "fits": [card for card, needed in given.items() if needed <= (card << 30) - CONTEXT],
         }
 
-    def weights(self) -> int:
-        """The text weights as they are held: no vision, no input scales, those of small models decoded."""
-        if not any(self.decoding.values()):
-            return sum(WIDTH * t.numel if len(t.shape) > 1 else t.nbytes for t in self.text)
-        rows = sum(t.numel // t.shape[-1] for t in self.text if t.scheme.name in NUMBER_A_ROW)
-        return sum(t.scheme.nbytes(t.shape) for t in self.text) + 4 * rows
+    def weights(self, decode: bool) -> int:
+        """The text weights as they are held: no vision, no input scales."""
+        return sum(self._held(tensor, decode) for tensor in self.text)
 
-    def _prompt(self, prompt: int) -> Iterator[dict[str, int]]:
-        """The prompt's last PREFILL tokens: an attention of either kind, then the rest of a layer."""
-        config = self.config
-        tokens = min(PREFILL, prompt)
-        keys = {False: prompt, True: min(prompt, config.window - 1 + tokens)}
-        masks = tokens * sum(keys.values())
-        cache = sum(kv_bytes(config, prompt, tokens))
-        for layer in {layer.is_sliding: layer for layer in config.layers}.values():
-            # the heads of a group are folded into the tokens, and the mask repeated for them: as bool, then as bf16
-            repeated = (1 + WIDTH) * config.heads // layer.kv_heads * tokens * keys[layer.is_sliding]
-            folded = 3 * WIDTH * tokens * config.heads * layer.head_dim  # queries, the same by group, answers
-            yield _moment(masks + repeated + folded, cache=cache)
-        for activations, decoded in self._layer(tokens):
-            yield _moment(masks + activations, decoded=decoded, cache=cache)
+    def _held(self, tensor: PlannedTensor, decode: bool) -> int:
+        if len(tensor.shape) < 2:
+            return tensor.nbytes
+        if ".experts." not in str(tensor.source):
+            if decode or "router" in str(tensor.source):
+                return WIDTH * tensor.numel
+            if tensor.source == EMBEDDING:
+                return tensor.nbytes if tensor.scheme.name in TABLES else WIDTH * tensor.numel
+        return int(TILED[tensor.scheme.name] * tensor.numel) // 8
 
-    def _step(self) -> Iterator[dict[str, int]]:
-        """A step after the first, while the last one's logits are there three times."""
-        config = self.config
-        logits, conditioning = self._logits()
-        before = 2 * logits + conditioning
-        for activations, decoded in self._layer(config.canvas):
-            yield _moment(activations, before, decoded)
-        chunk = min(config.vocab, max(1, layers.DECODE_BUDGET // config.hidden))  # rows of the table
-        name = next(t.scheme.name for t in self.text if t.source == EMBEDDING)
-        decoding = self._decoding(name, chunk * config.hidden)
-        decoded = WIDTH * chunk * config.hidden if decoding else 0
-        decoding += decoded if chunk < config.vocab else 0  # the rows before them
-        hidden = config.canvas * config.hidden * (2 * WIDTH + 4)
-        product = config.canvas * chunk * (WIDTH + 4)
-        yield _moment(canvas=before + 2 * logits)  # the softmax: its input cast, and its result
-        yield _moment(hidden, before + conditioning, decoding)
-        yield _moment(hidden, before + logits, decoding)
-        yield _moment(hidden, before + logits + product, decoded)
-
-    def _sampling(self) -> Iterator[dict[str, int]]:
-        logits, conditioning = self._logits()
-        draw = 2 * 8 * self.config.canvas * min(PIECE, self.config.vocab)  # float64, and padded
-        yield _moment(canvas=4 * logits + conditioning + draw)
-        yield _moment(canvas=6 * logits + conditioning)
-
-    def _logits(self) -> tuple[int, int]:
-        """Bytes of a canvas's logits in float32, and in 16 bit."""
-        elements = self.config.canvas * self.config.vocab
-        return 4 * elements, WIDTH * elements
-
-    def _layer(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """(activations, decoded) of a layer's moments: norms of the queries in float32, the largest dense product,
-        experts being decoded, their answers combined."""
-        config = self.config
-        stream = 5 * WIDTH * tokens * config.hidden
-        queries = tokens * config.heads * max(layer.head_dim for layer in config.layers)
-        picks = tokens * config.top_k * config.hidden
-        dense = [t for t in self.text if len(t.shape) == 2 and t.source != EMBEDDING]
-        held, decoding = self._experts()
-        yield stream + (WIDTH + 3 * 4) * queries, 0
-        yield stream, max(self._decoding(t.scheme.name, t.numel) for t in dense)
-        yield stream + 2 * WIDTH * picks, decoding
-        yield stream + (3 * WIDTH + 8) * picks, held
-
-    def _experts(self) -> tuple[int, int]:
-        """Bytes of the experts decoded together, and the most while the next ones are decoded, over all layers."""
-        config = self.config
-        each = 3 * config.hidden * config.expert_intermediate
-        group = min(config.experts, max(1, layers.DECODE_BUDGET // each))
-        most = (0, 0)
-        found = ([t for t in self.text if str(t.source).endswith(end)] for end in ("s.gate_up_proj", "s.down_proj"))
-        for pair in zip(*found, strict=True):
-            wanted = [self._decoding(t.scheme.name, group * t.numel // config.experts) for t in pair]
-            sizes = [WIDTH * group * t.numel // config.experts if n else 0 for t, n in zip(pair, wanted, strict=True)]
-            before = sizes if group < config.experts else [0, 0]
-            both = max(sum(before) + wanted[0], sizes[0] + before[1] + wanted[1])
-            most = max(most[0], sum(sizes)), max(most[1], both)
-        return most
-
-    def _decoding(self, scheme: str, elements: int) -> int:
-        return int(self.decoding[scheme] * elements)
-
-
-def _size(parts: dict[str, int]) -> int:
-    return sum(parts.values())
-
-
-def _moment(activations: int = 0, canvas: int = 0, decoded: int = 0, cache: int = 0) -> dict[str, int]:
-    return {"prompt_cache": cache, "activations": WORKSPACE + activations, "canvas": canvas, "decoded": decoded}
+    def offloaded(self, budget: int) -> dict[str, Any] | None:
+        """What `--vram` of so many bytes costs: layers whose experts wait in host memory, bytes that every step copies,
+        and the milliseconds that takes, without which no step is done. on_gpu: bytes of weights there. None: the rest
+        of the model does not fit."""
+        experts: dict[int, int] = {}
+        for tensor in self.text:
+            if ".experts." in str(tensor.source):
+                layer = layer_of(str(tensor.source))
+                experts[layer] = experts.get(layer, 0) + self._held(tensor, decode=False)
+        others = self.weights(decodes(self.config, budget)) - sum(experts.values())
+        room = budget - others - CONTEXT - working_bytes(self.config, SHORT)
+        if room < 2 * max(experts.values()):
+            return None
+        kept = largest = 0
+        away: list[int] = []
+        for layer, size in sorted(experts.items()):
+            largest = max(largest, size)
+            if kept + size <= (room - 2 * largest) * (layer + 1) / len(experts):
+                kept += size
+            else:
+                away.append(size)
+        copied = sum(away) if len(away) > 2 else 0
+        return {
+            "layers": len(away),
+            "host": sum(away),
+            "on_gpu": others + kept + min(2, len(away)) * largest,
+            "copied": copied,
+            "ms": {link: 1e3 * copied / speed for link, speed in HOST_LINKS.items()},
+        }
 
 
 def ram(plan: Plan, threads: int) -> dict[str, int]:

@@ -109,6 +109,11 @@ def plan(plan: Plan, recipe: str | None, found: dict[str, Any]) -> None:
             f" ({', '.join(f'{a} -> {b}' for a, b in plan.recipe.fallback.items())})"
         )
     out.print(_vram(plan, found["vram_by_context"]))
+    for card, away in found["offloaded"].items():
+        times = ", ".join(f"{ms:,.0f} ms a step over {link}" for link, ms in away["ms"].items())
+        out.print(
+            f"--vram {card}GiB: experts of {away['layers']} layers, {_size(away['host'])}, in host memory: {times}"
+        )
     _making(plan, found)
     notices(plan)
     target = shlex.quote(f"{where.name}-{plan.recipe.label}")
@@ -128,15 +133,16 @@ def _vram(plan: Plan, found: dict[int, dict[str, Any]]) -> Table:
         "weights": "weights, of the text model",
         "kv_sliding": f"keys and values, {sum(sliding)} sliding layers",
         "kv_full": f"keys and values, {len(sliding) - sum(sliding)} full layers",
-        "prompt_cache": "the prompt's own, till copied",
-        "activations": "activations, masks",
-        "canvas": "logits, sampler, self-conditioning",
-        "decoded": "weights decoded for use",
+        "canvas": "logits, sampler",
+        "activations": "activations",
     }
     for part, label in parts.items():
         table.add_row(label, *(f"{n / GIB:,.2f}" if (n := needed["parts"][part]) else "–" for needed in found.values()))
     table.add_row("at its peak", *(f"{needed['total'] / GIB:,.2f}" for needed in found.values()), style="bold")
-    table.add_row("which comes", *(needed["peak"] for needed in found.values()))
+    card = next(iter(found.values()))["decoded_from"]
+    if card is not None and any(needed["decoded"] != needed["total"] for needed in found.values()):
+        label = f"from {card} GB up, part decoded"
+        table.add_row(label, *(f"{needed['decoded'] / GIB:,.2f}" for needed in found.values()))
     fits = (f"{needed['fits'][0]} GB up" if needed["fits"] else "none" for needed in found.values())
     table.add_row(f"fits, of {', '.join(map(str, CARDS))} GB", *fits)
     return table

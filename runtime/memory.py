@@ -40,7 +40,12 @@ def layer_bytes(config: ModelConfig, tokens: int) -> int:
     return WIDTH * (6 * tokens * config.hidden + picks * (config.hidden + config.expert_intermediate))
 
 
+def widest(config: ModelConfig, tokens: int, rows: int = 1) -> int:
+    """Most tokens that are in a layer at once: a part of a prompt, or all canvases."""
+    return max(min(PREFILL, tokens), rows * config.canvas)
+
+
 def working_bytes(config: ModelConfig, tokens: int, rows: int = 1) -> int:
     """All of it, for rows of `tokens` tokens."""
-    widest = max(min(PREFILL, tokens), rows * config.canvas)
-    return sum(kv_bytes(config, tokens, rows)) + canvas_bytes(config, rows) + layer_bytes(config, widest) + WORKSPACE
+    layer = layer_bytes(config, widest(config, tokens, rows))
+    return sum(kv_bytes(config, tokens, rows)) + canvas_bytes(config, rows) + layer + WORKSPACE

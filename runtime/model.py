@@ -203,7 +203,7 @@ class Model:
         def room() -> int:
             others = torch.cuda.memory_allocated() + CONTEXT + working_bytes(self.config, SHORT)
             left = vram - others
-            if left <= 0:
+            if left <= 0:  # more is asked of it when the size of a layer's experts is known
                 raise InputError(
                     f"--vram: {vram / GIB:.1f} GiB is too little; all but the routed experts takes {others / GIB:.1f}"
                 )
