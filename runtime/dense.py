@@ -141,22 +141,26 @@ def decoded(weight: Tiles, gated: bool = False) -> Tensor:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a product is cut: tokens of a program, splits of the columns, stages of loads, steps of an iteration."""
+    """How a product is cut: tokens of a program, splits of the columns, stages of loads."""
 
     tokens: int
     splits: int
     stages: int
-    unroll: int
 
 
 def cut_for(tokens: int, weight: Tiles) -> Cut:
-    """As measured on Hopper."""
+    """As measured on Hopper. NF4 is bound by its permutes, so that more tokens should share what was decoded; before
+    Hopper the sums of so many do not fit a thread's registers."""
     row_tiles, column_tiles = weight.codes.shape[1:3]
+    device = weight.codes.device
+    wide = (
+        weight.scheme.startswith("nf4") and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    )
     power: int = triton.next_power_of_2(tokens)
-    block = min(64, max(16, power))
+    block = min(128 if wide else 64, max(16, power))
     programs = row_tiles * triton.cdiv(tokens, block)
-    splits = max(1, min(8, column_tiles // 8, 2 * _processors(weight.codes.device) // programs))
-    return Cut(block, splits, 4, 1)
+    splits = max(1, min(4, column_tiles // 8, 2 * _processors(device) // programs))
+    return Cut(block, splits, 3 if wide else 4)
 
 
 def _product(x: Tensor, weight: Tiles, out: Tensor, gated: bool, cut: Cut | None = None) -> None:
@@ -179,7 +183,7 @@ def _product(x: Tensor, weight: Tiles, out: Tensor, gated: bool, cut: Cut | None
         x, parts, weight.codes, weight.scales, weight.high, weight.factors, x.stride(0), parts.stride(-2),
         parts.stride(0), out.shape[1], tokens, column_tiles,
         SCHEME=weight.scheme, GATED=gated, SPLIT=cut.splits > 1, BLOCK_N=cut.tokens, STAGES=cut.stages,
-        UNROLL=cut.unroll, num_warps=4,
+        num_warps=4,
     )  # fmt: skip
     if cut.splits > 1:
         dense_kernels.add[(tokens, triton.cdiv(out.shape[1], _ADDED))](

@@ -30,7 +30,6 @@ def _settled(sums):
 def product(
     x, out, codes, scales, high, factors, x_stride, out_stride, part_stride, width, tokens, column_tiles,
     SCHEME: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Program (block of tokens, row tile, split). x (tokens, columns in the instruction's order). out (tokens, width)
     bfloat16, GATED gelu(gate) * up; SPLIT: float32 (splits, tokens, rows of whole tiles)."""
@@ -41,9 +40,7 @@ def product(
     tile = row_tile.to(tl.int64) * column_tiles
     each = tl.cdiv(column_tiles, tl.num_programs(2))
     sums = tl.zeros((128, BLOCK_N), tl.float32)
-    for step in tl.range(
-        split * each, tl.minimum(split * each + each, column_tiles), num_stages=STAGES, loop_unroll_factor=UNROLL
-    ):
+    for step in tl.range(split * each, tl.minimum(split * each + each, column_tiles), num_stages=STAGES):
         some = tl.load(at + step * 64, real[:, None], other=0.0)
         values = weights(codes, scales, high, tile + step, SCHEME)
         if INTERPRETED:  # whose product of bfloat16 is wrong

@@ -146,6 +146,19 @@ def test_steps_are_the_samplers(stability: int) -> None:
     assert len({tuple(stop) for stop in stops}) >= 3, "nothing stopped"
 
 
+def test_what_was_there_before_the_first_step_is_no_past() -> None:
+    state = state_of(1, 5, 600, SamplerConfig(confidence=1.0), [0])
+    for streak in (0, 1, 2):
+        state.entropy.zero_()
+        state.found.fill_(99)  # as the poison
+        state.sampled.fill_(3)
+        assert not state.done.any()
+        fused.decide(state)
+        assert state.streak.tolist() == [streak] and state.done.tolist() == [min(streak, 1)]
+        if state.done.any():
+            return
+
+
 @pytest.mark.parametrize("bound", [0.0, 0.1, 1e9])
 @pytest.mark.parametrize("canvas", [1, 32, 100, 256])
 def test_acceptance(canvas: int, bound: float) -> None:
@@ -183,7 +196,7 @@ WIDTHS = [(3, 72), (2, 256)] + ([(256, 2816), (1, 2816), (777, 2816)] if CUDA el
 def test_norm(shape: tuple[int, int]) -> None:
     torch.manual_seed(5)
     x, plus, weight = normal(*shape), normal(*shape), normal(shape[1], dtype=torch.float32)
-    scale = torch.rand(shape[0], 3, device=DEVICE)[:, 1] + 0.1
+    scale = (torch.rand(shape[0], 3, device=DEVICE) + 0.1)[:, 1]
     small = torch.full_like(scale, 1e-3)  # where eps is felt
     for args, exact in [
         ({"weight": weight}, exact_norm(x, weight)),
