@@ -1,6 +1,6 @@
 """What a step's parts beside the weights' products cost at the shapes of the 26B, beside torch's own operations.
 
-    python tests/bench_fused.py [--context 1024] [--rows 1] [--runs 20]
+    python tests/bench_fused.py [--context 1024] [--rows 1] [--schemes q4_k …] [--runs 20]
 
 Hidden 2816, canvas 256, vocabulary 262,144; random inputs. A CUDA graph holds a few calls, each on its own inputs;
 figures are medians over its replays, a call, in microseconds. Needs a GPU. Ends in one JSON line.
@@ -11,19 +11,24 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
-from dgq.runtime import fused, sampler
+from dgq.quant.schemes import SCHEMES
+from dgq.quant.types import Packed
+from dgq.runtime import dense, fused, sampler
 from dgq.runtime.layers import rms_norm
 from dgq.runtime.settings import SamplerConfig
 
-HIDDEN, CANVAS, VOCAB, HEADS, WINDOW, EPS = 2816, 256, 262144, 16, 1024, 1e-6
+HIDDEN, INNER, CANVAS, VOCAB, HEADS, WINDOW, EPS = 2816, 2112, 256, 262144, 16, 1024, 1e-6
 CALLS = 8
 Call = Callable[[], object]
+Parts = dict[str, tuple[list[Call], list[Call]]]  # ours, torch's
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -63,7 +68,7 @@ def stock_sampler(logits: torch.Tensor) -> torch.Tensor:
     return capped.bfloat16().softmax(-1, dtype=torch.float32).bfloat16()
 
 
-def sampling(rows: int) -> dict[str, tuple[list[Call], list[Call]]]:
+def sampling(rows: int) -> Parts:
     state = fused.Denoising.new(rows, CANVAS, VOCAB, 30.0, SamplerConfig(), "cuda")
     state.start(1, range(rows))
     fused.begin(state, torch.zeros(rows, dtype=torch.int32, device="cuda"))
@@ -83,7 +88,7 @@ def sampling(rows: int) -> dict[str, tuple[list[Call], list[Call]]]:
     }
 
 
-def layer(rows: int) -> dict[str, tuple[list[Call], list[Call]]]:
+def layer(rows: int) -> Parts:
     n = rows * CANVAS
     w = torch.randn(5, HIDDEN, device="cuda")
     xs = [normal(n, HIDDEN) for _ in range(CALLS)]
@@ -122,8 +127,8 @@ def folded_sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tens
     return scaled_dot_product_attention(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v, scale=1.0)
 
 
-def attention(rows: int, context: int) -> dict[str, tuple[list[Call], list[Call]]]:
-    parts: dict[str, tuple[list[Call], list[Call]]] = {}
+def attention(rows: int, context: int) -> Parts:
+    parts: Parts = {}
     length = torch.full((rows,), context, dtype=torch.int32, device="cuda")
     for name, kv, dim, window in (("sliding", 8, 256, WINDOW), ("full", 2, 512, None)):
         held = context if window is None else min(context, window - 1)
@@ -148,18 +153,70 @@ def attention(rows: int, context: int) -> dict[str, tuple[list[Call], list[Call]
     return parts
 
 
+def packed(scheme: str, rows: int, columns: int) -> Packed:
+    weight = normal(rows, columns) * 0.02
+    return Packed(SCHEMES[scheme], (rows, columns), SCHEMES[scheme].quantize(weight))
+
+
+def copies(weight: Any) -> list[Any]:
+    """In memory of their own, so that one call does not find another's in the cache."""
+    return [weight, *(deepcopy(weight) for _ in range(CALLS - 1))]
+
+
+def products(rows: int, schemes: Sequence[str]) -> Parts:
+    """A sliding layer's dense products, packed, beside BF16 by cuBLAS; and the weights decoded, without a product."""
+    parts: Parts = {}
+    x = {columns: normal(rows * CANVAS, columns) for columns in (HIDDEN, HEADS * 256, INNER)}
+    shapes = {"qkv": ((4096, 2048, 2048), HIDDEN), "o": ((HIDDEN,), HEADS * 256)}
+    for name, (outs, columns) in shapes.items():
+        plain = [normal(sum(outs), columns) for _ in range(CALLS)]
+        parts[f"{name}, bf16"] = [], [partial(linear, x[columns], one) for one in plain]
+        for scheme in schemes:
+            weights = copies(dense.pack([packed(scheme, out, columns) for out in outs]))
+            parts[f"{name}, {scheme}"] = [partial(dense.linear, x[columns], one, True) for one in weights], []
+            parts[f"{name}, {scheme} decoded"] = [partial(dense.decoded, one.parts[0]) for one in weights], []
+    both, down = ([normal(*shape) for _ in range(CALLS)] for shape in ((2 * INNER, HIDDEN), (HIDDEN, INNER)))
+    mlps = [partial(plain_mlp, x[HIDDEN], *pair) for pair in zip(both, down, strict=True)]
+    parts["MLP, bf16"] = [], mlps
+    for scheme in schemes:
+        narrow = "q5_0" if scheme == "q4_k" else scheme
+        gate_up = dense.pack_gated(*[packed(scheme, INNER, HIDDEN)] * 2)
+        pairs = copies((gate_up, dense.pack([packed(narrow, HIDDEN, INNER)])))
+        parts[f"MLP, {scheme}"] = [partial(dense.gated_mlp, x[HIDDEN], *pair, True) for pair in pairs], []
+    return parts
+
+
+def plain_mlp(x: torch.Tensor, both: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    return linear(dense.gated(linear(x, both)), down)
+
+
+def tables(rows: int) -> Parts:
+    few = packed("q6_k", VOCAB // 64, HIDDEN)
+    table = dense.Table.of(Packed(few.scheme, (VOCAB, HIDDEN), {"": few.parts[""].repeat(64, 1)}))
+    x = normal(rows * CANVAS, HIDDEN)
+    ids, shares = torch.randint(VOCAB, (rows * CANVAS,), device="cuda"), normal(rows * CANVAS, VOCAB)
+    logits = torch.empty_like(shares)
+    return {
+        "rows of a Q6_K table": ([partial(table.rows, ids)] * CALLS, []),
+        "head by pieces": ([partial(table.head, x, logits)], []),
+        "soft embedding by pieces": ([partial(table.soft_embed, shares)], []),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--schemes", nargs="*", default=["q4_k", "nf4", "q8_0", "nvfp4"])
     parser.add_argument("--runs", type=int, default=20)
     options = parser.parse_args()
     torch.manual_seed(0)
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, {options.rows} rows, {options.context} tokens cached; microseconds")
     print(f"{'':26}{'ours':>10}{'torch':>10}{'ratio':>8}")
-    figures: dict[str, dict[str, float]] = {}
-    for group in (lambda r: attention(r, options.context), layer, sampling):
+    figures: dict[str, dict[str, float | None]] = {}
+    groups = (partial(attention, context=options.context), layer, sampling, tables)
+    for group in (*groups, partial(products, schemes=options.schemes)):
         for name, sides in group(options.rows).items():
             ours, torchs = (microseconds(list(calls), options.runs) if calls else None for calls in sides)
             figures[name] = {"ours": ours, "torch": torchs}
