@@ -32,7 +32,7 @@ def product(
     SCHEME: tl.constexpr, GATED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (block of tokens, row tile, split). x (tokens, columns in the instruction's order). out (tokens, width)
-    bfloat16, GATED gelu(gate) * up; SPLIT: float32 (splits, tokens, rows of whole tiles)."""
+    bfloat16, GATED gelu(gate) * up, whole tiles; SPLIT: float32 (splits, tokens, rows of whole tiles)."""
     row_tile, split = tl.program_id(1), tl.program_id(2)
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = token < tokens
@@ -56,7 +56,7 @@ def product(
         gate, up = sums.reshape(8, 2, 8, BLOCK_N).permute(0, 2, 3, 1).split()
         result = _gated(gate, up).reshape(64, BLOCK_N)
         row = row_tile * 64 + tl.arange(0, 64)
-        tl.store(begin + row[None, :], to_bfloat16(result.trans()), real[:, None] & (row < width)[None, :])
+        tl.store(begin + row[None, :], to_bfloat16(result.trans()), real[:, None])
     else:
         tl.store(begin + row[None, :], to_bfloat16(sums.trans()), real[:, None] & (row < width)[None, :])
 

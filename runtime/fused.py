@@ -333,13 +333,14 @@ def place(
 @dataclass(frozen=True)
 class Blocks:
     """How attend() cuts its work: queries and keys of a program, warps, stages of loads; apart: whether keys that all
-    queries see are gone through without masks."""
+    queries see are gone through without masks; pieces: of the values' columns, a program each."""
 
     queries: int
     keys: int
     warps: int
     stages: int
     apart: bool = True
+    pieces: int = 1
 
 
 def blocks_for(dim: int, device: torch.device) -> Blocks:
@@ -349,7 +350,7 @@ def blocks_for(dim: int, device: torch.device) -> Blocks:
         properties = torch.cuda.get_device_properties(device)
         room = getattr(properties, "shared_memory_per_block_optin", room)  # not in torch's annotations
     if dim > 256:
-        return Blocks(64, 64, 8, 1, False) if room >= 200 << 10 else Blocks(32, 16, 8, 2, False)
+        return Blocks(64, 32, 4, 3, True, 2) if room >= 210 << 10 else Blocks(32, 16, 8, 2, False)
     if dim > 128:
         return Blocks(64, 64, 4, 3) if room >= 224 << 10 else Blocks(64, 32, 4, 2)
     return Blocks(64, 64, 4, 2)
@@ -384,18 +385,18 @@ def attend(
     cut = blocks_for(dim, q.device) if blocks is None else blocks
     assert q.is_contiguous() and keys.stride() == values.stride() and size % cut.keys == 0
     assert not ordered or heads * dim % COLUMNS == 0
-    programs = triton.cdiv(group * tokens, cut.queries) * kv_heads
-    splits = _splits(programs * rows, q.device) if splits is None else splits
+    row_blocks, heads_and_pieces = triton.cdiv(group * tokens, cut.queries), kv_heads * cut.pieces
+    splits = _splits(row_blocks * heads_and_pieces * rows, q.device) if splits is None else splits
     out = torch.empty(rows, tokens, heads * dim, dtype=torch.bfloat16, device=q.device) if out is None else out
     parts, weights = out, None
     if splits > 1:
         parts = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
         weights = torch.empty(splits, *q.shape[:3], dtype=torch.float32, device=q.device)
     table = 0 if pages is None else pages.stride(0)
-    fused_kernels.attend[(programs // kv_heads, kv_heads, rows * splits)](
+    fused_kernels.attend[(row_blocks, heads_and_pieces, rows * splits)](
         q, keys, values, pages, length, start, parts, weights, tokens, group, *keys.stride()[:3], table, size,
-        1 << 30 if window is None else window, splits, D=dim, BLOCK_M=cut.queries, BLOCK_N=cut.keys, SPLIT=splits > 1,
-        CAUSAL=causal, PAGED=pages is not None, ORDERED=ordered, APART=cut.apart,
+        1 << 30 if window is None else window, splits, D=dim, WIDTH=dim // cut.pieces, BLOCK_M=cut.queries,
+        BLOCK_N=cut.keys, SPLIT=splits > 1, CAUSAL=causal, PAGED=pages is not None, ORDERED=ordered, APART=cut.apart,
         STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     if weights is not None:

@@ -437,8 +437,8 @@ def place(
 
 @triton.jit
 def _attended(
-    queries, keys, values, places, key, first, last, position, window, top, total, sums, CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
+    queries, keys, values, places, value_places, key, first, last, position, window, top, total, sums,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys more. MASKED: some are not seen by all, and what lies in empty slots may be no number."""
     k = tl.load(keys + places)
@@ -451,9 +451,9 @@ def _attended(
         if CAUSAL:
             visible &= (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - window)
         scores = tl.where(visible, scores, -1e30)
-        v = tl.load(values + places, seen[:, None], other=0.0)
+        v = tl.load(values + value_places, seen[:, None], other=0.0)
     else:
-        v = tl.load(values + places)
+        v = tl.load(values + value_places)
     higher = tl.maximum(top, tl.max(scores, 1))
     p = _exp2(scores - higher[:, None])
     shrink = _exp2(top - higher)
@@ -470,13 +470,14 @@ def _attended(
 def attend(
     q, keys, values, pages, length, start, out, weights, tokens, group, page_stride, head_stride, slot_stride, table,
     size, window, splits,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, CAUSAL: tl.constexpr,
-    PAGED: tl.constexpr, ORDERED: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
+    CAUSAL: tl.constexpr, PAGED: tl.constexpr, ORDERED: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of a key head's group, folded (group, tokens), over one of some parts of the keys they see.
-    APART: first the blocks of keys that all of them see whole, then those at the edges."""
-    head, split = tl.program_id(1), tl.program_id(2) % splits
-    row, kv_heads, rows = tl.program_id(2) // splits, tl.num_programs(1), tl.num_programs(2) // splits
+    """BLOCK_M queries of a key head's group, folded (group, tokens), over one of some parts of the keys they see,
+    and WIDTH of the values' columns (a narrower result leaves room for more queries, but its scores are computed for
+    every piece anew). APART: first the blocks of keys that all of them see whole, then those at the edges."""
+    head, piece, split = tl.program_id(1) // (D // WIDTH), tl.program_id(1) % (D // WIDTH), tl.program_id(2) % splits
+    row, rows, kv_heads = tl.program_id(2) // splits, tl.num_programs(2) // splits, tl.num_programs(1) // (D // WIDTH)
     held = tl.load(length + row)
     first = tl.load(start + row) if start is not None else 0
     last = held + tokens
@@ -491,18 +492,19 @@ def attend(
         first = tl.maximum(first, held - window + 1)
         whole_from, whole_to = first, last
     n, d = tl.arange(0, BLOCK_N), tl.arange(0, D)
+    wide = piece * WIDTH + tl.arange(0, WIDTH)
     folded = (row * kv_heads + head).to(tl.int64) * group * tokens + m
     queries = tl.load(q + folded[:, None] * D + d[None, :], real[:, None], other=0.0)
     if INTERPRETED:
         queries = queries.to(tl.float32)
     top = tl.full((BLOCK_M,), -1e30, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    sums = tl.zeros((BLOCK_M, D), tl.float32)
+    sums = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     begin, end = first // BLOCK_N, tl.cdiv(last, BLOCK_N)
     each = tl.cdiv(end - begin, splits)
     begin += split * each
     end = tl.minimum(begin + each, end)
-    places = n[:, None] * slot_stride + d[None, :]
+    places, value_places = n[:, None] * slot_stride + d[None, :], n[:, None] * slot_stride + wide[None, :]
     inner = tl.minimum(end, begin)
     outer = inner
     if APART:
@@ -512,8 +514,8 @@ def attend(
             page, slot = _slot(pages, row, block * BLOCK_N, table, size, PAGED)
             at = page * page_stride + head.to(tl.int64) * head_stride + slot.to(tl.int64) * slot_stride
             top, total, sums = _attended(
-                queries, keys + at, values + at, places, block * BLOCK_N + n, first, last, position, window, top,
-                total, sums, CAUSAL, False,
+                queries, keys + at, values + at, places, value_places, block * BLOCK_N + n, first, last, position,
+                window, top, total, sums, CAUSAL, False,
             )  # fmt: skip
     before = inner - tl.minimum(end, begin)
     for i in tl.range(before + end - outer, num_stages=STAGES):
@@ -521,21 +523,21 @@ def attend(
         page, slot = _slot(pages, row, block * BLOCK_N, table, size, PAGED)
         at = page * page_stride + head.to(tl.int64) * head_stride + slot.to(tl.int64) * slot_stride
         top, total, sums = _attended(
-            queries, keys + at, values + at, places, block * BLOCK_N + n, first, last, position, window, top, total,
-            sums, CAUSAL, True,
+            queries, keys + at, values + at, places, value_places, block * BLOCK_N + n, first, last, position, window,
+            top, total, sums, CAUSAL, True,
         )  # fmt: skip
     sums /= tl.where(total > 0, total, 1.0)[:, None]
     if not SPLIT:
         query, heads = m // tokens + head * group, kv_heads * group
-        column = query[:, None] * D + d[None, :]
+        column = query[:, None] * D + wide[None, :]
         if ORDERED:
             column = _instruction_order(column)
         to = out + (row.to(tl.int64) * tokens + m % tokens)[:, None] * (heads * D) + column
         tl.store(to, to_bfloat16(sums), real[:, None])
     else:
         folded += (split * rows).to(tl.int64) * kv_heads * group * tokens
-        tl.store(out + folded[:, None] * D + d[None, :], sums, real[:, None])
-        tl.store(weights + folded, tl.where(total > 0, top + tl.log2(total), -2e30), real)
+        tl.store(out + folded[:, None] * D + wide[None, :], sums, real[:, None])
+        tl.store(weights + folded, tl.where(total > 0, top + tl.log2(total), -2e30), real & (piece == 0))
 
 
 @triton.jit

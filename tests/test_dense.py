@@ -114,9 +114,10 @@ def test_weights_side_by_side(schemes: tuple[str, ...]) -> None:
             assert error(mine, exact) <= LIMIT
 
 
-@pytest.mark.parametrize(
-    "schemes", [("bf16",) * 3, ("q4_k", "q4_k", "q8_0"), ("nf4_dq",) * 3, ("q4_k", "q6_k", "bf16")]
-)
+MLPS = [("bf16",) * 3, ("q4_k", "q4_k", "q8_0"), ("nf4_dq",) * 3, ("q4_k", "q6_k", "bf16"), ("q8_0", "q8_0", "bf16")]
+
+
+@pytest.mark.parametrize("schemes", MLPS)
 def test_mlp(schemes: tuple[str, ...]) -> None:
     torch.manual_seed(4)
     hidden, inner = 256, 64 if schemes[0] == "nf4_dq" else 96
@@ -137,14 +138,15 @@ def test_many_tokens(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(5)
     monkeypatch.setattr(dense, "MANY", 4)
     columns = columns_of(scheme)
-    gate, up, other = packed(scheme, 72, columns), packed(scheme, 72, columns, 0), packed(scheme, 203, columns, 2)
+    gate, other = packed(scheme, 72, columns), packed(scheme, 203, columns, 2)
+    up = gate[torch.arange(71, -1, -1, device=DEVICE)]  # the same scale for the whole
     x = normal(9, columns)
     assert error(dense.linear(x, dense.pack([other])), exactly(x, other)) <= LIMIT
     weight = dense.pack_gated(gate, up)
     out = torch.full((9, 128), torch.nan, device=DEVICE).bfloat16()
     dense._product(in_order(x), weight.both, out, True)
     exact = gelu(exactly(x, gate), approximate="tanh") * exactly(x, up)
-    assert error(out, in_order(exact)) <= LIMIT * 2  # of a square
+    assert error(out, in_order(exact)) <= LIMIT * 1.5
     assert error(dense.decoded(dense.pack([other]).parts[0]), in_order(other.dequantize())) <= LIMIT
 
 

@@ -350,8 +350,9 @@ if CUDA:
     ]
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attend(case: tuple) -> None:
+def test_attend(case: tuple, apart: bool) -> None:
     heads, kv, dim, tokens, size, window, lengths, starts, causal, paged, splits = case
     torch.manual_seed(10)
     rows, group = len(lengths), heads // kv
@@ -377,11 +378,10 @@ def test_attend(case: tuple) -> None:
         scores = (q[row].double() @ k.transpose(1, 2)).masked_fill(~seen, -torch.inf)
         expected[row] = (scores.softmax(-1) @ v).transpose(0, 1)
     out = poisoned(rows, tokens, heads * dim)
-    cut = None if CUDA else fused.Blocks(16, 16, 4, 2)
+    small = fused.Blocks(16, 16, 4, 2, apart, 1 if apart else dim // 16)
+    cut = None if dim > 128 else small
     begin = None if starts is None else torch.tensor(starts, dtype=torch.int32, device=DEVICE)
     length = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
-    if CUDA and size % 64:
-        cut = fused.Blocks(16, 16, 4, 2)
     args = (q, buffer[0], buffer[1], length, window, causal, begin, pages)
     fused.attend(*args, out=out, blocks=cut, splits=splits)
     assert error(out, expected.flatten(2)) <= LIMIT
