@@ -132,16 +132,15 @@ def measured(model: Model, generation: GenerationConfig, load: Load, found: Ceil
 
     torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    first = next(iter(run(1))) - began
-    list(run(WARM))
+    warm = list(run(WARM))
     session = model.session
     assert session is not None
-    prompt = milliseconds(lambda: session.start(prompts), 3)
     session.clock = []
     ends = list(run(WARM + TIMED))
     torch.cuda.synchronize()
     clock, session.clock = session.clock, None
-    steps, commits = _paces(clock, load.steps)
+    paces = _paces(clock, load.steps)
+    steps = paces["step"]
     block = statistics.median(b - a for a, b in zip(ends[WARM - 1 :], ends[WARM:], strict=False))
     context = load.context + (WARM + TIMED // 2) * config.canvas
     floors = floor_of_a_step(model, load.rows, context, found)
@@ -153,12 +152,12 @@ def measured(model: Model, generation: GenerationConfig, load: Load, found: Ceil
         "spread_ms": [min(steps), max(steps)],
         "parts_ms": parts_of_a_step(model),
         "floors_ms": floors,
-        "commit_ms": statistics.median(commits),
+        "commit_ms": statistics.median(paces["commit"]),
         "block_ms": block * 1e3,
         "tokens_per_s": load.rows * config.canvas / block,
-        "prompt_ms": prompt,
-        "prompt_tokens_per_s": load.rows * load.context / prompt * 1e3,
-        "first_block_s": first,
+        "prompt_ms": paces["prompt"][0],
+        "prompt_tokens_per_s": load.rows * load.context / paces["prompt"][0] * 1e3,
+        "first_block_s": warm[0] - began,
         "peak_allocated": torch.cuda.max_memory_allocated(),
         "peak_reserved": torch.cuda.max_memory_reserved(),
         "weights": 0 if model.kernels is None else model.kernels.nbytes,
@@ -167,15 +166,14 @@ def measured(model: Model, generation: GenerationConfig, load: Load, found: Ceil
     }
 
 
-def _paces(clock: list[tuple[str, torch.cuda.Event]], steps: int) -> tuple[list[float], list[float]]:
-    """Milliseconds from each step to the next one of its block, and from each commitment to the step after it."""
-    paces: list[float] = []
-    commits: list[float] = []
+def _paces(clock: list[tuple[str, torch.cuda.Event]], steps: int) -> dict[str, list[float]]:
+    """Milliseconds from each pass to the step after it, of the blocks that are timed; of the prompt's."""
+    found: dict[str, list[float]] = {"prompt": [], "step": [], "commit": []}
     whole = [(name, event) for name, event in clock if name != "soft"]
     for (name, start), (following, stop) in pairwise(whole):
         if following == "step":
-            (paces if name == "step" else commits).append(start.elapsed_time(stop))
-    return paces[WARM * (steps - 1) :], commits[WARM - 1 :]
+            found[name].append(start.elapsed_time(stop))
+    return found | {"step": found["step"][WARM * (steps - 1) :], "commit": found["commit"][WARM - 1 :]}
 
 
 def parts_of_a_step(model: Model) -> dict[str, float]:

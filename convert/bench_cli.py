@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from typing import Any
 
 import click
@@ -36,6 +37,7 @@ def bench(
     """Measure how fast models denoise on this GPU, by part, beside what bytes and operations allow."""
     if not artifacts and shapes is None:
         raise InputError("name an artifact, or --shapes 26b for random weights of the real shapes")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # several models, one after the other
     import torch
 
     from dgq.convert import bench as measure

@@ -89,6 +89,7 @@ class Session:
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         """Encode prompts, one for each row, each as though it were alone."""
         self.live, step = self.slots.rows, self.passes.prefill
+        self._note("prompt")
         for row, prompt in enumerate(prompts):
             for first in range(0, len(prompt), step):
                 ids = torch.tensor(prompt[first : first + step], device=self.passes.device)[None]
@@ -141,9 +142,7 @@ class Session:
 
     def _play(self, name: str, body: Callable[[], None]) -> None:
         key = name, self.live
-        if self.clock is not None:
-            self.clock.append((name, torch.cuda.Event(enable_timing=True)))
-            self.clock[-1][1].record()
+        self._note(name)
         if key in self._graphs:
             self._graphs[key].replay()
             return
@@ -154,3 +153,8 @@ class Session:
             graph = self._graphs[key] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 body()
+
+    def _note(self, name: str) -> None:
+        if self.clock is not None:
+            self.clock.append((name, torch.cuda.Event(enable_timing=True)))
+            self.clock[-1][1].record()

@@ -153,3 +153,37 @@ def test_stream_tells_steps_and_blocks(artifact, model, prompts):
     assert torch.equal(steps[-1].canvas, blocks[1].canvas)
     quiet = list(stream(model, prompts[:2], artifact.generation, 128, seed=1, steps=3, every_step=False))
     assert [type(event) for event in quiet] == [Block, Block]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_do_what_their_kernels_do(artifact, model, prompts):
+    """In bfloat16, over blocks: bit for bit with and without graphs; logits are float32's but for roundings."""
+    from dgq.runtime.fast import Fast
+    from dgq.runtime.plain import Plain
+    from dgq.runtime.session import Session
+
+    half = artifact.load("cuda")
+    config, rows = artifact.config, torch.arange(len(prompts), device="cuda")
+    logits, seen = [], []
+    with torch.inference_mode():
+        for passes in (Plain(artifact.load("cuda", torch.float32)), Fast(half), Fast(half)):
+            graphs = len(seen) == 2
+            passes.capturable = graphs
+            session = Session(passes, len(prompts), 600, artifact.generation.sampler)
+            session.start(prompts)
+            random = CounterRandom(1, range(len(prompts)), config.canvas, config.vocab, torch.device("cuda"))
+            logits.append([])
+            seen.append([])
+            for block in range(4):
+                session.state.begin(random, rows, block)
+                found = passes.decode(session.state, session._view()).float().view(len(prompts), config.canvas, -1)
+                logits[-1].append(config.softcap * torch.tanh(found / config.softcap) if len(seen) > 1 else found)
+                for _ in range(3):
+                    session.step()
+                    seen[-1].append(session.state.argmax.clone())
+                canvas = torch.randint(0, config.vocab, (len(prompts), config.canvas), device="cuda")
+                session.commit(canvas.fill_(block + 5))
+    assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
+    for exact, *others in zip(*logits, strict=True):
+        assert torch.equal(*others)
+        assert float((others[0] - exact).norm() / exact.norm()) < 0.1
