@@ -183,7 +183,7 @@ def parts_of_a_step(model: Model) -> dict[str, float]:
     session = model.session
     assert session is not None
     session.step()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as seen:
         session.step()
     kernels = sorted(
         (event for event in seen.profiler.kineto_results.events() if event.device_type().name == "CUDA"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-import os
+import json
+import subprocess
+import sys
 from typing import Any
 
 import click
 
 from dgq.quant.errors import InputError
+
+PEER = "transformers"
 
 
 @click.command()
@@ -35,9 +38,41 @@ def bench(
     as_json: bool,
 ) -> None:
     """Measure how fast models denoise on this GPU, by part, beside what bytes and operations allow."""
+    from dgq.convert.device import memory_size
+
     if not artifacts and shapes is None:
         raise InputError("name an artifact, or --shapes 26b for random weights of the real shapes")
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # several models, one after the other
+    names = schemes.split(",") if shapes else []
+    if zipf:
+        names = [one for name in names for one in (name, f"{name}:zipf")]
+    names += [PEER] if peer and shapes and PEER not in names else []
+    memory_size(vram)
+    asked = {"--context": context, "--batch": batch, "--steps": steps} | ({"--vram": vram} if vram else {})
+    page = _Page(as_json)
+    if len(artifacts) + len(names) == 1:
+        about, found = _measured(artifacts[0] if artifacts else None, shapes, names, context, batch, steps, vram)
+        page.add((*artifacts, *names)[0], about, found)
+    else:
+        for name in (*artifacts, *names):
+            what = [name] if name in artifacts else ["--shapes", str(shapes), "--schemes", name]
+            page.add(name, *_in_a_process(name, [*what, *(str(part) for pair in asked.items() for part in pair)]))
+    page.end()
+
+
+def _in_a_process(name: str, arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One model alone: so its peak is its own, and its graphs' branches overlap as they do where they are used."""
+    command = [sys.executable, "-m", "dgq.convert.cli", "bench", *arguments, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)  # it has said why
+    about: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return about, about.pop("models")[name]
+
+
+def _measured(
+    artifact: str | None, shapes: str | None, names: list[str], context: int, batch: int, steps: int, vram: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is the same for all models, and what was found of this one."""
     import torch
 
     from dgq.convert import bench as measure
@@ -45,43 +80,66 @@ def bench(
     from dgq.convert.peer import bench_transformers
     from dgq.convert.shapes import SCHEMES
 
+    scheme, _, routing = names[0].partition(":") if names else ("", "", "")
+    if names and names[0] != PEER and (scheme not in SCHEMES or routing not in ("", "zipf")):
+        raise InputError(f"--schemes: unknown {names[0]!r}; there are {', '.join(SCHEMES)}, each also with :zipf")
     if not torch.cuda.is_available():
         raise InputError("bench measures a GPU, and no CUDA device is visible to torch")
-    asked = schemes.split(",") if shapes else []
-    if unknown := [name for name in asked if name not in SCHEMES]:
-        raise InputError(f"--schemes: unknown {unknown[0]!r}; there are {', '.join(SCHEMES)}")
-    load = measure.Load(context, batch, steps, memory_size(vram))
-    found = measure.ceilings()
-    page = _Page(quiet=as_json, load=load, ceilings=found)
-    for artifact in artifacts:
-        page.add(artifact, measure.bench_artifact(artifact, load, found))
-    for scheme in asked:
-        for skewed in (False, True)[: 1 + zipf]:
-            label = f"{scheme} zipf" if skewed else scheme
-            page.add(label, measure.bench_shapes(str(shapes), scheme, load, found, skewed))
-    if peer and shapes:
-        page.add("transformers", bench_transformers(shapes, context, batch, steps))
-    page.end()
+    load, ceilings = measure.Load(context, batch, steps, memory_size(vram)), measure.ceilings()
+    torch.cuda.empty_cache()
+    about = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "context": context, "batch": batch,
+        "steps": steps, "bandwidth": ceilings.bandwidth, "rate": ceilings.rate, "host": ceilings.host,
+    }  # fmt: skip
+    if artifact is not None:
+        return about, measure.bench_artifact(artifact, load, ceilings)
+    if scheme == PEER:
+        return about, bench_transformers(str(shapes), context, batch, steps)
+    return about, measure.bench_shapes(str(shapes), scheme, load, ceilings, routing == "zipf")
 
 
 class _Page:
     """Lines as they are measured; the JSON object at the end."""
 
-    def __init__(self, quiet: bool, load: Any, ceilings: Any) -> None:
-        import torch
-
+    def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
+        self._about: dict[str, Any] = {}
         self._models: dict[str, dict[str, Any]] = {}
-        self._about = {
-            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "context": load.context,
-            "batch": load.rows, "steps": load.steps, "bandwidth": ceilings.bandwidth, "rate": ceilings.rate,
-            "host": ceilings.host,
-        }  # fmt: skip
+
+    def add(self, name: str, about: dict[str, Any], found: dict[str, Any]) -> None:
+        if not self._models:
+            self._head(about)
+        self._models[name] = found
+        gib = found["peak_reserved"] / (1 << 30)
+        if "parts_ms" not in found:
+            self._print(f"{name:18}{found['step_ms']:9.2f}{'':31}{found['tokens_per_s']:10,.0f}{gib:10.2f}")
+            return
+        planned = f"{found['planned'] / (1 << 30):9.2f}" if "planned" in found else f"{'':9}"
         self._print(
-            f"{self._about['device']}, torch {torch.__version__}; copies {ceilings.bandwidth / 1e12:.2f} TB/s, products"
-            f" {ceilings.rate / 1e12:.0f} TFLOP/s, from the host {ceilings.host / 1e9:.0f} GB/s"
+            f"{name[-18:]:18}{found['step_ms']:9.2f}{found['floor_ms']:8.2f}{found['ratio']:7.2f}"
+            f"{found['commit_ms']:8.2f}{found['prompt_ms']:8.1f}{found['tokens_per_s']:10,.0f}{gib:10.2f}{planned}"
         )
-        self._print(f"context {load.context}, {load.rows} rows, {load.steps} steps a block; milliseconds, medians")
+        parts = ", ".join(f"{part} {ms:.2f}" for part, ms in found["parts_ms"].items())
+        self._print(f"{'':18}  {parts}", style="dim")
+
+    def end(self) -> None:
+        from dgq.convert.show import print_json
+
+        if (peer := self._models.get(PEER)) is not None:
+            for name, found in self._models.items():
+                if name != PEER:
+                    self._print(f"{name}: {peer['step_ms'] / found['step_ms']:.1f} times as fast as transformers' step")
+        print_json(self._about | {"models": self._models})
+
+    def _head(self, about: dict[str, Any]) -> None:
+        self._about = about
+        self._print(
+            f"{about['device']}, torch {about['torch']}; copies {about['bandwidth'] / 1e12:.2f} TB/s, products"
+            f" {about['rate'] / 1e12:.0f} TFLOP/s, from the host {about['host'] / 1e9:.0f} GB/s"
+        )
+        self._print(
+            f"context {about['context']}, {about['batch']} rows, {about['steps']} steps a block; milliseconds, medians"
+        )
         titles = f"{'step':>9}{'floor':>8}{'ratio':>7}{'commit':>8}{'prompt':>8}{'tokens/s':>10}{'VRAM GiB':>10}"
         self._print(f"{'':18}{titles}{'planned':>9}", style="bold")
 
@@ -90,31 +148,3 @@ class _Page:
 
         if not self._quiet:
             out.print(line, style=style)
-
-    def add(self, name: str, found: dict[str, Any]) -> None:
-        import torch
-
-        self._models[name] = found
-        gib = found["peak_reserved"] / (1 << 30)
-        if "parts_ms" in found:
-            planned = f"{found['planned'] / (1 << 30):9.2f}" if "planned" in found else f"{'':9}"
-            self._print(
-                f"{name[-18:]:18}{found['step_ms']:9.2f}{found['floor_ms']:8.2f}{found['ratio']:7.2f}"
-                f"{found['commit_ms']:8.2f}{found['prompt_ms']:8.1f}{found['tokens_per_s']:10,.0f}{gib:10.2f}{planned}"
-            )
-            parts = ", ".join(f"{part} {ms:.2f}" for part, ms in found["parts_ms"].items())
-            self._print(f"{'':18}  {parts}", style="dim")
-        else:
-            self._print(f"{name:18}{found['step_ms']:9.2f}{'':31}{found['tokens_per_s']:10,.0f}{gib:10.2f}")
-        gc.collect()  # a model and its graphs refer to each other
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-    def end(self) -> None:
-        from dgq.convert.show import print_json
-
-        if (peer := self._models.get("transformers")) is not None:
-            for name, found in self._models.items():
-                if "parts_ms" in found:
-                    self._print(f"{name}: {peer['step_ms'] / found['step_ms']:.1f} times transformers' step")
-        print_json(self._about | {"models": self._models})
