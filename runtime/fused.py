@@ -1,12 +1,12 @@
-"""What surrounds the products of a denoising step, in few launches: sampler and decision, norms, rotation, attention.
+"""What surrounds the products of a layer, in few launches: norms, routing, rotation. Attention is in
+cached_attention.py, the sampler in denoising.py.
 
 Everything reads and writes device memory only: nothing waits for the host, nothing depends on values that the host
-would have to know, no memory is taken that a CUDA graph could not keep. Kernels are in fused_kernels.py.
+would have to know, no memory is taken that a CUDA graph could not keep.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,161 +14,14 @@ import triton
 from torch import Tensor
 
 from dgq.runtime import fused_kernels
+from dgq.runtime.cached_attention import attend as attend
+from dgq.runtime.denoising import Denoising as Denoising
+from dgq.runtime.denoising import begin as begin
+from dgq.runtime.denoising import decide as decide
+from dgq.runtime.denoising import sample as sample
 from dgq.runtime.repack import COLUMNS
-from dgq.runtime.settings import SamplerConfig
 
-_SLICE = 4096  # of the vocabulary, tokens
-_LEAST = 512  # the sampler's chunk
 _TOKENS = 4  # routed by a program
-
-
-@dataclass(frozen=True)
-class Denoising:
-    """The canvases of a batch, and where each is on its way; a row's numbers are its own, so rows may be out of step.
-
-    canvas: what the next step reads; argmax: what would be committed now. took: steps made; block and step (from 1)
-    count the random numbers; temperature: the next step's divisor; streak: how many steps the argmax has stood.
-    Of the last step: sampled, found (argmax), entropy in nats (NaN where a logit is no number), accepted, mean entropy.
-    A row that is done changes no more.
-    """
-
-    settings: Tensor  # float32 (6,)
-    seed: Tensor  # int64 (1,)
-    numbers: Tensor  # int64 (rows,): each row's number in the random stream
-    block: Tensor  # int32 (rows,), like step, streak and took
-    step: Tensor
-    streak: Tensor
-    took: Tensor
-    done: Tensor  # int8 (rows,)
-    temperature: Tensor  # float32 (rows,)
-    mean: Tensor  # float32 (rows,)
-    canvas: Tensor  # int64 (rows, canvas), like argmax, sampled and found
-    argmax: Tensor
-    sampled: Tensor
-    found: Tensor
-    accepted: Tensor  # bool (rows, canvas)
-    entropy: Tensor  # float32 (rows, canvas)
-    scale: Tensor  # float32 (rows * canvas,), what a row of sample()'s probabilities is to be multiplied with
-    vocab: int
-    softcap: float
-    _whole: Tensor
-    _largest: Tensor  # (rows * canvas, slices), like the rest
-    _first: Tensor
-    _mass: Tensor
-    _weighted: Tensor
-
-    @classmethod
-    def new(
-        cls, rows: int, canvas: int, vocab: int, softcap: float, config: SamplerConfig, device: torch.device | str
-    ) -> Denoising:
-        """Room for a batch; start() makes it the first one."""
-
-        def room(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        positions = rows * canvas
-        parts = positions, triton.cdiv(vocab, _slice(vocab))
-        whole = room(positions, 3, dtype=torch.float32)
-        state = cls(
-            settings=room(6, dtype=torch.float32),
-            seed=room(1),
-            numbers=room(rows),
-            block=room(rows, dtype=torch.int32),
-            step=room(rows, dtype=torch.int32),
-            streak=room(rows, dtype=torch.int32),
-            took=room(rows, dtype=torch.int32),
-            done=room(rows, dtype=torch.int8),
-            temperature=room(rows, dtype=torch.float32),
-            mean=room(rows, dtype=torch.float32),
-            canvas=room(rows, canvas),
-            argmax=room(rows, canvas),
-            sampled=room(rows, canvas),
-            found=room(rows, canvas),
-            accepted=room(rows, canvas, dtype=torch.bool),
-            entropy=room(rows, canvas, dtype=torch.float32),
-            scale=whole[:, 0],
-            vocab=vocab,
-            softcap=softcap,
-            _whole=whole,
-            _largest=room(*parts, dtype=torch.float32),
-            _first=room(*parts, dtype=torch.int32),
-            _mass=room(*parts, dtype=torch.float32),
-            _weighted=room(*parts, dtype=torch.float32),
-        )
-        state.configure(config)
-        return state
-
-    def configure(self, config: SamplerConfig) -> None:
-        """Take other settings; graphs that were captured heed them."""
-        values = (
-            config.t_min,
-            config.t_max - config.t_min,
-            config.steps,
-            config.entropy_bound,
-            config.confidence,
-            config.stability,
-        )
-        self.settings.copy_(torch.tensor(values, dtype=torch.float32))
-
-    def start(self, seed: int, numbers: Sequence[int]) -> None:
-        """Another random stream: see rng.CounterRandom. begin() makes the canvases."""
-        self.seed.fill_((seed & (1 << 64) - 1) - ((seed >> 63 & 1) << 64))  # the same 64 bits, with a sign
-        self.numbers.copy_(torch.tensor(numbers))
-
-
-def _slice(vocab: int) -> int:
-    power: int = triton.next_power_of_2(vocab)
-    return min(_SLICE, max(_LEAST, power))
-
-
-def begin(state: Denoising, block: Tensor) -> None:
-    """New canvases of noise: block int32 (rows,), each row's number of the block, from 0."""
-    rows, canvas = state.canvas.shape
-    state.block.copy_(block)
-    fused_kernels.begin[(rows,)](
-        state.settings, state.seed, state.step, state.block, state.numbers, state.temperature, state.done,
-        state.streak, state.took, state.canvas, canvas, state.vocab, C=triton.next_power_of_2(canvas),
-    )  # fmt: skip
-
-
-def sample(state: Denoising, logits: Tensor, probabilities: Tensor | None = None) -> None:
-    """What a step's logits say: fills state's entropy, found, sampled and scale.
-
-    logits (rows, canvas, vocab), bfloat16 or float32, as the head's product gives them: neither capped nor divided by
-    the temperature. probabilities bfloat16 (rows * canvas, vocab), contiguous, gets the next step's self-conditioning:
-    each row times its scale is the softmax of the capped logits over the temperature.
-    """
-    rows, canvas = state.canvas.shape
-    vocab, softcap = state.vocab, state.softcap
-    flat = logits.view(rows * canvas, vocab)
-    width = _slice(vocab)
-    count, positions = triton.cdiv(vocab, width), rows * canvas
-    largest, first, mass, weighted = state._largest, state._first, state._mass, state._weighted
-    assert flat.stride(1) == 1 and (probabilities is None or probabilities.is_contiguous())
-    fused_kernels.slices[(positions, count)](
-        flat, state.temperature, state.done, largest, first, mass, weighted, probabilities, flat.stride(0), canvas,
-        vocab, softcap, SLICE=width, WRITE=probabilities is not None, EVEN=vocab % width == 0, num_warps=4,
-    )  # fmt: skip
-    fused_kernels.pick[(positions,)](
-        flat, state.temperature, state.done, state.seed, state.step, state.block, state.numbers, largest, first, mass,
-        weighted, state.entropy, state.found, state.sampled, state._whole, flat.stride(0), canvas, vocab, count,
-        softcap, SLICE=width, COUNT=triton.next_power_of_2(count), CHUNKS=width // _LEAST, num_warps=4,
-    )  # fmt: skip
-    if probabilities is not None:
-        fused_kernels.rewrite[(positions, min(count, 4))](
-            flat, state.temperature, state.done, state._whole, probabilities, flat.stride(0), canvas, vocab, softcap,
-            count, SLICE=width, num_warps=4,
-        )  # fmt: skip
-
-
-def decide(state: Denoising) -> None:
-    """After sample(): accept by the entropy bound, scramble the rest, stop or go on; sampler.py is the reference."""
-    rows, canvas = state.canvas.shape
-    fused_kernels.decide[(rows,)](
-        state.settings, state.seed, state.step, state.block, state.numbers, state.temperature, state.done,
-        state.streak, state.took, state.canvas, state.argmax, state.accepted, state.mean, state.entropy, state.found,
-        state.sampled, canvas, state.vocab, C=triton.next_power_of_2(canvas), PART=32,
-    )  # fmt: skip
 
 
 def norm(
@@ -328,91 +181,6 @@ def place(
         KV_HEADS=triton.next_power_of_2(kv_heads), PAGED=pages is not None, num_warps=4,
     )  # fmt: skip
     return out
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How attend() cuts its work: queries and keys of a program, warps, stages of loads; apart: whether keys that all
-    queries see are gone through without masks; pieces: of the values' columns, a program each."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-    apart: bool = True
-    pieces: int = 1
-
-
-def blocks_for(dim: int, device: torch.device) -> Blocks:
-    """As measured on Hopper; where shared memory is smaller, what fits there."""
-    room = 227 << 10
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        room = getattr(properties, "shared_memory_per_block_optin", room)  # not in torch's annotations
-    if dim > 256:
-        return Blocks(64, 32, 4, 3, True, 2) if room >= 210 << 10 else Blocks(32, 16, 8, 2, False)
-    if dim > 128:
-        return Blocks(64, 64, 4, 3) if room >= 224 << 10 else Blocks(64, 32, 4, 2)
-    return Blocks(64, 64, 4, 2)
-
-
-def attend(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    length: Tensor,
-    window: int | None = None,
-    causal: bool = False,
-    start: Tensor | None = None,
-    pages: Tensor | None = None,
-    ordered: bool = False,
-    out: Tensor | None = None,
-    blocks: Blocks | None = None,
-    splits: int | None = None,
-) -> Tensor:
-    """softmax(q k^T) v, unscaled: place()'s queries over the tokens in the cache -> bfloat16 (rows, tokens, heads *
-    head_dim).
-
-    A row's queries see the length[row] tokens that are there and all of the queries' own ones; causal: only those up
-    to themselves. window: only the last window - 1 of the length[row], or, causal, of those before the query. start
-    int32 (rows,): no token before that. keys, values, pages: as place() has them; size is a multiple of 64, and at
-    least window - 1 + tokens, or whatever length + tokens will be. ordered: a token's columns as repack.in_order puts
-    them.
-    """
-    rows, heads, tokens, dim = q.shape
-    _, kv_heads, size, _ = keys.shape
-    group = heads // kv_heads
-    cut = blocks_for(dim, q.device) if blocks is None else blocks
-    assert q.is_contiguous() and keys.stride() == values.stride() and size % cut.keys == 0
-    assert not ordered or heads * dim % COLUMNS == 0
-    row_blocks, heads_and_pieces = triton.cdiv(group * tokens, cut.queries), kv_heads * cut.pieces
-    splits = _splits(row_blocks * heads_and_pieces * rows, q.device) if splits is None else splits
-    out = torch.empty(rows, tokens, heads * dim, dtype=torch.bfloat16, device=q.device) if out is None else out
-    parts, weights = out, None
-    if splits > 1:
-        parts = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
-        weights = torch.empty(splits, *q.shape[:3], dtype=torch.float32, device=q.device)
-    table = 0 if pages is None else pages.stride(0)
-    fused_kernels.attend[(row_blocks, heads_and_pieces, rows * splits)](
-        q, keys, values, pages, length, start, parts, weights, tokens, group, *keys.stride()[:3], table, size,
-        1 << 30 if window is None else window, splits, D=dim, WIDTH=dim // cut.pieces, BLOCK_M=cut.queries,
-        BLOCK_N=cut.keys, SPLIT=splits > 1, CAUSAL=causal, PAGED=pages is not None, ORDERED=ordered, APART=cut.apart,
-        STAGES=cut.stages, num_warps=cut.warps,
-    )  # fmt: skip
-    if weights is not None:
-        fused_kernels.join[(rows * tokens,)](
-            parts, weights, out, tokens, heads, rows * heads * tokens, splits, D=dim,
-            HEADS=triton.next_power_of_2(heads), ORDERED=ordered, num_warps=8,
-        )  # fmt: skip
-    return out
-
-
-def _splits(programs: int, device: torch.device) -> int:
-    """As many parts of the keys as make one wave of programs."""
-    processors = 132
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(8, processors // programs))
 
 
 def soft_embed(probabilities: Tensor, table: Tensor, out: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed
-from dgq.runtime import dense, fused, sampler
+from dgq.runtime import cached_attention, denoising, dense, fused, sampler
 from dgq.runtime.layers import rms_norm
 from dgq.runtime.settings import SamplerConfig
 
@@ -69,20 +69,20 @@ def stock_sampler(logits: torch.Tensor) -> torch.Tensor:
 
 
 def sampling(rows: int) -> Parts:
-    state = fused.Denoising.new(rows, CANVAS, VOCAB, 30.0, SamplerConfig(), "cuda")
+    state = denoising.Denoising.new(rows, CANVAS, VOCAB, 30.0, SamplerConfig(), "cuda")
     state.start(1, range(rows))
-    fused.begin(state, torch.zeros(rows, dtype=torch.int32, device="cuda"))
+    denoising.begin(state, torch.zeros(rows, dtype=torch.int32, device="cuda"))
     logits = [normal(rows, CANVAS, VOCAB) * 3 for _ in range(2)]
     probabilities = torch.empty(rows * CANVAS, VOCAB, dtype=torch.bfloat16, device="cuda")
     table, x = normal(VOCAB, HIDDEN), normal(rows * CANVAS, HIDDEN)
-    fused.sample(state, logits[0], probabilities)
+    denoising.sample(state, logits[0], probabilities)
     stock = [partial(stock_sampler, one) for one in logits[: 2 if rows < 4 else 1]]
     out = torch.empty(rows * CANVAS, VOCAB, dtype=torch.bfloat16, device="cuda")
     soft = torch.empty(rows * CANVAS, HIDDEN, dtype=torch.bfloat16, device="cuda")
     return {
-        "sample": ([partial(fused.sample, state, one) for one in logits], []),
-        "sample, probabilities": ([partial(fused.sample, state, one, probabilities) for one in logits], stock),
-        "decide": ([partial(fused.decide, state)] * CALLS, []),
+        "sample": ([partial(denoising.sample, state, one) for one in logits], []),
+        "sample, probabilities": ([partial(denoising.sample, state, one, probabilities) for one in logits], stock),
+        "decide": ([partial(denoising.decide, state)] * CALLS, []),
         "head": ([], [partial(torch.mm, x, table.T, out=out)]),
         "soft embedding": ([partial(fused.soft_embed, probabilities, table, soft)], []),
     }
@@ -141,7 +141,10 @@ def attention(rows: int, context: int) -> Parts:
         queries = [normal(rows, HEADS, CANVAS, dim) * dim**-0.5 for _ in range(CALLS)]
         out, to = normal(rows, CANVAS, HEADS * dim), torch.empty_like(queries[0])
         places = [partial(fused.place, q, k, v, norms, turns, *c, length, EPS, None, to) for c in caches]
-        ours = [partial(fused.attend, q, *c, length, window, out=out) for q, c in zip(queries, caches, strict=True)]
+        ours = [
+            partial(cached_attention.attend, q, *c, length, window, out=out)
+            for q, c in zip(queries, caches, strict=True)
+        ]
         seen = held + CANVAS
         torchs = [
             partial(folded_sdpa, q, c[0][:, :, :seen], c[1][:, :, :seen]) for q, c in zip(queries, caches, strict=True)

@@ -13,7 +13,9 @@ from dgq.runtime.repack import in_order
 from dgq.runtime.rng import CounterRandom
 from dgq.runtime.settings import SamplerConfig
 
+denoising = pytest.importorskip("dgq.runtime.denoising", reason="needs Triton", exc_type=ImportError)
 fused = pytest.importorskip("dgq.runtime.fused", reason="needs Triton", exc_type=ImportError)
+cached_attention = pytest.importorskip("dgq.runtime.cached_attention", reason="needs Triton", exc_type=ImportError)
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = [
@@ -31,13 +33,13 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 def state_of(rows: int, canvas: int, vocab: int, config: SamplerConfig, numbers: list[int], seed: int = SEED):
     """After begin() of block 4, what a step must write poisoned."""
-    state = fused.Denoising.new(rows, canvas, vocab, SOFTCAP, config, DEVICE)
+    state = denoising.Denoising.new(rows, canvas, vocab, SOFTCAP, config, DEVICE)
     for part in (state.entropy, state.mean, state.scale, state.temperature):
         part.fill_(torch.nan)
     for part in (state.argmax, state.found, state.sampled, state.canvas, state.streak, state.took, state.done):
         part.fill_(99)
     state.start(seed, numbers)
-    fused.begin(state, torch.full((rows,), 4, dtype=torch.int32, device=DEVICE))
+    denoising.begin(state, torch.full((rows,), 4, dtype=torch.int32, device=DEVICE))
     return state
 
 
@@ -70,7 +72,7 @@ def test_sample(shape: tuple[int, int, int], spread: float, dtype: torch.dtype) 
     logits = (torch.randn(shape) * spread).to(dtype).to(DEVICE)
     logits[0, 0, vocab // 3 :: 7] = logits[0, 0].max()  # equals: the first is taken
     probabilities = torch.full((rows * canvas, vocab), torch.nan, dtype=torch.bfloat16, device=DEVICE)
-    fused.sample(state, logits, probabilities)
+    denoising.sample(state, logits, probabilities)
     exact = processed(logits, state.temperature)
     shares = exact.softmax(-1)
     entropy = -(exact.log_softmax(-1) * shares).sum(-1)
@@ -97,7 +99,7 @@ def test_any_temperature_and_logits_far_below_the_cap(heat: float) -> None:
     logits += torch.tensor([-80.0, -25.0, 0.0, 10.0, 25.0, 80.0]).view(1, 6, 1)
     logits = logits.bfloat16().to(DEVICE)
     probabilities = torch.full((6, 1300), torch.nan, dtype=torch.bfloat16, device=DEVICE)
-    fused.sample(state, logits, probabilities)
+    denoising.sample(state, logits, probabilities)
     shares = processed(logits, state.temperature).softmax(-1)[0]
     for row, scale, exact in zip(probabilities, state.scale, shares, strict=True):
         assert error(row.double() * scale.double(), exact) <= LIMIT * (1 + 0.01 / heat)  # float32's tanh is magnified
@@ -107,7 +109,7 @@ def test_a_logit_that_is_no_number_shows_in_the_entropy() -> None:
     state = state_of(1, 3, 1300, SamplerConfig(), [0])
     logits = torch.randn(1, 3, 1300, device=DEVICE).bfloat16()
     logits[0, 1, 700] = torch.nan
-    fused.sample(state, logits)
+    denoising.sample(state, logits)
     assert state.entropy.isnan().tolist() == [[False, True, False]]
 
 
@@ -130,8 +132,8 @@ def test_steps_are_the_samplers(stability: int) -> None:
         logits = logits.bfloat16()
         heat = sampler.temperature(10 - step, config, torch.device(DEVICE))
         assert torch.allclose(state.temperature[~done], heat, rtol=1e-6)
-        fused.sample(state, logits)
-        fused.decide(state)
+        denoising.sample(state, logits)
+        denoising.decide(state)
         capped = SOFTCAP * torch.tanh(logits.float() / SOFTCAP)
         new = sampler.decide(capped, 10 - step, config, lambda p, s=step: random.draw(p, here, 4, s))
         took += ~done
@@ -153,7 +155,7 @@ def test_what_was_there_before_the_first_step_is_no_past() -> None:
         state.found.fill_(99)  # as the poison
         state.sampled.fill_(3)
         assert not state.done.any()
-        fused.decide(state)
+        denoising.decide(state)
         assert state.streak.tolist() == [streak] and state.done.tolist() == [min(streak, 1)]
         if state.done.any():
             return
@@ -167,7 +169,7 @@ def test_acceptance(canvas: int, bound: float) -> None:
     state = state_of(2, canvas, 600, SamplerConfig(entropy_bound=bound), [0, 1])
     state.entropy.copy_((torch.rand(2, canvas) ** 8 * 64).round() / 64)
     state.sampled.fill_(-1)
-    fused.decide(state)
+    denoising.decide(state)
     expected = sampler.accept(state.entropy, bound)
     assert torch.equal(state.accepted, expected)
     assert torch.equal(state.canvas == -1, expected)
@@ -378,16 +380,16 @@ def test_attend(case: tuple, apart: bool) -> None:
         scores = (q[row].double() @ k.transpose(1, 2)).masked_fill(~seen, -torch.inf)
         expected[row] = (scores.softmax(-1) @ v).transpose(0, 1)
     out = poisoned(rows, tokens, heads * dim)
-    small = fused.Blocks(16, 16, 4, 2, apart, 1 if apart else dim // 16)
+    small = cached_attention.Blocks(16, 16, 4, 2, apart, 1 if apart else dim // 16)
     cut = None if dim > 128 else small
     begin = None if starts is None else torch.tensor(starts, dtype=torch.int32, device=DEVICE)
     length = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     args = (q, buffer[0], buffer[1], length, window, causal, begin, pages)
-    fused.attend(*args, out=out, blocks=cut, splits=splits)
+    cached_attention.attend(*args, out=out, blocks=cut, splits=splits)
     assert error(out, expected.flatten(2)) <= LIMIT
     if heads * dim % 64 == 0:
         again = poisoned(*out.shape)
-        fused.attend(*args, ordered=True, out=again, blocks=cut, splits=splits)
+        cached_attention.attend(*args, ordered=True, out=again, blocks=cut, splits=splits)
         assert error(again.flatten(0, 1), in_order(expected.flatten(2).flatten(0, 1))) <= LIMIT
 
 
@@ -398,7 +400,7 @@ def test_soft_embedding() -> None:
     state = state_of(1, rows, vocab, SamplerConfig(), [0])
     logits = (torch.randn(1, rows, vocab) * 4).bfloat16().to(DEVICE)
     probabilities = poisoned(rows, vocab)
-    fused.sample(state, logits, probabilities)
+    denoising.sample(state, logits, probabilities)
     table, weight = normal(vocab, hidden), normal(hidden, dtype=torch.float32)
     found = fused.norm(fused.soft_embed(probabilities, table), weight, EPS, scale=state.scale, factor=hidden**0.5)
     shares = processed(logits, state.temperature).softmax(-1)[0]
