@@ -66,18 +66,19 @@ class OnSlots:
         self.commit, self.keep = self._session.commit, self._session.keep
 
     def denoise(self, rows: Tensor, block: int, every_step: bool) -> Denoised:
-        state, numbers = self._session.state, tuple(rows.tolist())
+        state, numbers, count = self._session.state, tuple(rows.tolist()), len(rows)
         state.begin(self._random, rows, block)
         for step in range(1, self._sampler.steps + 1):
             over = self._session.step(last=step == self._sampler.steps)
             if every_step:
-                seen = state.argmax.clone(), state.accepted.clone(), state.mean_entropy()
-                yield Step(block, step, self._sampler.steps, *seen, numbers)
+                argmax, accepted = state.argmax[:count].clone(), state.accepted[:count].clone()
+                entropy = state.mean_entropy()[:count]
+                yield Step(block, step, self._sampler.steps, argmax, accepted, entropy, numbers)
             if over is None:
                 self._model.refuse_weights()
             if over:
                 break
-        return state.argmax.clone(), state.took.clone()
+        return state.argmax[:count].clone(), state.took[:count].clone()
 
 
 def _session(model: Model, rows: int, capacity: int, sampler: SamplerConfig) -> Session:

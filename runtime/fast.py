@@ -44,9 +44,13 @@ class Fast:
         self._gate_up, self._down = model.kernels.gated(condition + "gate_up"), model.kernels.linear(condition + "down")
         table = model.kernels.table
         self._table = PlainTable(table) if isinstance(table, Tensor) else table
+        self._room = torch.empty(0, self.config.vocab, dtype=self.dtype, device=self.device)
 
     def new_state(self, rows: int, sampler: SamplerConfig) -> FastState:
-        return FastState(self.config, self._table, rows, sampler, self.device)
+        positions = rows * self.config.canvas
+        if len(self._room) < positions:  # the first state is the largest
+            self._room = torch.empty(positions, self.config.vocab, dtype=self.dtype, device=self.device)
+        return FastState(self.config, self._table, rows, sampler, self._room[:positions])
 
     def decode(self, state: FastState, view: Canvas) -> Tensor:
         """bfloat16 logits (rows * canvas, vocab), not capped."""
@@ -188,19 +192,21 @@ class FastState:
         table: PlainTable | dense.Table,
         rows: int,
         sampler: SamplerConfig,
-        device: torch.device,
+        probabilities: Tensor,
     ) -> None:
-        self._table = table
+        device = probabilities.device
+        self._table, self._probabilities = table, probabilities
         self._all = fused.Denoising.new(rows, config.canvas, config.vocab, config.softcap, sampler, device)
         self.canvas, self.argmax, self.accepted = self._all.canvas, self._all.argmax, self._all.accepted
         self.took, self.scale = self._all.took, self._all.scale
         self.soft = torch.zeros(rows * config.canvas, config.hidden, dtype=torch.bfloat16, device=device)
-        self._probabilities = torch.empty(len(self.soft), config.vocab, dtype=torch.bfloat16, device=device)
         self._shape = rows, config.canvas, config.vocab
 
     def begin(self, random: CounterRandom, rows: Tensor, block: int) -> None:
-        self._all.start(random.seed, random.numbers[rows].tolist())
+        missing = len(self.took) - len(rows)
+        self._all.start(random.seed, random.numbers[rows].tolist() + [0] * missing)
         fused.begin(self._all, torch.full_like(self._all.block, block))
+        self._all.done[len(rows) :] = 1
         self.soft.zero_()
 
     def decide(self, logits: Tensor) -> None:

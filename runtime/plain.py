@@ -57,10 +57,13 @@ class PlainState:
         self._step = torch.zeros(1, dtype=torch.int64, device=device)  # how many were made
 
     def begin(self, random: CounterRandom, rows: Tensor, block: int) -> None:
-        self.canvas[:], self._u, self._fresh = random.ahead(rows, block, self._sampler.steps)
+        missing = len(self.took) - len(rows)
+        own = torch.cat((rows, rows[:1].expand(missing)))
+        self.canvas[:], self._u, self._fresh = random.ahead(own, block, self._sampler.steps)
         self.argmax.copy_(self.canvas)
         for state in (self.soft, self.took, self._done, self._step):
             state.zero_()
+        self._done[len(rows) :] = True
 
     def decide(self, logits: Tensor) -> None:
         sampler, done, step = self._sampler, self._done, self._step

@@ -33,7 +33,8 @@ class State(Protocol):
     took: Tensor
 
     def begin(self, random: CounterRandom, rows: Tensor, block: int) -> None:
-        """New canvases of noise, for rows that have these places in the stream."""
+        """New canvases of noise, for rows that have these places in the stream; are there fewer of them, the last ones
+        of this state are done before they begin."""
         ...
 
     def decide(self, logits: Tensor) -> None:
@@ -69,7 +70,7 @@ class Passes(Protocol):
 
 
 class Session:
-    """Rows being denoised: those of Slots, of which the first `live` are still there."""
+    """Rows being denoised: those of Slots, of which the first `live` are still computed."""
 
     def __init__(self, passes: Passes, rows: int, capacity: int, sampler: SamplerConfig) -> None:
         self.passes, self.sampler, self.live = passes, sampler, rows
@@ -116,14 +117,16 @@ class Session:
         return None if flag & 2 else bool(flag)
 
     def commit(self, canvas: Tensor) -> None:
-        """Encode what was made of the live rows' canvases (live, canvas)."""
-        self._commit[: self.live] = canvas
+        """Encode what was made of the first rows' canvases (rows, canvas)."""
+        self._commit[: len(canvas)] = canvas
         self._play("commit", self._encode)
 
     def keep(self, rows: Tensor) -> None:
-        """The live rows that are not in `rows`, int64 and rising, leave."""
+        """The rows that are not in `rows`, int64 and rising, leave. Graphs are made for 1, 2, 4, 8, … rows: up to that
+        some places are still computed, for nobody."""
         self.slots.keep(rows)
-        self.live = len(rows)
+        self.slots.lengths[len(rows) :] = 0
+        self.live = min(self.live, 1 << (len(rows) - 1).bit_length())
 
     def _step(self) -> None:
         state = self.state
