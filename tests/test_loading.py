@@ -22,6 +22,7 @@ pytest.importorskip("dgq.runtime.dense", reason="needs Triton", exc_type=ImportE
 from dgq.runtime import loading
 
 CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter's
 
@@ -29,9 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:Deprecati
 def micro_weights() -> dict[str, Packed]:
     raw = micro_config()
     raw["text_config"] |= {"intermediate_size": 128, "moe_intermediate_size": 64}
-    return {
-        name: Packed(SCHEMES["bf16"], tuple(values.shape), {"": values}) for name, values in micro_tensors(raw).items()
-    }
+    tensors = {name: values.to(DEVICE) for name, values in micro_tensors(raw).items()}
+    return {name: Packed(SCHEMES["bf16"], tuple(values.shape), {"": values}) for name, values in tensors.items()}
 
 
 def quantised(weights: dict[str, Packed], schemes: dict[str, str]) -> dict[str, Packed]:
