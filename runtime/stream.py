@@ -6,11 +6,14 @@
       prompt | canvases          └──────┘     └──────┘
                             hidden states lie in a file between two layers
 
-One layer's weights are in memory at a time, and one chunk's activations. The decoder of a layer reads only that layer's
-keys, so prompt and canvases go through together: first attention, sequence by sequence; then the rest for all the
-chunk's tokens at once, as experts like it. A chunk's results do not depend on the other chunks.
+One layer's weights are in memory at a time, as they are stored if they are BF16 and decoded piece by piece; the table of
+embeddings only before and after the layers. Of a chunk there are its hidden states, and the activations of what is being
+done: the decoder of a layer reads only that layer's keys, so prompt and canvases go through together: first attention,
+sequence by sequence; then the rest, FEED_TOKENS at a time, many, as experts like it. A chunk's results do not depend on
+the other chunks, nor on how much memory there is.
 
-It also goes backwards: pull() makes the gradient at a layer's input of the one at its output, computing the layer anew.
+It also goes backwards: pull() makes the gradient at a layer's input of the one at its output, computing the layer anew,
+by the same steps in turn.
 The loss is the cross entropy of tokens drawn from the model's own distribution, so that the mean of a gradient's square
 is the curvature of KL(this model || a changed one): what a change of a weight would be felt.
 """
@@ -21,7 +24,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +39,7 @@ from dgq.runtime.names import DECODER, EMBEDDING, ENCODER
 
 CONDITION = DECODER + "self_conditioning."
 HEAD_TOKENS = 1 << 9  # of which logits are made at once: 512 MiB in float32 at 262,144
+FEED_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 13}  # through a layer's second half at once; at 26B each holds 0.2 to 0.6 MB
 _PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -121,13 +125,14 @@ class States:
     def read(self, number: int) -> Tensor:
         tokens = self._starts[number + 1] - self._starts[number]
         size, at = tokens * self._hidden * self._dtype.itemsize, self._starts[number] * self._hidden
-        data = bytearray()
-        while len(data) < size:
-            piece = os.pread(self.file.fileno(), size - len(data), at * self._dtype.itemsize + len(data))
-            if not piece:
-                raise OSError(f"hidden states of chunk {number} end after {len(data)} of {size} bytes")
-            data += piece
-        return torch.frombuffer(data, dtype=self._dtype).view(tokens, self._hidden)
+        found = torch.empty(tokens, self._hidden, dtype=self._dtype)
+        data, done = found.view(torch.uint8).numpy().data.cast("B"), 0
+        while done < size:
+            count = os.preadv(self.file.fileno(), [data[done:]], at * self._dtype.itemsize + done)
+            if not count:
+                raise OSError(f"hidden states of chunk {number} end after {done} of {size} bytes")
+            done += count
+        return found
 
 
 class _Keys:
@@ -158,7 +163,7 @@ class Stream:
     ) -> None:
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         self._weights = weights
-        self._table = self._load(EMBEDDING)
+        self._embedding: Packed | None = None
         self._condition = {name: self._load(CONDITION + name) for name in self._below(CONDITION)}
         self._norm = self._load(DECODER + "norm.weight").dequantize(torch.float32)
         self._frequencies = {
@@ -195,6 +200,7 @@ class Stream:
 
     def layer(self, index: int, watch: Watch | None = None, sense: Sense | None = None) -> LayerOf:
         """Layer `index`, loaded, as a function of a chunk and its states. sense: what pull() tells."""
+        self._embedding = None  # makes room
         watch = watch if sense is None else _Tapped(sense)
         prefix = f"{DECODER}layers.{index}."
         weights = {name: self._load(prefix + name) for name in self._below(prefix)}
@@ -224,8 +230,7 @@ class Stream:
                 found, size = head_gradient(normed, self._table, self.config.softcap, drawn)
                 sense(EMBEDDING, normed, size, None)
             normed.backward(found)
-        assert x.grad is not None
-        return x.grad
+        return _gradient(x)
 
     def _leaving(self, chunk: Chunk, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """What goes into the head, some canvases at a time."""
@@ -241,6 +246,12 @@ class Stream:
         return soft_embed(logits, self._table, self.dtype)
 
     @property
+    def _table(self) -> Packed:
+        if self._embedding is None:
+            self._embedding = self._load(EMBEDDING)
+        return self._embedding
+
+    @property
     def _eps(self) -> float:
         return self.config.norm_eps
 
@@ -251,10 +262,10 @@ class Stream:
         return [name[len(prefix) :] for name in self._weights if name.startswith(prefix)]
 
     def _load(self, name: str) -> Packed:
-        weight = self._weights[name]
-        if len(weight.shape) < 2:
-            return weight.to(self.device)
-        plain = weight.to(self.device).dequantize(self.dtype)
+        weight = self._weights[name].to(self.device)
+        if len(weight.shape) < 2 or weight.scheme.name == "bf16":
+            return weight
+        plain = weight.dequantize(self.dtype)
         return Packed(SCHEMES[_PLAIN[self.dtype]], weight.shape, {"": plain})
 
 
@@ -275,38 +286,83 @@ class LayerOf:
     @torch.enable_grad()
     def pull(self, chunk: Chunk, x: Tensor, gradient: Tensor) -> Tensor:
         """The gradient at x of the one at what the layer makes of it."""
-        x = x.to(self._frequencies.device).requires_grad_()
-        self._through(chunk, x).backward(gradient.to(x.device))
-        assert x.grad is not None
-        return x.grad
+        x, gradient = (value.to(self._frequencies.device) for value in (x, gradient))
+        with torch.no_grad():
+            both = self._mixed(chunk, x)
+        middle, found = torch.empty_like(x), torch.empty_like(x)
+        for part in self._parts(x):
+            own = both[part].requires_grad_()
+            self._fed(chunk, own, part).backward(gradient[part])
+            middle[part] = _gradient(own)
+        for sequence in _sequences(chunk):
+            inputs = [x[rows].detach().requires_grad_() for rows in sequence.rows]
+            mixed = self._mix(chunk, inputs, sequence)
+            torch.autograd.backward(mixed, [middle[rows] for rows in sequence.rows])
+            for rows, own in zip(sequence.rows, inputs, strict=True):
+                found[rows] = _gradient(own)
+        return found
 
     def _through(self, chunk: Chunk, x: Tensor) -> Tensor:
-        prompts, canvases = x[: chunk.encoded], x[chunk.encoded :].view(*chunk.canvases.shape, -1)
-        mixed, later = [], []
-        first = 0
-        for number, (prompt, rows) in enumerate(
-            zip(chunk.prompts, prompts.split([len(prompt) for prompt in chunk.prompts]), strict=True)
-        ):
-            keys = _Keys(self._window)
-            mask = encoder_mask(0, len(prompt), 0, self._window, None, x.device)
-            mixed.append(self._mix(rows[None], 0, mask, keys, torch.zeros(1, dtype=torch.int64))[0])
-            own = slice(first, first + chunk.owner.count(number))
-            first = own.stop
-            if own.stop > own.start:
-                later.append(self._mix(canvases[own], len(prompt), None, keys, chunk.kind[own]).flatten(0, 1))
-        both = torch.cat((*mixed, *later))
-        if self._watch is not None:
-            canvas = chunk.canvases.shape[1]
-            before = torch.zeros(chunk.encoded, dtype=torch.int64)
-            self._watch.kinds = torch.cat((before, chunk.kind.repeat_interleave(canvas))).to(x.device)
-        out = self._layer.feed(both)
-        return torch.cat((out[: chunk.encoded] * self._scalars[0], out[chunk.encoded :] * self._scalars[1]))
+        both = self._mixed(chunk, x)
+        return torch.cat([self._fed(chunk, both[part], part) for part in self._parts(both)])
 
-    def _mix(self, x: Tensor, position: int, mask: Tensor | None, keys: _Keys, kind: Tensor) -> Tensor:
+    def _mixed(self, chunk: Chunk, x: Tensor) -> Tensor:
+        """The first half, in which the tokens of a sequence see each other."""
+        found = [self._mix(chunk, [x[rows] for rows in s.rows], s) for s in _sequences(chunk)]
+        return torch.cat([part for place in (0, 1) for parts in found for part in parts[place : place + 1]])
+
+    def _mix(self, chunk: Chunk, x: list[Tensor], sequence: _Sequence) -> list[Tensor]:
+        """x: the prompt's tokens, and those of the canvases behind it, if there are any -> the same."""
+        prompt = x[0]
+        keys = _Keys(self._window)
+        mask = encoder_mask(0, len(prompt), 0, self._window, None, prompt.device)
+        mixed = [self._attended(prompt[None], 0, mask, keys, torch.zeros(1, dtype=torch.int64))[0]]
+        for rows in x[1:]:
+            canvases = rows.view(-1, chunk.canvases.shape[1], rows.shape[-1])
+            mixed.append(
+                self._attended(canvases, len(prompt), None, keys, chunk.kind[sequence.canvases]).flatten(0, 1)
+            )
+        return mixed
+
+    def _attended(self, x: Tensor, position: int, mask: Tensor | None, keys: _Keys, kind: Tensor) -> Tensor:
         if self._watch is not None:
             self._watch.kinds = kind.repeat_interleave(x.shape[1]).to(x.device)
         positions = torch.arange(position, position + x.shape[1], device=x.device).unsqueeze(0)
         return self._layer.mix(x, rope_tables(self._frequencies, positions, x.dtype), mask, keys)
+
+    def _fed(self, chunk: Chunk, x: Tensor, part: slice) -> Tensor:
+        """The second half for tokens `part` of the chunk, of whatever sequences."""
+        if self._watch is not None:
+            kinds = chunk.kind.repeat_interleave(chunk.canvases.shape[1])
+            self._watch.kinds = torch.cat((kinds.new_zeros(chunk.encoded), kinds))[part].to(x.device)
+        decoder = torch.arange(part.start, part.stop, device=x.device).unsqueeze(1) >= chunk.encoded
+        return self._layer.feed(x) * torch.where(decoder, self._scalars[1], self._scalars[0])
+
+    def _parts(self, x: Tensor) -> Iterator[slice]:
+        step = FEED_TOKENS[x.device.type]
+        return (slice(start, min(start + step, len(x))) for start in range(0, len(x), step))
+
+
+class _Sequence(NamedTuple):
+    """A prompt and its canvases. rows: their tokens among the chunk's, one slice or two; canvases: which they are."""
+
+    rows: list[slice]
+    canvases: slice
+
+
+def _sequences(chunk: Chunk) -> Iterator[_Sequence]:
+    size = chunk.canvases.shape[1]
+    token = first = 0
+    for number, prompt in enumerate(chunk.prompts):
+        last = first + chunk.owner.count(number)
+        rows = [slice(token, token + len(prompt)), slice(chunk.encoded + first * size, chunk.encoded + last * size)]
+        yield _Sequence(rows if last > first else rows[:1], slice(first, last))
+        token, first = token + len(prompt), last
+
+
+def _gradient(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
 
 
 def _below(watch: Watch | None, prefix: str) -> Observer | None:
