@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import click
 
+from dgq.convert.sizes import Size
 from dgq.quant.errors import InputError
 
 # Before torch is imported: OpenMP threads that spin while they wait make small products a hundred times slower as soon
@@ -36,6 +37,11 @@ class _OneLineErrors(click.Group):
         except BrokenPipeError:  # whoever read our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not have been imported
+                raise
+            click.echo("dgq: error: the GPU's memory ran out; free some, or give less with --vram", err=True)
+            sys.exit(2)
         except OSError as error:
             with suppress(OSError):
                 sys.stdout.close()  # what could not be written is lost; closing drops it
@@ -73,6 +79,10 @@ _DEVICE = click.option(
     show_default=True,
     help="[auto: a GPU if any]",
 )
+_RAM = click.option(
+    "--ram", type=Size(), help="RAM to keep below, like 8GiB; takes longer, same bytes. [default: 80 % of what is free]"
+)
+_VRAM = click.option("--vram", type=Size(), help="The same for the GPU's memory.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, and nothing for people.")
 
 
@@ -123,6 +133,8 @@ def plan(
 )
 @_DEVICE
 @click.option("--threads", type=click.IntRange(1, 1024), help="Slices quantised at once. [default: CPU cores]")
+@_RAM
+@_VRAM
 @_JSON
 def convert(
     src: str,
@@ -136,10 +148,13 @@ def convert(
     input_scale: str,
     device: str,
     threads: int | None,
+    ram: int | None,
+    vram: int | None,
     as_json: bool,
 ) -> None:
     """Quantise SRC into the directory given with -o."""
     from dgq.convert import pipeline, show
+    from dgq.convert.budget import Budget
     from dgq.convert.device import chosen_device
     from dgq.convert.hub import is_hub_id
     from dgq.convert.input_scales import find_input_scales
@@ -171,7 +186,7 @@ def convert(
     options = Options(
         effort, read_imatrix(imatrix) if imatrix else None, threads or os.cpu_count() or 1, device,
         read_stats(stats, planned.source) if stats else None, input_scale,
-        find_input_scales(planned, input_scale, device),
+        find_input_scales(planned, input_scale, device), Budget(ram, vram),
     )  # fmt: skip
     with show.bar("converting", planned.nbytes) as advance:
         done = pipeline.convert(planned, out, options, advance, show.note)
@@ -194,6 +209,8 @@ def convert(
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Write these statistics for llama-quantize, too.")
 @_REVISION
 @_DEVICE
+@_RAM
+@_VRAM
 @_JSON
 def calibrate(
     src: str,
@@ -204,10 +221,13 @@ def calibrate(
     imatrix: Path | None,
     revision: str | None,
     device: str,
+    ram: int | None,
+    vram: int | None,
     as_json: bool,
 ) -> None:
     """Find out what goes through each weight of SRC, for `convert --stats`. Goes on where it broke off."""
     from dgq.convert import show
+    from dgq.convert.budget import Budget
     from dgq.convert.device import chosen_device
     from dgq.convert.source import open_source
     from dgq.convert.survey import calibrated
@@ -217,7 +237,7 @@ def calibrate(
     with show.count_bar("calibrating") as advance:
         found = calibrated(
             open_source(src, revision), out.expanduser(), prompts, seed, rounds, chosen_device(device), imatrix,
-            advance, show.note,
+            advance, show.note, Budget(ram, vram),
         )  # fmt: skip
     if found is not None:
         show.print_json(found) if as_json else show.calibrated(src, out, found)

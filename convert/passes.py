@@ -24,7 +24,7 @@ from dgq.quant.errors import InputError
 from dgq.quant.types import Packed
 from dgq.runtime.stream import Chunk, Sense, States, Stream, Watch
 
-DRAFTED = 32  # documents continued together
+DRAFTED = 8  # documents continued together
 DRAFTS = 2  # steps in which a model writes what follows an open document
 
 
@@ -128,6 +128,7 @@ class Passes:
                     last.write(number, found)
             else:
                 self.stream.pull_enter(chunk, soft, self._states[0].read(number), sense)
+        self.stream.forget()
 
     def _both(self, number: int) -> tuple[Chunk, torch.Tensor]:
         chunk = self._chunks[number]
@@ -135,8 +136,8 @@ class Passes:
 
 
 def drafted(stream: Stream, found: list[Document], seed: int, progress: Callable[[], None]) -> list[Document]:
-    """The documents, the open ones continued by the model itself: the likeliest tokens after DRAFTS steps, of a prompt's
-    last LONGEST tokens."""
+    """The documents, the open ones continued by the model itself: the likeliest tokens after DRAFTS steps, behind the
+    last LONGEST tokens of each."""
     size = DRAFTED
     wanted = [document for document in found if document.open]
     canvas = stream.config.canvas
@@ -146,13 +147,19 @@ def drafted(stream: Stream, found: list[Document], seed: int, progress: Callable
     soft: list[torch.Tensor | None] = [None] * len(groups)
     for _ in range(DRAFTS if wanted else 0):
         chunks = [
-            Chunk(tuple(d.ids[-LONGEST:] for d in group), ids, tuple(range(len(group))), torch.ones(len(group), dtype=torch.int64))
+            Chunk(
+                tuple(d.ids[-LONGEST:] for d in group),
+                ids,
+                tuple(range(len(group))),
+                torch.ones(len(group), dtype=torch.int64),
+            )
             for group, ids in zip(groups, made, strict=True)
         ]
         states = [stream.enter(chunk, given) for chunk, given in zip(chunks, soft, strict=True)]
         for index in range(len(stream.config.layers)):
             layer = stream.layer(index)
-            states = [layer(chunk, x) for chunk, x in zip(chunks, states, strict=True)]
+            for i, chunk in enumerate(chunks):
+                states[i] = layer(chunk, states[i])
             del layer  # before the next is read
             progress()
         for i, (chunk, x) in enumerate(zip(chunks, states, strict=True)):

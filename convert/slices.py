@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dgq.convert.budget import UNSAID, Budget
 from dgq.convert.gguf_metadata import rope_freqs
 from dgq.convert.plan import Plan, PlannedTensor
 from dgq.convert.stats import Stats
@@ -39,7 +40,7 @@ class InputScales:
 class Options:
     """What besides plan and target decides a conversion. effort: "stock", the reference quantiser's exact bytes;
     "fast", the best without data; "standard", with error feedback by `stats`.
-    threads: slices quantised at the same time; device: where; the bytes depend on neither.
+    threads: slices quantised at the same time; device: where; budget: of memory; the bytes depend on none of them.
 
     input_scale: what was asked for; find_scales makes it so, if the recipe has activations.
     """
@@ -51,6 +52,7 @@ class Options:
     stats: Stats | None = None
     input_scale: str = "calibrate"
     find_scales: Callable[[], InputScales | None] = lambda: None
+    budget: Budget = UNSAID
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,6 @@ class Source(Weights):
                     " this is no plain fine-tune of DiffusionGemma"
                 )
 
-
     def _pieces(self, name: str) -> Iterator[torch.Tensor]:
         """A tensor's bytes, some rows at a time, read and not mapped."""
         spec = self._dir.specs[name]

@@ -6,11 +6,10 @@
       prompt | canvases          └──────┘     └──────┘
                             hidden states lie in a file between two layers
 
-One layer's weights are in memory at a time, as they are stored if they are BF16 and decoded piece by piece; the table of
-embeddings only before and after the layers. Of a chunk there are its hidden states, and the activations of what is being
-done: the decoder of a layer reads only that layer's keys, so prompt and canvases go through together: first attention,
-sequence by sequence; then the rest, FEED_TOKENS at a time, many, as experts like it. A chunk's results do not depend on
-the other chunks, nor on how much memory there is.
+One layer's weights are in memory at a time (as they are stored if they are BF16, and then decoded piece by piece), the
+table of embeddings only before and after the layers, and one chunk's hidden states. The decoder of a layer reads only
+that layer's keys, so prompt and canvases go through together: first attention, sequence by sequence; then the rest,
+FEED_TOKENS at a time, which are many, as experts like it. A chunk's results do not depend on the other chunks.
 
 It also goes backwards: pull() makes the gradient at a layer's input of the one at its output, computing the layer anew,
 by the same steps in turn.
@@ -39,7 +38,10 @@ from dgq.runtime.names import DECODER, EMBEDDING, ENCODER
 
 CONDITION = DECODER + "self_conditioning."
 HEAD_TOKENS = 1 << 9  # of which logits are made at once: 512 MiB in float32 at 262,144
-FEED_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 13}  # through a layer's second half at once; at 26B each holds 0.2 to 0.6 MB
+FEED_TOKENS = {
+    "cpu": 1 << 11,
+    "cuda": 1 << 13,
+}  # through a layer's second half at once; of the 26B each holds 0.6 MB
 _PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -200,7 +202,7 @@ class Stream:
 
     def layer(self, index: int, watch: Watch | None = None, sense: Sense | None = None) -> LayerOf:
         """Layer `index`, loaded, as a function of a chunk and its states. sense: what pull() tells."""
-        self._embedding = None  # makes room
+        self.forget()
         watch = watch if sense is None else _Tapped(sense)
         prefix = f"{DECODER}layers.{index}."
         weights = {name: self._load(prefix + name) for name in self._below(prefix)}
@@ -244,6 +246,10 @@ class Stream:
     def soften(self, logits: Tensor) -> Tensor:
         """The expected embedding that the next step is conditioned on: (…, vocab) -> (…, hidden)."""
         return soft_embed(logits, self._table, self.dtype)
+
+    def forget(self) -> None:
+        """Make room: the table of embeddings is read again when it is wanted."""
+        self._embedding = None
 
     @property
     def _table(self) -> Packed:
@@ -319,9 +325,7 @@ class LayerOf:
         mixed = [self._attended(prompt[None], 0, mask, keys, torch.zeros(1, dtype=torch.int64))[0]]
         for rows in x[1:]:
             canvases = rows.view(-1, chunk.canvases.shape[1], rows.shape[-1])
-            mixed.append(
-                self._attended(canvases, len(prompt), None, keys, chunk.kind[sequence.canvases]).flatten(0, 1)
-            )
+            mixed.append(self._attended(canvases, len(prompt), None, keys, chunk.kind[sequence.canvases]).flatten(0, 1))
         return mixed
 
     def _attended(self, x: Tensor, position: int, mask: Tensor | None, keys: _Keys, kind: Tensor) -> Tensor:

@@ -382,7 +382,8 @@ def test_other_weights_are_noticed(micro: Path, stats: Path, tmp_path: Path) -> 
 
 def test_every_expert_has_its_own_hessians() -> None:
     """Inputs weighted by gradients, gradients by inputs; leaning on the average by LEAN tokens, wholly if none came."""
-    sense = Hessians({"w", "dense"}, 3)
+    sense = Hessians(3)
+    sense.watch({"w": slice(0, 3), "dense": slice(0, 1)})
     g = torch.Generator().manual_seed(0)
     own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for expert, tokens in ((0, 3), (2, 4)):
@@ -401,12 +402,14 @@ def test_every_expert_has_its_own_hessians() -> None:
             found = sense.of("w", part)[side]
             assert found is not None
             torch.testing.assert_close(found, torch.stack(wanted[part]))
-    joined = Hessians({"down_proj"}, 3)
+    joined = Hessians(3)
+    joined.watch({"down_proj": slice(0, 3)})
     for expert in (0, 2):
         joined("down_proj", torch.ones(2, 8), torch.full((2, 5), 1.0 + expert), expert)
     found = joined.of("down_proj", slice(1, 3))[1]
     assert found is not None and found.shape == (1, 5, 5) and float(found[0, 0, 0]) == 2 * 1 + 2 * 9, "added up"
-    silent = Hessians({"w"}, 3)
+    silent = Hessians(3)
+    silent.watch({"w": slice(0, 3)})
     silent("w", torch.ones(2, 8), torch.zeros(2, 5), 1)
     assert not any(side is None or bool(side.any()) for side in silent.of("w", slice(0, 3))), "nothing felt: zeros"
     sense("dense", torch.ones(2, 3, 8), 2 * torch.ones(2, 3, 5), None)
@@ -479,7 +482,10 @@ def test_passes_go_back_as_the_stream_does(there: tuple[Source, Chunk, torch.Ten
     source, chunk, soft = there
     stream = Stream(source.config, Rows(source), "cpu", torch.float32)
     names = {name for name, spec in source.text.items() if len(spec.shape) > 1}
-    straight, filed = (Hessians(names, source.config.experts) for _ in range(2))
+    everything = {name: slice(0, source.config.experts if ".experts." in name else 1) for name in names}
+    straight, filed = (Hessians(source.config.experts) for _ in range(2))
+    straight.watch(everything)
+    filed.watch(everything)
     for seed in (0, 1):
         _back(stream, chunk, soft, straight, seed)
     single = [i for i, kind in enumerate(chunk.kind.tolist()) if kind <= BINS]  # as before doubled()
@@ -496,8 +502,7 @@ def test_passes_go_back_as_the_stream_does(there: tuple[Source, Chunk, torch.Ten
         for stage in ("leave", *reversed(range(layers)), "enter"):
             way.back(stage, filed)
     for name in names:
-        part = slice(0, source.config.experts if ".experts." in name else 1)
-        for got, wanted in zip(filed.of(name, part), straight.of(name, part), strict=True):
+        for got, wanted in zip(*(sense.of(name, everything[name]) for sense in (filed, straight)), strict=True):
             assert (got is None) == (wanted is None)
             if got is not None and wanted is not None:
                 torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-7 + 1e-4 * float(wanted.abs().max()))

@@ -1,0 +1,317 @@
+"""How much memory calibrating and refining take: counted from shapes, a term each, at the moments when most is there.
+
+    head         the table of embeddings; logits of some canvases, and what is made of them
+    layer        a layer's weights; of them what is decoded; activations: of a sequence in the first half of the layer,
+                 of FEED_TOKENS in the second
+    way back     the same with what gradients want kept; Hessians
+    quantising   Hessians; those of a few experts, being inverted; these experts' weights
+
+and always hidden states of a chunk of samples. On the CPU all of it is RAM, in float32 but for stored weights. On a GPU
+it lies there, in bfloat16 but for logits and Hessians, and RAM holds a weight on its way.
+
+What is done at once is fixed by shapes and device, so that bytes depend on no budget: all but the Hessians. Those of a
+layer of the 26B take 5.5 GB. Without room for all of them its way back is gone several times, each time for as many as
+there is room for; the floor is room for those that are inverted together. The first time the average of all experts is
+made as well.
+
+tests/test_budget.py holds these against what is allocated.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from dgq.convert.passes import DRAFTED
+from dgq.convert.plan import PlannedTensor
+from dgq.convert.samples import CHUNK, LONGEST, PER_PROMPT, Document
+from dgq.convert.sizes import shown
+from dgq.convert.source import Source
+from dgq.quant.errors import InputError
+from dgq.runtime import layers
+from dgq.runtime.config import ModelConfig
+from dgq.runtime.names import DECODER, EMBEDDING
+from dgq.runtime.stream import FEED_TOKENS, HEAD_TOKENS, Chunk
+
+SHARE = 0.8  # of the free memory is taken without a budget
+GROUP = 1 << 27  # elements of the Hessians that are inverted at once
+EXPERTS = 1 << 26  # elements of experts quantised at once
+ROWS = {"cpu": 1 << 25, "cuda": 1 << 26}  # of a matrix whose rows are quantised each for itself
+JOINED = "down_proj"  # of experts, whose results are added up: one G for all
+WIDEST = 1 << 14  # rows of a weight of which G is made
+
+BASE = {"cpu": 360 << 20, "cuda": 1280 << 20}  # RAM of Python and torch, and of CUDA's libraries
+WORKSPACE = {"cpu": 128 << 20, "cuda": 64 << 20}  # of libraries, on the device: MKL's, malloc's; cuBLAS's, cuSOLVER's
+
+# Bytes for each element, by the width of an activation: measured with torch's profiler on the CPU.
+FED: dict[int, tuple[float, float]] = {4: (16, 16), 2: (14, 8)}  # forwards: picks x hidden, picks x inner
+FED_BACK: dict[int, tuple[float, float]] = {4: (24, 16), 2: (22.25, 8)}
+MIXED = {4: (16, 14, 14), 2: (11, 8, 14)}  # forwards: tokens x queries, keys and values, hidden
+MIXED_BACK = {4: (26, 23, 23), 2: (22, 7, 23)}
+SCORES = 8  # heads x tokens x keys, where the kernel keeps them
+LOGITS = 4  # times: as they are, as probabilities, the cap's slope, the draw
+STATES, STATES_BACK = 3, 5  # times the chunk
+TOLD = 16  # inputs and outputs of a product: in float64, squared; in float32, weighted
+INVERTED = 4  # times a Hessian: itself, damped, factor, inverse
+FELT, PLAIN = 4, 16  # times a weight in float32, quantised with G (a group of rows at a time) and without
+
+
+class Sizes(NamedTuple):
+    """Of the samples, in tokens: the largest chunk, the longest prompt, the canvases behind it; and drafts: of those
+    that the model writes together."""
+
+    chunk: int
+    prompt: int
+    canvases: int
+    drafts: int = 0
+
+    @classmethod
+    def of(cls, chunks: Iterable[Chunk]) -> Sizes:
+        found = [
+            (
+                chunk.encoded + 2 * chunk.canvases.numel(),
+                max(map(len, chunk.prompts)),
+                2 * chunk.canvases.shape[1] * max(map(chunk.owner.count, chunk.owner)),
+            )
+            for chunk in chunks
+        ]
+        return cls(*(max(column) for column in zip(*found, strict=True)))
+
+    @classmethod
+    def most(cls, config: ModelConfig, documents: Sequence[Document] = ()) -> Sizes:
+        """What samples.chunks() makes at most."""
+        prompt, canvases = min(LONGEST, config.context), 2 * PER_PROMPT * config.canvas
+        drafts = [min(LONGEST, len(d.ids)) + 2 * config.canvas for d in documents if d.open]
+        together = sum(sorted(drafts)[-DRAFTED:])
+        return cls(max(CHUNK, prompt + canvases, together), prompt, canvases, sum(drafts))
+
+
+Moments = dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """Bytes of what is gathered for a weight: own, of one matrix or each expert; shared, by all experts; and rows,
+    columns, whether G is made, whether it is one for all experts."""
+
+    own: int
+    shared: int
+    rows: int
+    columns: int
+    outputs: bool
+    joined: bool
+
+    @classmethod
+    def of(cls, tensor: PlannedTensor) -> Hessian:
+        rows, columns = tensor.shape[-2:]
+        outputs = tensor.source != EMBEDDING and rows <= WIDEST
+        h, g = 4 * columns**2, 4 * rows**2 * outputs
+        if len(tensor.shape) < 3:
+            return cls(h + g, 0, rows, columns, outputs, False)
+        joined = str(tensor.source).endswith(JOINED)
+        return cls(h if joined else h + g, h + g, rows, columns, outputs, joined)
+
+    def quantising(self, count: int, rows: int) -> int:
+        """Bytes while `count` experts, or `rows` rows of the matrix, are quantised, beside what was gathered."""
+        h, g = 4 * count * self.columns**2, 4 * (1 if self.joined else count) * self.rows**2 * self.outputs
+        weight = 4 * count * rows * self.columns
+        return max(INVERTED * h, 2 * h + INVERTED * g) + (FELT if self.outputs else PLAIN) * weight
+
+
+def at_once(tensor: PlannedTensor, device: str) -> int:
+    """How many experts, or rows of a matrix, are quantised together. G goes over all of a matrix' rows."""
+    columns = tensor.shape[-1]
+    if len(tensor.shape) == 3:
+        return max(1, min(EXPERTS // (tensor.shape[-2] * columns), GROUP // columns**2, tensor.shape[0]))
+    return tensor.shape[0] if Hessian.of(tensor).outputs else min(tensor.shape[0], max(1, ROWS[device] // columns))
+
+
+class Needs:
+    """Bytes at each moment, on the device that computes. sizes: of the samples; todo: weights to refine, or none."""
+
+    def __init__(self, source: Source, device: str, sizes: Sizes, todo: Sequence[PlannedTensor] = ()) -> None:
+        self._config, self._device, self._sizes, self._todo = source.config, device, sizes, todo
+        self._width = 4 if device == "cpu" else 2
+        self._held = {
+            name: spec.numel * (2 if spec.dtype == "BF16" else self._width) for name, spec in source.text.items()
+        }
+        self._largest = max(spec.numel * 4 if spec.dtype == "F32" else spec.numel * 2 for spec in source.text.values())
+
+    @property
+    def scratch(self) -> int:
+        """Bytes a token of hidden states on the disk while refining: each layer's, and two more."""
+        return (len(self._config.layers) + 2) * self._config.hidden * self._width
+
+    def moments(self) -> Moments:
+        fixed = {"libraries": WORKSPACE[self._device] + (BASE["cpu"] if self._device == "cpu" else 0)}
+        config, sizes = self._config, self._sizes
+        states = sizes.chunk * config.hidden * self._width
+        drafts = sizes.drafts * config.hidden * self._width
+        found: Moments = {
+            "head": fixed | {
+                "embeddings": self._held[EMBEDDING],
+                "decoded": self._decoded(layers.DECODE_BUDGET),
+                "logits": LOGITS * 4 * config.vocab * max(config.canvas, HEAD_TOKENS),
+                "hidden states": STATES * states + drafts,
+            },
+            "layer": fixed | {
+                "weights": self._layer(),
+                "decoded": self._decoded(layers.DECODE_BUDGET),
+                "activations": self._activations(FED, MIXED),
+                "hidden states": STATES * states + drafts,
+            },
+        }  # fmt: skip
+        if self._todo:
+            found["way back"] = fixed | {
+                "weights": self._layer(),
+                "decoded": self._decoded(max(self._matrices())),
+                "activations": self._activations(FED_BACK, MIXED_BACK),
+                "hidden states": STATES_BACK * states,
+                "Hessians": self._least(),
+            }
+            found["quantising"] = fixed | {
+                "matrices, weights": max(
+                    Hessian.of(t).quantising(n if len(t.shape) == 3 else 1, t.shape[-2] if len(t.shape) == 3 else n)
+                    for t in self._todo
+                    for n in [at_once(t, self._device)]
+                ),
+                "Hessians": self._least(),
+            }
+        return found
+
+    def ram(self) -> dict[str, int]:
+        """Beside a GPU."""
+        states = self._sizes.chunk * self._config.hidden * self._width
+        return {"libraries": BASE["cuda"], "a weight": self._largest, "hidden states": STATES * states}
+
+    def _layer(self) -> int:
+        layer = (f"{DECODER}layers.{i}." for i in range(len(self._config.layers)))
+        return max(sum(n for name, n in self._held.items() if name.startswith(prefix)) for prefix in layer)
+
+    def _decoded(self, elements: int) -> int:
+        """Weights as they are multiplied, the last ones and the next; on a GPU they are stored so."""
+        return 2 * self._width * elements if self._device == "cpu" else 0
+
+    def _matrices(self) -> Iterable[int]:
+        config = self._config
+        yield 2 * config.hidden * config.expert_intermediate
+        yield config.hidden * config.intermediate
+        yield from (config.hidden * config.heads * layer.head_dim for layer in config.layers)
+
+    def _activations(self, fed: dict[int, tuple[float, float]], mixed: dict[int, tuple[int, int, int]]) -> int:
+        config, sizes = self._config, self._sizes
+        tokens = min(FEED_TOKENS[self._device], sizes.chunk)
+        hidden, inner = fed[self._width]
+        feed = tokens * config.top_k * (hidden * config.hidden + inner * config.expert_intermediate)
+        told = TOLD * tokens * (config.hidden + config.intermediate)
+        most = int(feed + told)
+        sequence = sizes.prompt + sizes.canvases
+        scores = SCORES * config.heads * max(sizes.prompt**2, sizes.canvases * (sizes.prompt + config.canvas))
+        for layer in config.layers:
+            queries, keys = config.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+            a, b, c = mixed[self._width]
+            told = TOLD * sizes.canvases * queries
+            most = max(most, sequence * (a * queries + b * keys + c * config.hidden) + scores + told)
+        return most
+
+    def _least(self) -> int:
+        """Of the Hessians that have to be there at once: all that experts share, and those quantised together."""
+        return max(
+            gathered.shared + gathered.own * (at_once(tensor, self._device) if len(tensor.shape) == 3 else 1)
+            for tensor in self._todo
+            for gathered in [Hessian.of(tensor)]
+        )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What --ram and --vram said, in bytes; None: SHARE of what is free."""
+
+    ram: int | None = None
+    vram: int | None = None
+
+    def room(self, needs: Needs, device: str, work: str) -> int:
+        """Bytes for Hessians, of which those quantised together fit. InputError that names the floor, if it is above
+        the budget. work: what is to be done, for that line."""
+        if device == "cuda":
+            _fits("--ram", self.ram, free_ram(), needs.ram(), work)
+        asked, free = (self.ram, free_ram()) if device == "cpu" else (self.vram, _free_vram())
+        moments = needs.moments()
+        worst = max(moments, key=lambda moment: sum(moments[moment].values()))
+        limit = _fits("--ram" if device == "cpu" else "--vram", asked, free, moments[worst], f"{work} ({worst})")
+        held = [moment for moment in moments.values() if "Hessians" in moment]
+        return min((limit - sum(m.values()) + m["Hessians"] for m in held), default=0)
+
+    def threads(self, wanted: int, each: int, base: int) -> int:
+        """As many threads, of `each` bytes of RAM beside `base`, as the budget holds, up to those wanted."""
+        limit = _fits("--ram", self.ram, free_ram(), {"libraries": base, "slices of a thread": each}, "converting")
+        return max(1, min(wanted, (limit - base) // each))
+
+    def enforce(self) -> None:
+        """Let torch keep to --vram: what it caches beyond it is given back first."""
+        if self.vram is not None and torch.cuda.is_available():
+            total = torch.cuda.mem_get_info()[1]
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.vram / total))
+
+
+def trips(tensors: Sequence[PlannedTensor], device: str, room: int) -> list[dict[str, slice]]:
+    """Which weights' Hessians are gathered together: for each way back through a layer the experts of a weight by the
+    weight's name, or of one matrix slice(0, 1). In order, and no more bytes than `room` at once."""
+    found: list[dict[str, slice]] = [{}]
+    begun, held = 0, 0  # bytes: what experts share stays for the whole layer
+    for tensor in tensors:
+        name, gathered = str(tensor.source), Hessian.of(tensor)
+        experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
+        step = at_once(tensor, device) if experts > 1 else 1
+        begun += gathered.shared
+        for first in range(0, experts, step):
+            part = slice(first, min(first + step, experts))
+            size = gathered.own * (part.stop - part.start)
+            if found[-1] and begun + held + size > room:
+                found.append({})
+                held = 0
+            known = found[-1].get(name)
+            found[-1][name] = slice(known.start, part.stop) if known else part
+            held += size
+    return found
+
+
+def free_ram() -> int:
+    """Bytes that this process could take: what the system has available, and its control group. Shared by the
+    processes of torchrun on this machine."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    try:
+        group = Path("/sys/fs/cgroup")
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    except (OSError, KeyError, ValueError):
+        pass  # no such group, or no limit
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _free_vram() -> int:
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else 0
+
+
+def _fits(option: str, asked: int | None, free: int, parts: dict[str, int], work: str) -> int:
+    """The limit. InputError if the parts are more."""
+    limit = int(SHARE * free) if asked is None else asked
+    if sum(parts.values()) > limit:
+        given = f"{option} {shown(asked)}" if asked is not None else f"{SHARE:.0%} of what is free, {shown(limit)}"
+        most = ", ".join(f"{what} {shown(n)}" for what, n in sorted(parts.items(), key=lambda p: -p[1]) if n)
+        other = "" if asked is not None else f"; free some, or give {option} to try all the same"
+        raise InputError(f"{given}: {work} needs {shown(sum(parts.values()))} at least: {most}{other}")
+    return limit
+
+
+UNSAID = Budget()
