@@ -46,6 +46,7 @@ JOINED = "down_proj"  # of experts, whose results are added up: one G for all
 WIDEST = 1 << 14  # rows of a weight of which G is made
 
 BASE = {"cpu": 360 << 20, "cuda": 1280 << 20}  # RAM of Python and torch, and of CUDA's libraries
+SLICES = 410 << 20  # VRAM of a thread that converts without STATS: 1.6 GiB of four, on an H200
 WORKSPACE = {"cpu": 128 << 20, "cuda": 64 << 20}  # of libraries, on the device: MKL's, malloc's; cuBLAS's, cuSOLVER's
 
 # Bytes for each element, by the width of an activation: measured with torch's profiler on the CPU.
@@ -152,16 +153,17 @@ class Needs:
         config, sizes = self._config, self._sizes
         states = sizes.chunk * config.hidden * self._width
         drafts = sizes.drafts * config.hidden * self._width
+        each = 3 * config.hidden * config.expert_intermediate
         found: Moments = {
             "head": fixed | {
                 "embeddings": self._held[EMBEDDING],
-                "decoded": self._decoded(layers.DECODE_BUDGET),
+                "decoded": self._decoded(min(layers.DECODE_BUDGET, config.vocab * config.hidden)),
                 "logits": LOGITS * 4 * config.vocab * max(config.canvas, HEAD_TOKENS),
                 "hidden states": STATES * states + drafts,
             },
             "layer": fixed | {
                 "weights": self._layer(),
-                "decoded": self._decoded(layers.DECODE_BUDGET),
+                "decoded": self._decoded(min(layers.DECODE_BUDGET, config.experts * each)),
                 "activations": self._activations(FED, MIXED),
                 "hidden states": STATES * states + drafts,
             },
@@ -183,6 +185,17 @@ class Needs:
                 "Hessians": self._least(),
             }
         return found
+
+    @property
+    def hessians(self) -> int:
+        """Of all weights of a layer, the largest sum."""
+        layers: dict[str, int] = {}
+        for tensor in self._todo:
+            gathered = Hessian.of(tensor)
+            size = gathered.shared + gathered.own * (tensor.shape[0] if len(tensor.shape) == 3 else 1)
+            layer = str(tensor.source).removeprefix(f"{DECODER}layers.").split(".")[0]
+            layers[layer] = layers.get(layer, 0) + size
+        return max(layers.values(), default=0)
 
     def ram(self) -> dict[str, int]:
         """Beside a GPU."""
@@ -247,10 +260,15 @@ class Budget:
         held = [moment for moment in moments.values() if "Hessians" in moment]
         return min((limit - sum(m.values()) + m["Hessians"] for m in held), default=0)
 
-    def threads(self, wanted: int, each: int, base: int) -> int:
-        """As many threads, of `each` bytes of RAM beside `base`, as the budget holds, up to those wanted."""
-        limit = _fits("--ram", self.ram, free_ram(), {"libraries": base, "slices of a thread": each}, "converting")
-        return max(1, min(wanted, (limit - base) // each))
+    def threads(self, wanted: int, base: int, each: int, device: str) -> int:
+        """As many threads as the budget holds, up to those wanted: of `each` bytes of RAM beside `base`, and of SLICES
+        on a GPU. InputError if it holds none."""
+        work, slices = "converting", "slices of a thread"
+        limit = _fits("--ram", self.ram, free_ram(), {"libraries": base, slices: each}, work)
+        wanted = min(wanted, (limit - base) // each)
+        if device == "cuda":
+            wanted = min(wanted, _fits("--vram", self.vram, _free_vram(), {slices: SLICES}, work) // SLICES)
+        return wanted
 
     def enforce(self) -> None:
         """Let torch keep to --vram: what it caches beyond it is given back first."""

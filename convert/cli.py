@@ -153,7 +153,7 @@ def convert(
     as_json: bool,
 ) -> None:
     """Quantise SRC into the directory given with -o."""
-    from dgq.convert import pipeline, show
+    from dgq.convert import needs, pipeline, show
     from dgq.convert.budget import Budget
     from dgq.convert.device import chosen_device
     from dgq.convert.hub import is_hub_id
@@ -183,10 +183,12 @@ def convert(
     planned = make_plan(open_source(src, revision), policy)
     if not as_json:
         show.notices(planned)
+    budget = Budget(ram, vram)
+    threads = budget.threads(threads or os.cpu_count() or 1, *needs.slices_ram(planned), device)
     options = Options(
-        effort, read_imatrix(imatrix) if imatrix else None, threads or os.cpu_count() or 1, device,
+        effort, read_imatrix(imatrix) if imatrix else None, threads, device,
         read_stats(stats, planned.source) if stats else None, input_scale,
-        find_input_scales(planned, input_scale, device), Budget(ram, vram),
+        find_input_scales(planned, input_scale, device), budget,
     )  # fmt: skip
     with show.bar("converting", planned.nbytes) as advance:
         done = pipeline.convert(planned, out, options, advance, show.note)

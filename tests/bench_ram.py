@@ -104,8 +104,8 @@ def main() -> None:
         report["source_gib"] = round(sum(file.stat().st_size for file in source.iterdir()) / 2**30, 2)
         print(f"checkpoint: {report['source_gib']} GiB", flush=True)
         stats = Path(folder) / "stats"
-        row = child(options.row_groups, "calibrate", source, "-o", stats, "--prompts", prompts, "--rounds", 1, "--device", "cpu",
-                    "--ram", options.ram)  # fmt: skip
+        common = ("calibrate", source, "--prompts", prompts, "--rounds", 1, "--device", "cpu", "-o", stats)
+        row = child(options.row_groups, *common, "--ram", options.ram)
         rows = {"calibrate": row}
         print("calibrate", row, flush=True)
         for recipe in options.recipes:
