@@ -1,7 +1,8 @@
 """`--ram` on a model larger than it: peak memory of `dgq calibrate` and `convert --stats` at the real widths, on a CPU.
 
     python tests/bench_ram.py [--layers 5] [--ram 8GiB] [--recipes nvfp4 …] [--folder DIR] [--documents 1] [--same]
-        [--row-groups 64]    fewer: sooner done, not so well, in a little more memory
+        [--row-groups 64]      fewer: sooner done, not so well, in a little more memory
+        [--source DIR]         a checkpoint made before
 
 Makes a random checkpoint (tests/bench_convert.py: hidden 2816, 128 experts of 704, vocabulary 262,144), calibrates it
 on a few documents, one round, and converts it, each command in a process of its own. Prints for each: seconds, VmHWM
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1)
     parser.add_argument("--row-groups", type=int, default=64)
     parser.add_argument("--folder")
+    parser.add_argument("--source", type=Path)
     parser.add_argument("--same", action="store_true")
     options = parser.parse_args()
     from dgq.convert.sizes import Size
@@ -98,8 +100,9 @@ def main() -> None:
     report: dict[str, Any] = {"layers": options.layers, "ram": options.ram, "documents": options.documents,
                               "row_groups": options.row_groups}  # fmt: skip
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        source, prompts = Path(folder) / "source", Path(folder) / "prompts.jsonl"
-        write_checkpoint(source, options.layers, vision=False)
+        source, prompts = options.source or Path(folder) / "source", Path(folder) / "prompts.jsonl"
+        if options.source is None:
+            write_checkpoint(source, options.layers, vision=False)
         prompts.write_text("\n".join(json.dumps({"text": TEXT * 12}) for _ in range(options.documents)))
         report["source_gib"] = round(sum(file.stat().st_size for file in source.iterdir()) / 2**30, 2)
         print(f"checkpoint: {report['source_gib']} GiB", flush=True)
