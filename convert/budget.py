@@ -62,7 +62,8 @@ LOGITS = 4  # times: as they are, as probabilities, the cap's slope, the draw
 STATES, STATES_BACK = 3, 5  # times the chunk
 TOLD = 16  # inputs and outputs of a product: in float64, squared; in float32, weighted
 INVERTED = 4  # times a Hessian: itself, damped, factor, inverse
-FELT, PLAIN = 4, 16  # times a weight in float32, quantised with G (a group of rows at a time) and without
+FELT, PLAIN = 4, 11  # times a weight in float32, quantised with G (a group of rows at a time) and without
+TRIED = 12 << 10  # and a row's candidates for the scales of some columns, without G
 
 
 class Sizes(NamedTuple):
@@ -124,7 +125,8 @@ class Hessian:
         """Bytes while `count` experts, or `rows` rows of the matrix, are quantised, beside what was gathered."""
         h, g = 4 * count * self.columns**2, 4 * (1 if self.joined else count) * self.rows**2 * self.outputs
         weight = 4 * count * rows * self.columns
-        return max(INVERTED * h, 2 * h + INVERTED * g) + (FELT if self.outputs else PLAIN) * weight
+        weight = FELT * weight if self.outputs else PLAIN * weight + TRIED * rows
+        return max(INVERTED * h, 2 * h + INVERTED * g) + weight
 
 
 def at_once(tensor: PlannedTensor, device: str) -> int:
@@ -274,9 +276,9 @@ class Budget:
         return wanted
 
     def enforce(self) -> None:
-        """Let libraries keep to what was said: torch gives back what it caches beyond --vram; with --ram malloc asks the
-        system for every large block and gives it back, where it would keep up to 32 MiB, and take 2 GiB more for the
-        holes between Hessians, but save page faults."""
+        """Let libraries keep to what was said. Torch gives back what it caches beyond --vram. With --ram malloc asks the
+        system for every large block and gives it back: else those of up to 32 MiB lie in one heap, and the holes between
+        Hessians take 2 GiB more, but fewer page faults."""
         if self.ram is not None:
             with suppress(AttributeError, OSError, TypeError):  # another C library
                 ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
