@@ -263,7 +263,10 @@ class Budget:
         worst = max(moments, key=lambda moment: sum(moments[moment].values()))
         limit = _fits("--ram" if device == "cpu" else "--vram", asked, free, moments[worst], f"{work} ({worst})")
         held = [moment for moment in moments.values() if "Hessians" in moment]
-        return min((limit - sum(m.values()) + m["Hessians"] for m in held), default=0)
+        room = min((limit - sum(m.values()) + m["Hessians"] for m in held), default=0)
+        if device == "cpu" and (self.ram is not None or room < needs.hessians):
+            _no_holes()
+        return room
 
     def threads(self, wanted: int, base: int, each: int, device: str) -> int:
         """As many threads as the budget holds, up to those wanted: of `each` bytes of RAM beside `base`, and of SLICES
@@ -276,15 +279,17 @@ class Budget:
         return wanted
 
     def enforce(self) -> None:
-        """Let libraries keep to what was said. Torch gives back what it caches beyond --vram. With --ram malloc asks the
-        system for every large block and gives it back: else those of up to 32 MiB lie in one heap, and the holes between
-        Hessians take 2 GiB more, but fewer page faults."""
-        if self.ram is not None:
-            with suppress(AttributeError, OSError, TypeError):  # another C library
-                ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+        """Let torch keep to --vram: what it caches beyond it is given back first."""
         if self.vram is not None and torch.cuda.is_available():
             total = torch.cuda.mem_get_info()[1]
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.vram / total))
+
+
+def _no_holes() -> None:
+    """Let malloc ask the system for every large block and give it back: else those of up to 32 MiB lie in one heap,
+    where the holes between Hessians took 2 GiB more. It costs page faults."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def trips(tensors: Sequence[PlannedTensor], device: str, room: int) -> list[dict[str, slice]]:
