@@ -17,7 +17,7 @@ from micro import micro_config, write_micro
 from sparse26b import write_sparse_26b
 from test_plan_needs import peak
 
-from dgq.convert import budget, passes, refine
+from dgq.convert import budget, passes, refine, samples
 from dgq.convert.budget import Budget, Hessian, Needs, Sizes, at_once, trips
 from dgq.convert.cli import main
 from dgq.convert.passes import Rows
@@ -66,13 +66,16 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = micro_config()
     config["text_config"] |= {"hidden_size": 256, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 64}
     path = write_micro(tmp_path_factory.mktemp("budget") / "model", config)
-    (path / "prompts.jsonl").write_text(json.dumps({"text": TEXT}))
+    (path / "prompts.jsonl").write_text("\n".join(json.dumps({"text": TEXT[n:]}) for n in (0, 40)))
     return path
 
 
 def _calibrate(micro: Path, out: Path, *more: object) -> Result:
+    """A chunk for each document, so that sums have an order."""
     prompts = ("--prompts", micro / "prompts.jsonl", "--rounds", 1, "--device", "cpu")
-    return dgq("calibrate", micro, "-o", out, *prompts, *more)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "CHUNK", 1)
+        return dgq("calibrate", micro, "-o", out, *prompts, *more)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +146,27 @@ def test_bytes_do_not_depend_on_the_budget(
     for file in (tmp_path / "all").iterdir():
         for name in ("some", "one", "floor"):
             assert (tmp_path / name / file.name).read_bytes() == file.read_bytes(), (name, file.name)
+
+
+def test_an_experts_hessians_are_the_same_alone() -> None:
+    """Gathered with all the others, and in two ways; of so many tokens that a library adds up parts of them in turn."""
+    generator = torch.Generator().manual_seed(0)
+    told = [
+        (torch.randn(3000, 96, generator=generator), torch.randn(3000, 40, generator=generator), n % 3)
+        for n in range(6)
+    ]
+    found = []
+    for ways in ([slice(0, 3)], [slice(0, 1), slice(1, 3)]):
+        sense = refine.Hessians(3)
+        found.append([])
+        for part in ways:
+            sense.watch({"w": part})
+            for x, g, expert in told:
+                sense("w", x, g, expert)
+            found[-1].append(sense.of("w", part))
+    for side in (0, 1):
+        together, apart = (torch.cat([pair[side] for pair in pairs]) for pairs in found)
+        assert torch.equal(together, apart)
 
 
 @pytest.mark.usefixtures("single")
