@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import click
 
+from dgq.convert.one_line import OneLineErrors
 from dgq.convert.sizes import Size
 from dgq.quant.errors import InputError
 
@@ -23,41 +23,12 @@ from dgq.quant.errors import InputError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-class _OneLineErrors(click.Group):
-    """Bad input ends in one line and exit code 2, whatever command it came from."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()  # here and not at exit, where a full disk would end in a traceback
-            return result
-        except InputError as error:
-            click.echo(f"dgq: error: {error}", err=True)
-            sys.exit(2)
-        except BrokenPipeError:  # whoever read our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's; it may not have been imported
-                raise
-            click.echo("dgq: error: the GPU's memory ran out; free some, or give less with --vram", err=True)
-            sys.exit(2)
-        except OSError as error:
-            with suppress(OSError):
-                sys.stdout.close()  # what could not be written is lost; closing drops it
-            click.echo(f"dgq: error: {error}", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("dgq: interrupted", err=True)
-            sys.exit(130)
-
-
 def _stop(number: int, frame: object) -> None:
     """SIGTERM and SIGHUP unwind the program, so that a partial artifact is removed."""
     sys.exit(128 + number)
 
 
-@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="dgq")
 def main() -> None:
     """Quantise, inspect and run DiffusionGemma.

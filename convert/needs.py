@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dgq.convert.budget import Needs, Sizes
 from dgq.convert.calibrate import BATCH, CHATS, DRAFTS, TEXTS
+from dgq.convert.memory import Needs, Sizes
 from dgq.convert.pipeline import HEADER_ALLOWANCE
 from dgq.convert.plan import Plan, PlannedTensor
 from dgq.convert.refine import TOKENS, refinable

@@ -22,7 +22,8 @@ from dgq.convert.samples import LONGEST, Document, doubled
 from dgq.convert.source import Source
 from dgq.quant.errors import InputError
 from dgq.quant.types import Packed
-from dgq.runtime.stream import Chunk, Sense, States, Stream, Watch
+from dgq.runtime.chunk import Chunk, Sense, States, Watch
+from dgq.runtime.stream import Stream
 
 DRAFTED = 8  # documents continued together
 DRAFTS = 2  # steps in which a model writes what follows an open document

@@ -8,7 +8,7 @@
 
 So a token counts by how much its result is felt at the end, on either side of the model, and so does a row of a weight.
 An expert of few tokens leans on its layer's: LEAN tokens of the average expert are added to each. If a layer's Hessians
-are more than memory holds, it is gone back through several times (convert/budget.py); the bytes are the same.
+are more than memory holds, it is gone back through several times (convert/memory.py); the bytes are the same.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgq.convert.budget import JOINED, WIDEST, Needs, Sizes, at_once, trips
+from dgq.convert.memory import JOINED, WIDEST, Needs, Sizes, at_once, trips
 from dgq.convert.passes import Passes, Rows
 from dgq.convert.plan import Plan, PlannedTensor
 from dgq.convert.slices import InputScales, Options, Slice, slices
 from dgq.quant.errors import InputError
 from dgq.quant.feedback import by_matrix, feedback
 from dgq.quant.types import Packed
+from dgq.runtime.chunk import Chunk
 from dgq.runtime.names import DECODER, EMBEDDING
-from dgq.runtime.stream import Chunk, Stream
+from dgq.runtime.stream import Stream
 
 LEAN = 128.0
 TOKENS = 1 << 18  # of the samples at most: their states lie on disk, 47 GB for the 26B in bfloat16

@@ -28,7 +28,7 @@ from dgq.convert.hub import TINY
 from dgq.convert.source import Source
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_whole
-from dgq.runtime.stream import Chunk
+from dgq.runtime.chunk import Chunk
 from dgq.runtime.tokenizer import Tokenizer
 
 CHUNK = 1 << 13  # tokens of a chunk at most, if more than one sequence; canvases counted twice

@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from dgq.convert.budget import UNSAID, Budget, Needs, Sizes
+from dgq.convert.budget import UNSAID, Budget
 from dgq.convert.hashes import dgq_version
+from dgq.convert.memory import Needs, Sizes
 from dgq.convert.passes import DRAFTS, Passes, Rows, drafted
 from dgq.convert.pipeline import check_target
 from dgq.convert.samples import KINDS, Document, chunks, documents
@@ -40,8 +41,9 @@ from dgq.convert.stats import (
     weights_digest,
 )
 from dgq.quant.errors import InputError
+from dgq.runtime.chunk import Chunk
 from dgq.runtime.names import gguf_name
-from dgq.runtime.stream import Chunk, Stream
+from dgq.runtime.stream import Stream
 
 MORE = 4  # times the rounds asked for are made while an expert has too few tokens
 Progress = Callable[[int, int], None]

@@ -19,11 +19,8 @@ is the curvature of KL(this model || a changed one): what a change of a weight w
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +29,7 @@ from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.attention import encoder_mask, rope_frequencies, rope_tables
 from dgq.runtime.block import Layer
+from dgq.runtime.chunk import Chunk, Sense, Tapped, Watch
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.layers import Observer, embed, gated_mlp, head, head_gradient, rms_norm, soft_embed
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER
@@ -43,98 +41,6 @@ FEED_TOKENS = {
     "cuda": 1 << 13,
 }  # through a layer's second half at once; of the 26B each holds 0.6 MB
 _PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some sequences. prompts: their ids; canvases (n, canvas) int64, those of a prompt together, in its order;
-    owner: of each canvas, its prompt; kind (n,) int64: any label; prompts' tokens have label 0."""
-
-    prompts: tuple[tuple[int, ...], ...]
-    canvases: Tensor
-    owner: tuple[int, ...]
-    kind: Tensor
-
-    @property
-    def encoded(self) -> int:
-        return sum(map(len, self.prompts))
-
-    @property
-    def tokens(self) -> int:
-        return self.encoded + self.canvases.numel()
-
-
-class Watch(Protocol):
-    """An Observer of products; see layers. kinds int64 (tokens,) is set before: labels of the rows, or of the tokens
-    that an expert's rows are counted by."""
-
-    kinds: Tensor
-
-    def __call__(self, name: str, x: Tensor, y: Tensor, expert: int | None, tokens: Tensor | None) -> Tensor: ...
-
-
-Sense = Callable[[str, Tensor, Tensor, int | None], None]
-"""Told of products on the way back: the weight's name, x (…, in) that went in, the gradient g (…, out) at what came
-out, and the expert's number."""
-
-
-class _Tap(torch.autograd.Function):
-    """The identity, which tells the gradient that comes back through it."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
-        ctx.tell = tell
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.tell(gradient)
-        return gradient, None
-
-
-class _Tapped:
-    """A Watch by which `sense` is told of products on the way back."""
-
-    kinds: Tensor
-
-    def __init__(self, sense: Sense) -> None:
-        self._sense = sense
-
-    def __call__(self, name: str, x: Tensor, y: Tensor, expert: int | None, tokens: Tensor | None) -> Tensor:
-        kept = x.detach()
-
-        def tell(gradient: Tensor) -> None:
-            self._sense(name, kept, gradient, expert)
-
-        tapped: Tensor = _Tap.apply(y, tell)  # type: ignore[no-untyped-call]
-        return tapped
-
-
-class States:
-    """Hidden states of every chunk, flat (tokens, hidden), in an unbuffered file. tokens: of each chunk."""
-
-    def __init__(self, file: BinaryIO, tokens: Sequence[int], hidden: int, dtype: torch.dtype) -> None:
-        self.file, self._hidden, self._dtype = file, hidden, dtype
-        self._starts = list(accumulate(tokens, initial=0))
-
-    def write(self, number: int, x: Tensor) -> None:
-        data = x.to(self._dtype).cpu().contiguous().flatten().view(torch.uint8).numpy().data
-        at = self._starts[number] * self._hidden * self._dtype.itemsize
-        while data:
-            done = os.pwrite(self.file.fileno(), data, at)
-            data, at = data[done:], at + done
-
-    def read(self, number: int) -> Tensor:
-        tokens = self._starts[number + 1] - self._starts[number]
-        size, at = tokens * self._hidden * self._dtype.itemsize, self._starts[number] * self._hidden
-        found = torch.empty(tokens, self._hidden, dtype=self._dtype)
-        data, done = found.view(torch.uint8).numpy().data.cast("B"), 0
-        while done < size:
-            count = os.preadv(self.file.fileno(), [data[done:]], at * self._dtype.itemsize + done)
-            if not count:
-                raise OSError(f"hidden states of chunk {number} end after {done} of {size} bytes")
-            done += count
-        return found
 
 
 class _Keys:
@@ -182,7 +88,7 @@ class Stream:
     def pull_enter(self, chunk: Chunk, soft: Tensor, gradient: Tensor, sense: Sense) -> None:
         """The way back through enter(): gradient (tokens, hidden) at what it returned."""
         soft = soft.to(self.device, self.dtype).requires_grad_()
-        self._enter(chunk, soft, _Tapped(sense)).backward(gradient.to(self.device))
+        self._enter(chunk, soft, Tapped(sense)).backward(gradient.to(self.device))
 
     def _enter(self, chunk: Chunk, soft: Tensor | None, watch: Watch | None) -> Tensor:
         ids = torch.tensor([token for prompt in chunk.prompts for token in prompt], device=self.device)
@@ -203,7 +109,7 @@ class Stream:
     def layer(self, index: int, watch: Watch | None = None, sense: Sense | None = None) -> LayerOf:
         """Layer `index`, loaded, as a function of a chunk and its states. sense: what pull() tells."""
         self.forget()
-        watch = watch if sense is None else _Tapped(sense)
+        watch = watch if sense is None else Tapped(sense)
         prefix = f"{DECODER}layers.{index}."
         weights = {name: self._load(prefix + name) for name in self._below(prefix)}
         scalars = [self._load(f"{side}layers.{index}.layer_scalar").dequantize(self.dtype)

@@ -6,7 +6,7 @@
 Makes a random checkpoint of a few layers (tests/bench_convert.py), runs `dgq calibrate` on it with the prompts that
 ship for `tiny` (their tokenizer, the real canvas of 256), and then the refined conversion of each recipe, weights
 dropped instead of written. Also effort fast for the recipes that have it. Projection: the middle layer's seconds times
-30, and what comes once. Beside each peak of memory what convert/budget.py counts at each moment, with as many Hessians
+30, and what comes once. Beside each peak of memory what convert/memory.py counts at each moment, with as many Hessians
 as the budget has room for. Ends in one JSON line.
 """
 
@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from bench_convert import peak_rss, write_checkpoint
 
-from dgq.convert.budget import Budget, Needs, Sizes
+from dgq.convert.budget import Budget
+from dgq.convert.memory import Needs, Sizes
 from dgq.convert.plan import make_plan
 from dgq.convert.recipes import find_recipe
 from dgq.convert.refine import refinable, refined, used

@@ -39,7 +39,7 @@ def command_here(row_groups: str, *arguments: str) -> None:
     """The child: one dgq command, its cost as JSON on the last line."""
     from click.testing import CliRunner
 
-    from dgq.convert import budget, survey
+    from dgq.convert import memory, survey
     from dgq.convert.cli import main
     from dgq.quant import feedback
 
@@ -48,14 +48,14 @@ def command_here(row_groups: str, *arguments: str) -> None:
     survey.MORE = 1  # or experts that saw few tokens would make it four rounds
     most, done = [0.0], threading.Event()
     estimates: list[dict[str, int]] = []
-    moments = budget.Needs.moments
+    moments = memory.Needs.moments
 
     def noted(self: Any) -> Any:
         found = moments(self)
         estimates.append({moment: sum(parts.values()) for moment, parts in found.items()})
         return found
 
-    budget.Needs.moments = noted  # type: ignore[method-assign]
+    memory.Needs.moments = noted  # type: ignore[method-assign]
 
     def look() -> None:
         while not done.wait(0.02):

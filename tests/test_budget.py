@@ -17,9 +17,10 @@ from micro import micro_config, write_micro
 from sparse26b import write_sparse_26b
 from test_plan_needs import peak
 
-from dgq.convert import budget, passes, refine, samples
-from dgq.convert.budget import Budget, Hessian, Needs, Sizes, at_once, trips
+from dgq.convert import budget, memory, passes, refine, samples
+from dgq.convert.budget import Budget
 from dgq.convert.cli import main
+from dgq.convert.memory import Hessian, Needs, Sizes, at_once, trips
 from dgq.convert.passes import Rows
 from dgq.convert.plan import Plan, PlannedTensor, make_plan
 from dgq.convert.recipes import find_recipe
@@ -30,7 +31,8 @@ from dgq.convert.survey import Survey
 from dgq.quant.errors import InputError
 from dgq.quant.feedback import by_matrix, feedback
 from dgq.quant.schemes import SCHEMES
-from dgq.runtime.stream import Chunk, Stream
+from dgq.runtime.chunk import Chunk
+from dgq.runtime.stream import Stream
 
 TEXT = "the king went to the wind and the apple of the door was in the house of the king for a day " * 3
 GIB = 1 << 30
@@ -102,7 +104,7 @@ def _floor(micro: Path, stats: Path | None) -> int:
 @pytest.fixture
 def single(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts are quantised one by one, so that their Hessians can be gathered one by one."""
-    monkeypatch.setattr(budget, "GROUP", 1)
+    monkeypatch.setattr(memory, "GROUP", 1)
 
 
 @pytest.fixture
@@ -321,11 +323,11 @@ def test_what_is_counted_is_allocated(shape: str, device: str, tmp_path: Path, m
     } | changes  # fmt: skip
     config["canvas_length"] = 64
     monkeypatch.setattr("dgq.runtime.layers.DECODE_BUDGET", 1 << 18)
-    for module in ("dgq.runtime.stream", "dgq.convert.budget"):
+    for module in ("dgq.runtime.stream", "dgq.convert.memory"):
         monkeypatch.setattr(f"{module}.FEED_TOKENS", {"cpu": tokens, "cuda": tokens})
         monkeypatch.setattr(f"{module}.HEAD_TOKENS", 128)
     for table in ("BASE", "WORKSPACE"):
-        monkeypatch.setattr(budget, table, {"cpu": 0, "cuda": 0})
+        monkeypatch.setattr(memory, table, {"cpu": 0, "cuda": 0})
     source = open_source(str(write_micro(tmp_path / "micro", config, shards=0)))
     chunk = Chunk(((5,) * 100, (6,) * 64), torch.zeros(8, 64, dtype=torch.int64), (0,) * 4 + (1,) * 4, torch.ones(8).long())  # fmt: skip # noqa: E501
     sizes = Sizes(chunk.tokens, 100, 4 * 64)

@@ -31,9 +31,10 @@ from dgq.quant.imatrix import read_imatrix
 from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime import layers
+from dgq.runtime.chunk import Chunk
 from dgq.runtime.model import Model
 from dgq.runtime.names import EMBEDDING
-from dgq.runtime.stream import Chunk, Stream
+from dgq.runtime.stream import Stream
 
 PROMPTS = [
     {"text": "the king went to the wind and the apple of the door was in the house of the king for a day " * 3},
