@@ -184,7 +184,8 @@ def test_work_in_several_ways_goes_on(
 ) -> None:
     """Broken off inside a layer, between two of its ways; gone on with in one."""
     command = ("convert", micro, "--to", "nvfp4", "--stats", stats, "--device", "cpu", "-o")
-    assert dgq(*command, tmp_path / "whole").exit_code == 0
+    result = dgq(*command, tmp_path / "whole")
+    assert result.exit_code == 0, result.output
     real, calls = refine.feedback, []
 
     def fail(*arguments: Any, **named: Any) -> Any:
