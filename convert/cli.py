@@ -91,9 +91,9 @@ def plan(
 @click.option("--imatrix", type=click.Path(path_type=Path), help="GGUF importance matrix to weigh the columns with.")
 @click.option(
     "--effort",
-    type=click.Choice(["stock", "fast", "standard"]),
+    type=click.Choice(["stock", "fast", "standard", "max"]),
     help="stock: exactly the bytes of the format's own quantiser. fast: the best scales without data. standard: error"
-    " feedback by --stats. [default: stock; standard with --stats]",
+    " feedback by --stats; max: gone over twice more. [default: fast; standard with --stats; stock with --imatrix]",
 )
 @click.option("--stats", type=click.Path(path_type=Path), help="What `dgq calibrate` found out about SRC.")
 @click.option(
@@ -131,13 +131,13 @@ def convert(
     from dgq.convert.input_scales import find_input_scales
     from dgq.convert.plan import make_plan
     from dgq.convert.recipes import find_recipe
-    from dgq.convert.slices import Options
+    from dgq.convert.slices import CALIBRATED, Options
     from dgq.convert.source import open_source
     from dgq.convert.stats import read_stats
     from dgq.quant.imatrix import read_imatrix
 
-    effort = effort or ("standard" if stats else "stock")
-    if (effort == "standard") != (stats is not None):
+    effort = effort or ("standard" if stats else "stock" if imatrix else "fast")
+    if (effort in CALIBRATED) != (stats is not None):
         raise InputError(
             f"--effort {effort}: {'takes no --stats' if stats else 'needs --stats; dgq calibrate makes them'}"
         )

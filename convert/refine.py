@@ -36,7 +36,8 @@ from dgq.runtime.chunk import Chunk
 from dgq.runtime.names import DECODER, EMBEDDING
 from dgq.runtime.stream import Stream
 
-LEAN = 128.0
+LEAN = 1024.0
+SWEEPS = {"standard": 0, "max": 2}
 TOKENS = 1 << 18  # of the samples at most: their states lie on disk, 47 GB for the 26B in bfloat16
 
 
@@ -217,5 +218,5 @@ def _quantised(
         inputs, outputs = sense.of(name, job.part)
         if tensor.source == EMBEDDING:  # a head to some, a table of vectors to others
             inputs = inputs + inputs.diagonal(dim1=1, dim2=2).mean() * torch.eye(columns, device=inputs.device)
-        quantise = partial(feedback, hessian=inputs, scheme=job.scheme, outputs=outputs)
+        quantise = partial(feedback, hessian=inputs, scheme=job.scheme, outputs=outputs, sweeps=SWEEPS[options.effort])
         yield job, job.quantised(partial(by_matrix, quantise))

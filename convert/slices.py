@@ -25,6 +25,7 @@ from dgq.quant.imatrix import Imatrix
 from dgq.quant.types import Packed, Scheme
 
 SEARCHED = ("nvfp4", "nf4")  # by effort fast; ggml's own search leaves nothing to gain without data
+CALIBRATED = ("standard", "max")  # efforts that take STATS
 SLICE = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements quantised at a time, or one expert: 4 and 64 MiB of float32
 
 
@@ -39,7 +40,7 @@ class InputScales:
 @dataclass(frozen=True)
 class Options:
     """What besides plan and target decides a conversion. effort: "stock", the reference quantiser's exact bytes;
-    "fast", the best without data; "standard", with error feedback by `stats`.
+    "fast", the best without data; "standard", with error feedback by `stats`; "max", and two sweeps more.
     threads: slices quantised at the same time; device: where; budget: of memory; the bytes depend on none of them.
 
     input_scale: what was asked for; find_scales makes it so, if the recipe has activations.

@@ -179,7 +179,11 @@ def test_artifacts_are_of_the_same_shape_and_lose_less(recipe: str, micro: Path,
     to = recipe.split("-")[0] if recipe != "q4_k_m" else "gguf"
     common = ("convert", micro, "--to", to, "--recipe", recipe, "--device", "cpu")
     scale = ("--input-scale", "0.01") if recipe == "nvfp4" else ()
-    for name, more in (("stock", scale), ("fast", ("--effort", "fast", *scale)), ("standard", ("--stats", stats))):
+    for name, more in (
+        ("stock", ("--effort", "stock", *scale)),
+        ("fast", ("--effort", "fast", *scale)),
+        ("standard", ("--stats", stats)),
+    ):
         result = dgq(*common, "-o", tmp_path / name, *more)
         assert result.exit_code == 0, result.output
         assert dgq("verify", tmp_path / name).exit_code == 0
