@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dgq.convert.sizes import Size
 from dgq.quant.errors import InputError
 
 PEER = "transformers"
@@ -23,7 +24,7 @@ PEER = "transformers"
 @click.option("--steps", type=click.IntRange(1), default=16, show_default=True, help="A block.")
 @click.option("--zipf", is_flag=True, help="Of --shapes: each scheme also with experts chosen as unevenly as words.")
 @click.option("--peer", is_flag=True, help="Of --shapes: transformers beside it, where its 50 GB fit.")
-@click.option("--vram", help="Of the GPU to use, as 12GiB: experts beyond that wait in host memory. [default: all]")
+@click.option("--vram", type=Size(), help="Of the GPU, as 12GiB: experts beyond wait in host memory. [default: all]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, and nothing for people.")
 def bench(
     artifacts: tuple[str, ...],
@@ -34,20 +35,17 @@ def bench(
     steps: int,
     zipf: bool,
     peer: bool,
-    vram: str | None,
+    vram: int | None,
     as_json: bool,
 ) -> None:
     """Measure how fast models denoise on this GPU, by part, beside what bytes and operations allow."""
-    from dgq.convert.device import memory_size
-
     if not artifacts and shapes is None:
         raise InputError("name an artifact, or --shapes 26b for random weights of the real shapes")
     names = schemes.split(",") if shapes else []
     if zipf:
         names = [one for name in names for one in (name, f"{name}:zipf")]
     names += [PEER] if peer and shapes and PEER not in names else []
-    memory_size(vram)
-    asked = {"--context": context, "--batch": batch, "--steps": steps} | ({"--vram": vram} if vram else {})
+    asked = {"--context": context, "--batch": batch, "--steps": steps} | ({"--vram": f"{vram}B"} if vram else {})
     page = _Page(as_json)
     if len(artifacts) + len(names) == 1:
         about, found = _measured(artifacts[0] if artifacts else None, shapes, names, context, batch, steps, vram)
@@ -70,13 +68,12 @@ def _in_a_process(name: str, arguments: list[str]) -> tuple[dict[str, Any], dict
 
 
 def _measured(
-    artifact: str | None, shapes: str | None, names: list[str], context: int, batch: int, steps: int, vram: str | None
+    artifact: str | None, shapes: str | None, names: list[str], context: int, batch: int, steps: int, vram: int | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is the same for all models, and what was found of this one."""
     import torch
 
     from dgq.convert import bench as measure
-    from dgq.convert.device import memory_size
     from dgq.convert.peer import bench_transformers
     from dgq.convert.shapes import SCHEMES
 
@@ -85,7 +82,7 @@ def _measured(
         raise InputError(f"--schemes: unknown {names[0]!r}; there are {', '.join(SCHEMES)}, each also with :zipf")
     if not torch.cuda.is_available():
         raise InputError("bench measures a GPU, and no CUDA device is visible to torch")
-    load, ceilings = measure.Load(context, batch, steps, memory_size(vram)), measure.ceilings()
+    load, ceilings = measure.Load(context, batch, steps, vram), measure.ceilings()
     torch.cuda.empty_cache()
     about = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "context": context, "batch": batch,

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import click
 
 from dgq.convert.bench_cli import bench
+from dgq.convert.one_line import OneLineErrors
+from dgq.convert.sizes import Size
 from dgq.quant.errors import InputError
 
 # Before torch is imported: OpenMP threads that spin while they wait make small products a hundred times slower as soon
@@ -23,36 +24,12 @@ from dgq.quant.errors import InputError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-class _OneLineErrors(click.Group):
-    """Bad input ends in one line and exit code 2, whatever command it came from."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()  # here and not at exit, where a full disk would end in a traceback
-            return result
-        except InputError as error:
-            click.echo(f"dgq: error: {error}", err=True)
-            sys.exit(2)
-        except BrokenPipeError:  # whoever read our output has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        except OSError as error:
-            with suppress(OSError):
-                sys.stdout.close()  # what could not be written is lost; closing drops it
-            click.echo(f"dgq: error: {error}", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            click.echo("dgq: interrupted", err=True)
-            sys.exit(130)
-
-
 def _stop(number: int, frame: object) -> None:
     """SIGTERM and SIGHUP unwind the program, so that a partial artifact is removed."""
     sys.exit(128 + number)
 
 
-@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="dgq")
 def main() -> None:
     """Quantise, inspect and run DiffusionGemma.
@@ -74,6 +51,10 @@ _DEVICE = click.option(
     show_default=True,
     help="[auto: a GPU if any]",
 )
+_RAM = click.option(
+    "--ram", type=Size(), help="RAM to keep below, like 8GiB; takes longer, same bytes. [default: 80 % of what is free]"
+)
+_VRAM = click.option("--vram", type=Size(), help="The same for the GPU's memory.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, and nothing for people.")
 
 
@@ -111,9 +92,9 @@ def plan(
 @click.option("--imatrix", type=click.Path(path_type=Path), help="GGUF importance matrix to weigh the columns with.")
 @click.option(
     "--effort",
-    type=click.Choice(["stock", "fast", "standard"]),
+    type=click.Choice(["stock", "fast", "standard", "max"]),
     help="stock: exactly the bytes of the format's own quantiser. fast: the best scales without data. standard: error"
-    " feedback by --stats. [default: stock; standard with --stats]",
+    " feedback by --stats; max: gone over twice more. [default: fast; standard with --stats; stock with --imatrix]",
 )
 @click.option("--stats", type=click.Path(path_type=Path), help="What `dgq calibrate` found out about SRC.")
 @click.option(
@@ -124,6 +105,8 @@ def plan(
 )
 @_DEVICE
 @click.option("--threads", type=click.IntRange(1, 1024), help="Slices quantised at once. [default: CPU cores]")
+@_RAM
+@_VRAM
 @_JSON
 def convert(
     src: str,
@@ -137,22 +120,25 @@ def convert(
     input_scale: str,
     device: str,
     threads: int | None,
+    ram: int | None,
+    vram: int | None,
     as_json: bool,
 ) -> None:
     """Quantise SRC into the directory given with -o."""
-    from dgq.convert import pipeline, show
+    from dgq.convert import needs, pipeline, show
+    from dgq.convert.budget import Budget
     from dgq.convert.device import chosen_device
     from dgq.convert.hub import is_hub_id
     from dgq.convert.input_scales import find_input_scales
     from dgq.convert.plan import make_plan
     from dgq.convert.recipes import find_recipe
-    from dgq.convert.slices import Options
+    from dgq.convert.slices import CALIBRATED, Options
     from dgq.convert.source import open_source
     from dgq.convert.stats import read_stats
     from dgq.quant.imatrix import read_imatrix
 
-    effort = effort or ("standard" if stats else "stock")
-    if (effort == "standard") != (stats is not None):
+    effort = effort or ("standard" if stats else "stock" if imatrix else "fast")
+    if (effort in CALIBRATED) != (stats is not None):
         raise InputError(
             f"--effort {effort}: {'takes no --stats' if stats else 'needs --stats; dgq calibrate makes them'}"
         )
@@ -169,10 +155,12 @@ def convert(
     planned = make_plan(open_source(src, revision), policy)
     if not as_json:
         show.notices(planned)
+    budget = Budget(ram, vram)
+    threads = budget.threads(threads or os.cpu_count() or 1, *needs.slices_ram(planned), device)
     options = Options(
-        effort, read_imatrix(imatrix) if imatrix else None, threads or os.cpu_count() or 1, device,
+        effort, read_imatrix(imatrix) if imatrix else None, threads, device,
         read_stats(stats, planned.source) if stats else None, input_scale,
-        find_input_scales(planned, input_scale, device),
+        find_input_scales(planned, input_scale, device), budget,
     )  # fmt: skip
     with show.bar("converting", planned.nbytes) as advance:
         done = pipeline.convert(planned, out, options, advance, show.note)
@@ -195,6 +183,8 @@ def convert(
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Write these statistics for llama-quantize, too.")
 @_REVISION
 @_DEVICE
+@_RAM
+@_VRAM
 @_JSON
 def calibrate(
     src: str,
@@ -205,10 +195,13 @@ def calibrate(
     imatrix: Path | None,
     revision: str | None,
     device: str,
+    ram: int | None,
+    vram: int | None,
     as_json: bool,
 ) -> None:
     """Find out what goes through each weight of SRC, for `convert --stats`. Goes on where it broke off."""
     from dgq.convert import show
+    from dgq.convert.budget import Budget
     from dgq.convert.device import chosen_device
     from dgq.convert.source import open_source
     from dgq.convert.survey import calibrated
@@ -218,7 +211,7 @@ def calibrate(
     with show.count_bar("calibrating") as advance:
         found = calibrated(
             open_source(src, revision), out.expanduser(), prompts, seed, rounds, chosen_device(device), imatrix,
-            advance, show.note,
+            advance, show.note, Budget(ram, vram),
         )  # fmt: skip
     if found is not None:
         show.print_json(found) if as_json else show.calibrated(src, out, found)
@@ -277,7 +270,7 @@ def verify(artifact: Path, threads: int | None, as_json: bool) -> None:
     show_default=True,
     help="counter: the same text on every device. torch: transformers' random stream.",
 )
-@click.option("--vram", help="Of the GPU to use, as 12GiB: experts beyond that wait in host memory. [default: all]")
+@click.option("--vram", type=Size(), help="Of the GPU, as 12GiB: experts beyond wait in host memory. [default: all]")
 @_REVISION
 @_JSON
 def run(
@@ -291,7 +284,7 @@ def run(
     dtype: str,
     activations: str | None,
     rng: Literal["counter", "torch"],
-    vram: str | None,
+    vram: int | None,
     revision: str | None,
     as_json: bool,
 ) -> None:

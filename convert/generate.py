@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgq.convert.device import chosen_device, memory_size
+from dgq.convert.device import chosen_device
 from dgq.convert.hub import TINY, is_hub_id
 from dgq.convert.source import open_source
 from dgq.quant.errors import InputError
@@ -59,22 +59,22 @@ def generate_text(
     activations: str | None,
     rng: Rng,
     draw: bool,
-    vram: str | None = None,
+    vram: int | None = None,
 ) -> dict[str, Any]:
     """Answer one prompt: text, token ids, steps of each canvas, whether it stopped early, and times in seconds."""
     import torch
 
     from dgq.runtime.engine import generate
 
-    device, budget = chosen_device(device), memory_size(vram)
-    if budget is not None and (device != "cuda" or dtype == "fp32" or activations or rng != "counter"):
+    device = chosen_device(device)
+    if vram is not None and (device != "cuda" or dtype == "fp32" or activations or rng != "counter"):
         raise InputError("--vram: is for bfloat16 on a GPU, with --rng counter and without --activations")
     artifact = open_model(asked, revision)
     tokenizer = artifact.tokenizer
     ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
     began = time.perf_counter()
     precision = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    model = artifact.load(device, precision, activations, budget)
+    model = artifact.load(device, precision, activations, vram)
     loaded = time.perf_counter()
     with _drawing(tokenizer, artifact, draw) as on_step:
         result = generate(model, [ids], artifact.generation, max_new_tokens, seed, steps, on_step, rng=rng)

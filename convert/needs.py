@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgq.convert.calibrate import BATCH, CHATS, DRAFTS, TEXTS
+from dgq.convert.memory import Needs, Sizes
 from dgq.convert.pipeline import HEADER_ALLOWANCE
 from dgq.convert.plan import Plan, PlannedTensor
+from dgq.convert.refine import TOKENS, refinable
 from dgq.convert.slices import SLICE
 from dgq.runtime import layers
 from dgq.runtime.config import ModelConfig
@@ -34,7 +36,7 @@ TILED = {
     "bf16": 16.0, "f16": 16.0, "f32": 16.0, "nvfp4": 4.5, "nf4": 4.25, "nf4_dq": 4.5, "q4_k": 5.0, "q5_0": 5.5,
     "q6_k": 9.0, "q8_0": 8.5,
 }  # fmt: skip
-HOST_LINKS = {"PCIe 4 x16": 25e9, "PCIe 5 x16": 55e9}  # bytes a second from pinned memory, as measured on such
+HOST_LINKS = {"PCIe 4 x16": 25e9, "PCIe 5 x16": 55e9}  # bytes a second from pinned memory: assumed, measured
 
 # Measured: Python with torch; and bytes for each element of the slices at work: as read, encoded, waiting to be written
 # (and, for ggml, in float32).
@@ -56,6 +58,7 @@ def needs(plan: Plan, threads: int) -> dict[str, Any]:
         "offloaded": {card: away for card in small if (away := runtime.offloaded(card << 30)) is not None},
         "ram": ram(plan, threads),
         "disk": disk(plan),
+        "with_stats": with_stats(plan),
     }
 
 
@@ -154,6 +157,30 @@ def ram(plan: Plan, threads: int) -> dict[str, int]:
             "calibrate": RAM_BASE + 2 * logits + 2 * 4 * layers.DECODE_BUDGET,
             "calibrate_mapped": sum(spec.stop - spec.start for spec in plan.source.text.values()),
             "calibrate_passes": PASSES,
+        }
+    return found
+
+
+def slices_ram(plan: Plan) -> tuple[int, int]:
+    """Bytes of RAM to convert without STATS: in any case, and for each thread at most."""
+    return RAM_BASE, ram(plan, 1)["convert"] - RAM_BASE
+
+
+def with_stats(plan: Plan) -> dict[str, dict[str, int]]:
+    """Bytes that `dgq calibrate` and `dgq convert --stats` take on each device, of its own memory (RAM, or VRAM):
+    calibrate, convert: the least; at_once: from which on a layer's Hessians are made in one go. scratch: disk for the
+    time of the conversion, beside the artifact, with all the samples that are used."""
+    todo = [tensor for tensor in plan.tensors if refinable(tensor)]
+    found = {}
+    for device in ("cpu", "cuda") if todo else ():
+        needed = Needs(plan.source, device, Sizes.most(plan.source.config), todo)
+        moments = needed.moments()
+        sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
+        found[device] = {
+            "scratch": TOKENS * needed.scratch,
+            "calibrate": max(sums["head"], sums["layer"]),
+            "convert": max(sums.values()),
+            "at_once": max(sums.values()) + needed.hessians - moments["way back"]["Hessians"],
         }
     return found
 

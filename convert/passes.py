@@ -18,12 +18,14 @@ from typing import BinaryIO
 
 import torch
 
-from dgq.convert.samples import Document, doubled
+from dgq.convert.samples import LONGEST, Document, doubled
 from dgq.convert.source import Source
 from dgq.quant.errors import InputError
 from dgq.quant.types import Packed
-from dgq.runtime.stream import Chunk, Sense, States, Stream, Watch
+from dgq.runtime.chunk import Chunk, Sense, States, Watch
+from dgq.runtime.stream import Stream
 
+DRAFTED = 8  # documents continued together
 DRAFTS = 2  # steps in which a model writes what follows an open document
 
 
@@ -66,17 +68,18 @@ class Passes:
         for number in self.mine:
             self._plain[0].write(number, self.stream.enter(self._chunks[number], None))
         for index in range(self.layers):
-            layer = self.stream.layer(index)
-            for number in self.mine:
-                self._plain[(index + 1) % 2].write(
-                    number, layer(self._chunks[number], self._plain[index % 2].read(number))
-                )
+            self._plainly(index)
             progress()
         for number in self.mine:
             x = self._plain[self.layers % 2].read(number).to(self.stream.device)
             soft = [self.stream.soften(logits) for _, logits in self.stream.leave(self._chunks[number], x)]
             self._soft.write(number, torch.cat(soft).flatten(0, 1))
         os.fsync(self._soft.file.fileno())
+
+    def _plainly(self, index: int) -> None:
+        layer, before, after = self.stream.layer(index), self._plain[index % 2], self._plain[(index + 1) % 2]
+        for number in self.mine:
+            after.write(number, layer(self._chunks[number], before.read(number)))
 
     def enter(self, watch: Watch | None) -> None:
         """Second pass, before the first layer: self-conditioning."""
@@ -100,16 +103,19 @@ class Passes:
             for _ in self.stream.leave(self._both(number)[0], x, watch):
                 pass
 
-    def back(self, stage: int | str, sense: Sense) -> None:
+    def back(self, stage: int | str, sense: Sense, again: bool = False) -> None:
         """One stage of the way back: "leave", then each layer from the last to the first, then "enter". Gradients take
-        the place of the states they belong to."""
+        the place of the states they belong to, but not if the same stage comes again, for a sense that cannot hold
+        everything at once."""
         layer = self.stream.layer(stage, sense=sense) if isinstance(stage, int) else None
         for number in self.mine:
             chunk, soft = self._both(number)
             if isinstance(stage, int):
                 assert layer is not None
                 above = self._states[stage + 1].read(number)
-                self._states[stage].write(number, layer.pull(chunk, self._states[stage].read(number), above))
+                found = layer.pull(chunk, self._states[stage].read(number), above)
+                if not again:
+                    self._states[stage].write(number, found)
             elif stage == "leave":
                 last = self._states[self.layers]
                 x = last.read(number)
@@ -118,9 +124,12 @@ class Passes:
                         "the model's hidden states are not numbers; the checkpoint is damaged,"
                         " and a conversion without --stats names the weight"
                     )
-                last.write(number, self.stream.pull_leave(chunk, x, number, sense))
+                found = self.stream.pull_leave(chunk, x, number, sense)
+                if not again:
+                    last.write(number, found)
             else:
                 self.stream.pull_enter(chunk, soft, self._states[0].read(number), sense)
+        self.stream.forget()
 
     def _both(self, number: int) -> tuple[Chunk, torch.Tensor]:
         chunk = self._chunks[number]
@@ -128,8 +137,9 @@ class Passes:
 
 
 def drafted(stream: Stream, found: list[Document], seed: int, progress: Callable[[], None]) -> list[Document]:
-    """The documents, the open ones continued by the model itself: the likeliest tokens after DRAFTS steps."""
-    size = 32
+    """The documents, the open ones continued by the model itself: the likeliest tokens after DRAFTS steps, behind the
+    last LONGEST tokens of each."""
+    size = DRAFTED
     wanted = [document for document in found if document.open]
     canvas = stream.config.canvas
     generator = torch.Generator().manual_seed(seed)
@@ -138,13 +148,20 @@ def drafted(stream: Stream, found: list[Document], seed: int, progress: Callable
     soft: list[torch.Tensor | None] = [None] * len(groups)
     for _ in range(DRAFTS if wanted else 0):
         chunks = [
-            Chunk(tuple(d.ids for d in group), ids, tuple(range(len(group))), torch.ones(len(group), dtype=torch.int64))
+            Chunk(
+                tuple(d.ids[-LONGEST:] for d in group),
+                ids,
+                tuple(range(len(group))),
+                torch.ones(len(group), dtype=torch.int64),
+            )
             for group, ids in zip(groups, made, strict=True)
         ]
         states = [stream.enter(chunk, given) for chunk, given in zip(chunks, soft, strict=True)]
         for index in range(len(stream.config.layers)):
             layer = stream.layer(index)
-            states = [layer(chunk, x) for chunk, x in zip(chunks, states, strict=True)]
+            for i, chunk in enumerate(chunks):
+                states[i] = layer(chunk, states[i])
+            del layer  # before the next is read
             progress()
         for i, (chunk, x) in enumerate(zip(chunks, states, strict=True)):
             pieces = [(logits.argmax(-1).cpu(), stream.soften(logits)) for _, logits in stream.leave(chunk, x)]

@@ -32,7 +32,7 @@ from dgq.convert.hf_artifact import DirWriter, write_configs
 from dgq.convert.input_scales import scales_of
 from dgq.convert.journal import Journal
 from dgq.convert.plan import Plan
-from dgq.convert.refine import check_scratch, refinable, refined
+from dgq.convert.refine import check_memory, check_scratch, refinable, refined
 from dgq.convert.slices import InputScales, Options, ordered, slices
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFWriter
@@ -81,6 +81,9 @@ def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice:
     gguf = plan.recipe.format == "gguf"
     if options.imatrix is not None:
         _check_imatrix(plan, options.imatrix)
+    options.budget.enforce()
+    if options.stats is not None and (careful := [tensor for tensor in plan.tensors if refinable(tensor)]):
+        check_memory(plan, careful, options)
     keys = metadata(plan, version, options.imatrix) if gguf else {}  # before the weights: it may refuse the tokenizer
     file = f"{source.where.name}-{plan.recipe.label}.gguf" if gguf else ""
     seconds: dict[str, float] = {}

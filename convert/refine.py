@@ -7,7 +7,8 @@
     G = sum of |x|² g g^T      the curvature of KL(this model || the quantised one) is about H by G (K-FAC)
 
 So a token counts by how much its result is felt at the end, on either side of the model, and so does a row of a weight.
-An expert of few tokens leans on its layer's: LEAN tokens of the average expert are added to each.
+An expert of few tokens leans on its layer's: LEAN tokens of the average expert are added to each. If a layer's Hessians
+are more than memory holds, it is gone back through several times (convert/memory.py); the bytes are the same.
 """
 
 from __future__ import annotations
@@ -19,63 +20,102 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dgq.convert.memory import JOINED, WIDEST, Needs, Sizes, at_once, trips
 from dgq.convert.passes import Passes, Rows
 from dgq.convert.plan import Plan, PlannedTensor
 from dgq.convert.slices import InputScales, Options, Slice, slices
 from dgq.quant.errors import InputError
 from dgq.quant.feedback import by_matrix, feedback
 from dgq.quant.types import Packed
+from dgq.runtime.chunk import Chunk
 from dgq.runtime.names import DECODER, EMBEDDING
-from dgq.runtime.stream import Chunk, Stream
+from dgq.runtime.stream import Stream
 
-LEAN = 128.0
-GROUP = 1 << 27  # elements of the Hessians that are inverted at once
-ROWS = 1 << 27  # elements of a weight quantised at once
-WIDEST = 1 << 14  # rows of a weight of which G is made
+LEAN = 1024.0
+SWEEPS = {"standard": 0, "max": 2}
 TOKENS = 1 << 18  # of the samples at most: their states lie on disk, 47 GB for the 26B in bfloat16
 
 
 class Hessians:
-    """A Sense: H and G of the weights `names`, of each expert or of the one matrix. What experts give is added up: G of
-    their last weight is one for all."""
+    """A Sense: H and G of the weights it was told to watch, of one matrix or of each expert; and what all experts of a
+    weight give, added up the first time that the weight is watched. G of the experts' last weight is one for all."""
 
-    def __init__(self, names: set[str], experts: int) -> None:
-        self._names, self._experts = names, experts
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+    def __init__(self, experts: int) -> None:
+        self._experts = experts
+        self._watched: dict[str, slice] = {}
+        self._fresh: set[str] = set()
+        self._own: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._shared: dict[str, tuple[Tensor, Tensor]] = {}
         self._tokens: dict[str, Tensor] = {}
 
+    def watch(self, watched: dict[str, slice]) -> None:
+        """From now on these experts of these weights (of one matrix slice(0, 1)); what is one's own is dropped."""
+        self._fresh = watched.keys() - self._shared.keys()
+        self._watched = watched
+        self._own.clear()
+
     def __call__(self, name: str, x: Tensor, g: Tensor, expert: int | None) -> None:
-        if name not in self._names:
+        part = self._watched.get(name)
+        if part is None:
+            return
+        own, fresh = part.start <= (expert or 0) < part.stop, expert is not None and name in self._fresh
+        if not own and not fresh:
             return
         x, g = x.reshape(-1, x.shape[-1]).float(), g.reshape(-1, g.shape[-1]).float()
-        if name not in self._sums:
-            several = 1 if expert is None else self._experts
-            rows = g.shape[-1] if 1 < g.shape[-1] <= WIDEST else 0
-            apart = 1 if name.endswith("down_proj") else several
-            self._sums[name] = (x.new_zeros(several, *2 * x.shape[-1:]), x.new_zeros(apart, rows, rows))
-            self._tokens[name] = x.new_zeros(several)
-        inputs, outputs = self._sums[name]
-        inputs[expert or 0].addmm_(x.t(), x * g.square().mean(-1, keepdim=True))
-        if outputs.numel():
-            outputs[(expert or 0) % len(outputs)].addmm_(g.t(), g * x.square().mean(-1, keepdim=True))
-        self._tokens[name][expert or 0] += g.any(-1).sum()  # what is not felt is no evidence
+        rows = g.shape[-1] if 1 < g.shape[-1] <= WIDEST else 0
+        found = []
+        if own:
+            alone = expert is None or not name.endswith(JOINED)
+            found.append(_known(self._own, (name, expert or 0), x, rows * alone))
+        if fresh:
+            found.append(_known(self._shared, name, x, rows))
+            if name not in self._tokens:
+                self._tokens[name] = x.new_zeros(self._experts)
+            self._tokens[name][expert] += g.any(-1).sum()  # what is not felt is no evidence
+        _add([h for h, _ in found], x, x * g.square().mean(-1, keepdim=True), expert is None)
+        _add([k for _, k in found if k.numel()], g, g * x.square().mean(-1, keepdim=True), expert is None)
 
     def of(self, name: str, part: slice) -> tuple[Tensor, Tensor | None]:
         """H (n, in, in) and G (n or 1, rows, rows) of experts `part`, or of the one matrix; G None for one too tall."""
-        tokens = self._tokens[name]
-        found = []
-        for total in self._sums[name]:
+        if name in self._shared:
+            found = [self._leaning(name, part, side) for side in (0, 1)]
+        else:
+            found = [total.unsqueeze(0) for total in self._own[name, 0]]
+        for total in found:
             if not bool(total.sum().isfinite()):
                 raise InputError(f"{name}: its inputs or gradients are not numbers; the checkpoint is damaged")
-            if len(total) > 1:
-                average = total.sum(0) / tokens.sum().clamp(min=1)  # zero if nothing is felt at all
-                total = (total[part] + LEAN * average) / (tokens[part] + LEAN).view(-1, 1, 1)
-            found.append(total)
         return found[0], found[1] if found[1].numel() else None
+
+    def _leaning(self, name: str, part: slice, side: int) -> Tensor:
+        shared, tokens = self._shared[name][side], self._tokens[name]
+        if side and name.endswith(JOINED):
+            return shared.unsqueeze(0)
+        own = [self._own.get((name, expert)) for expert in range(part.start, part.stop)]
+        total = torch.stack([torch.zeros_like(shared) if one is None else one[side] for one in own])
+        average = shared / tokens.sum().clamp(min=1)  # zero if nothing is felt at all
+        return total.add_(average, alpha=LEAN).div_((tokens[part] + LEAN).view(-1, 1, 1))
+
+
+def _known(totals: dict[Any, tuple[Tensor, Tensor]], key: Any, x: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    if key not in totals:
+        totals[key] = (x.new_zeros(*2 * x.shape[-1:]), x.new_zeros(rows, rows))
+    return totals[key]
+
+
+def _add(totals: list[Tensor], x: Tensor, y: Tensor, matrix: bool) -> None:
+    """Add x^T y to each. Those of experts are the same to the bit whichever of them there are."""
+    if matrix:
+        for total in totals:
+            total.addmm_(x.t(), y)
+    elif totals:
+        product = x.t() @ y
+        for total in totals:
+            total += product
 
 
 def refinable(tensor: PlannedTensor) -> bool:
@@ -91,7 +131,8 @@ def refined(
     source, stats = plan.source, options.stats
     if stats is None or not todo:
         return
-    chunks, dtype = used(stats.chunks), _dtype(options)
+    chunks, dtype = used(stats.chunks), _dtype(options.device)
+    room = check_memory(plan, todo, options)
     stream = Stream(source.config, Rows(source), options.device, dtype)
     wanted: dict[int | str, list[PlannedTensor]] = {}
     for tensor in todo:
@@ -112,14 +153,18 @@ def refined(
         for stage in stages:
             if _place(stage, layers) < last:
                 break
-            step(f"samples, back to {stage}")
             tensors = wanted.get(stage, [])
-            sense = Hessians({str(tensor.source) for tensor in tensors}, source.config.experts)
-            passes.back(stage, sense)
-            if options.device == "cuda":
-                torch.cuda.empty_cache()  # activations make room for matrices
-            for tensor in tensors:
-                yield from _quantised(plan, tensor, sense, options, scales)
+            sense = Hessians(source.config.experts)
+            parts = trips(tensors, options.device, room)
+            for number, part in enumerate(parts, 1):
+                step(f"samples, back to {stage}" + (f", {number} of {len(parts)}" if len(parts) > 1 else ""))
+                sense.watch(part)
+                passes.back(stage, sense, again=number < len(parts))
+                if options.device == "cuda":
+                    torch.cuda.empty_cache()  # activations make room for matrices
+                for tensor in tensors:
+                    if str(tensor.source) in part:
+                        yield from _quantised(plan, tensor, part[str(tensor.source)], sense, options, scales)
 
 
 def used(chunks: list[Chunk]) -> list[Chunk]:
@@ -131,9 +176,8 @@ def used(chunks: list[Chunk]) -> list[Chunk]:
 def check_scratch(plan: Plan, todo: list[PlannedTensor], options: Options, scratch: Path) -> None:
     """InputError if the samples' hidden states do not fit on the disk beside what `todo` will be."""
     assert options.stats is not None
-    config = plan.source.config
     tokens = sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in used(options.stats.chunks))
-    states = (len(config.layers) + 2) * tokens * config.hidden * _dtype(options).itemsize
+    states = tokens * Needs(plan.source, options.device, Sizes.of(options.stats.chunks)).scratch
     free = shutil.disk_usage(scratch).free
     if free < states + sum(tensor.nbytes for tensor in todo):
         raise InputError(
@@ -142,8 +186,15 @@ def check_scratch(plan: Plan, todo: list[PlannedTensor], options: Options, scrat
         )
 
 
-def _dtype(options: Options) -> torch.dtype:
-    return torch.float32 if options.device == "cpu" else torch.bfloat16
+def check_memory(plan: Plan, todo: list[PlannedTensor], options: Options) -> int:
+    """Bytes there are for Hessians. InputError if the budget does not hold what `todo` takes."""
+    assert options.stats is not None
+    sizes = Sizes.of(used(options.stats.chunks))
+    return options.budget.room(Needs(plan.source, options.device, sizes, todo), options.device, "converting with STATS")
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def _place(stage: int | str, layers: int) -> int:
@@ -157,16 +208,15 @@ def _stage(name: str) -> int | str:
 
 
 def _quantised(
-    plan: Plan, tensor: PlannedTensor, sense: Hessians, options: Options, scales: InputScales | None
+    plan: Plan, tensor: PlannedTensor, part: slice, sense: Hessians, options: Options, scales: InputScales | None
 ) -> Iterator[tuple[Slice, Packed]]:
+    """Of a matrix everything, of experts those of `part`."""
     name, columns = str(tensor.source), tensor.shape[-1]
-    per_row = tensor.numel // tensor.shape[0]
-    experts = len(tensor.shape) == 3
-    most = max(1, min(ROWS // per_row, GROUP // columns**2) if experts else ROWS // columns)
-    rows = most if experts or tensor.source == EMBEDDING else tensor.shape[0]  # G goes over all rows
-    for job in slices(plan, tensor, options, scales, rows):
+    for job in slices(plan, tensor, options, scales, at_once(tensor, options.device)):
+        if len(tensor.shape) == 3 and not part.start <= job.part.start < part.stop:
+            continue
         inputs, outputs = sense.of(name, job.part)
         if tensor.source == EMBEDDING:  # a head to some, a table of vectors to others
             inputs = inputs + inputs.diagonal(dim1=1, dim2=2).mean() * torch.eye(columns, device=inputs.device)
-        quantise = partial(feedback, hessian=inputs, scheme=job.scheme, outputs=outputs)
+        quantise = partial(feedback, hessian=inputs, scheme=job.scheme, outputs=outputs, sweeps=SWEEPS[options.effort])
         yield job, job.quantised(partial(by_matrix, quantise))

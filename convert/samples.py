@@ -28,11 +28,11 @@ from dgq.convert.hub import TINY
 from dgq.convert.source import Source
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_whole
-from dgq.runtime.stream import Chunk
+from dgq.runtime.chunk import Chunk
 from dgq.runtime.tokenizer import Tokenizer
 
 CHUNK = 1 << 13  # tokens of a chunk at most, if more than one sequence; canvases counted twice
-PER_PROMPT = 4  # canvases behind a prompt
+PER_PROMPT = 2  # canvases behind a prompt: other prompts teach more than more noise
 BINS = 4  # of noise, in the counts
 KINDS = 1 + 2 * BINS  # the prompt; canvases by noise; conditioned canvases by noise
 LONGEST = 1024  # tokens of a prompt

@@ -159,6 +159,13 @@ def _making(plan: Plan, found: dict[str, Any]) -> None:
             f"       before, about {ram['calibrate'] / GB:.1f} GB to calibrate input scales, {ram['calibrate_passes']}"
             f" passes over the checkpoint: fast if its {ram['calibrate_mapped'] / GB:.1f} GB stay in memory as well"
         )
+    for device, name, memory in (("cuda", "on a GPU", "VRAM"), ("cpu", "on the CPU", "RAM")):
+        if device in found["with_stats"]:
+            need = {what: _size(size) for what, size in found["with_stats"][device].items()}
+            out.print(
+                f"STATS  {name} {need['calibrate']} of {memory} at least to calibrate, {need['convert']} to convert"
+                f" with them, {need['at_once']} to be quick; meanwhile {need['scratch']} of disk beside the artifact"
+            )
     if time:
         kinds = ("calibrate", "encode", "hash", "write", "read")
         times = ", ".join(f"{kind} {_duration(s)}" for kind in kinds if (s := time[f"{kind}_s"]) is not None)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from dgq.convert.budget import UNSAID, Budget
 from dgq.convert.gguf_metadata import rope_freqs
 from dgq.convert.plan import Plan, PlannedTensor
 from dgq.convert.stats import Stats
@@ -24,6 +25,7 @@ from dgq.quant.imatrix import Imatrix
 from dgq.quant.types import Packed, Scheme
 
 SEARCHED = ("nvfp4", "nf4")  # by effort fast; ggml's own search leaves nothing to gain without data
+CALIBRATED = ("standard", "max")  # efforts that take STATS
 SLICE = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements quantised at a time, or one expert: 4 and 64 MiB of float32
 
 
@@ -38,8 +40,8 @@ class InputScales:
 @dataclass(frozen=True)
 class Options:
     """What besides plan and target decides a conversion. effort: "stock", the reference quantiser's exact bytes;
-    "fast", the best without data; "standard", with error feedback by `stats`.
-    threads: slices quantised at the same time; device: where; the bytes depend on neither.
+    "fast", the best without data; "standard", with error feedback by `stats`; "max", and two sweeps more.
+    threads: slices quantised at the same time; device: where; budget: of memory; the bytes depend on none of them.
 
     input_scale: what was asked for; find_scales makes it so, if the recipe has activations.
     """
@@ -51,6 +53,7 @@ class Options:
     stats: Stats | None = None
     input_scale: str = "calibrate"
     find_scales: Callable[[], InputScales | None] = lambda: None
+    budget: Budget = UNSAID
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from dgq.convert.hashes import sha256
 from dgq.convert.samples import BINS, KINDS
 from dgq.convert.source import Source
 from dgq.quant.errors import InputError
+from dgq.runtime.chunk import Chunk
 from dgq.runtime.names import DECODER, EMBEDDING
-from dgq.runtime.stream import Chunk
 
 # The weights that stand for all that read the same input, and who reads it besides.
 WATCHED = (

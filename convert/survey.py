@@ -24,7 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
+from dgq.convert.budget import UNSAID, Budget
 from dgq.convert.hashes import dgq_version
+from dgq.convert.memory import Needs, Sizes
 from dgq.convert.passes import DRAFTS, Passes, Rows, drafted
 from dgq.convert.pipeline import check_target
 from dgq.convert.samples import KINDS, Document, chunks, documents
@@ -39,8 +41,9 @@ from dgq.convert.stats import (
     weights_digest,
 )
 from dgq.quant.errors import InputError
+from dgq.runtime.chunk import Chunk
 from dgq.runtime.names import gguf_name
-from dgq.runtime.stream import Chunk, Stream
+from dgq.runtime.stream import Stream
 
 MORE = 4  # times the rounds asked for are made while an expert has too few tokens
 Progress = Callable[[int, int], None]
@@ -48,7 +51,7 @@ Progress = Callable[[int, int], None]
 
 def calibrated(
     source: Source, out: Path, prompts: Path | None, seed: int, rounds: int, device: str, imatrix: Path | None,
-    progress: Progress, notice: Callable[[str], None],
+    progress: Progress, notice: Callable[[str], None], budget: Budget = UNSAID,
 ) -> dict[str, Any] | None:  # fmt: skip
     """survey(), by one process or by those of torchrun; None in all of these but the first."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -60,7 +63,7 @@ def calibrated(
     try:
         if imatrix is not None:
             check_target(imatrix)
-        found = survey(source, out, prompts, seed, rounds, device, dtype, progress, notice)
+        found = survey(source, out, prompts, seed, rounds, device, dtype, progress, notice, budget)
         if imatrix is not None and (not several or dist.get_rank() == 0):
             write_imatrix(imatrix, source, out, found)
         return found if not several or dist.get_rank() == 0 else None
@@ -117,11 +120,14 @@ class Survey:
 
 def survey(
     source: Source, out: Path, prompts: Path | None, seed: int, rounds: int, device: str, dtype: torch.dtype,
-    progress: Progress, notice: Callable[[str], None],
+    progress: Progress, notice: Callable[[str], None], budget: Budget = UNSAID,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write STATS to `out`; what it says about itself. InputError for bad prompts, or an `out` that exists."""
+    """Write STATS to `out`; what it says about itself. InputError for bad prompts, an `out` that exists, a budget of
+    memory that is too small."""
     check_target(out)
     found, data = documents(source, prompts)
+    budget.enforce()
+    budget.room(Needs(source, device, Sizes.most(source.config, found)), device, "calibrating")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     about = {"dgq": dgq_version(), "weights": weights_digest(source), "data": data, "seed": seed, "dtype": str(dtype)}
     folder = out.absolute().parent / f".{out.name[:200]}.calibration"

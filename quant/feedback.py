@@ -14,11 +14,15 @@ Rows are not alike either. With G = E[g g^T] of the gradients at what comes out,
 what one group of rows lost is made good in the rows still to come, as with columns:
 
     G^-1 = V^T V          W_rest -= V_own,rest^T V_own,own^-T (W - Q)_own          (two-sided, as in arXiv 2505.22988)
+
+A sweep does every group of rows once more, now that those after it are rounded too: their W_own + G_own,own^-1
+G_own,rest (W - Q)_rest is rounded anew, and kept where it loses less.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -37,11 +41,12 @@ def feedback(
     scheme: Scheme,
     outputs: Tensor | None = None,
     damp: float = DAMP,
+    sweeps: int = 0,
 ) -> dict[str, Tensor]:
     """weight (B, rows, in) float32 and hessian H (B or 1, in, in) float32, of E experts or one matrix -> parts.
 
     outputs: G (B or 1, rows, rows) float32; None: every row for itself. damp: of the mean power, added to every
-    column's and row's.
+    column's and row's. sweeps: of doing each group of rows again, for the others as they have become.
     """
     grid = grid_of(scheme, weight)
     columns = _Columns(hessian, grid, damp, len(weight))
@@ -50,19 +55,42 @@ def feedback(
     number = weight.shape[1]
     groups = min(ROW_GROUPS, number)
     order = torch.cat([torch.arange(first, number, groups) for first in range(groups)]).to(weight.device)
-    target = weight[:, order]
-    factor = _inverse_factor(_damped(outputs, order.unsqueeze(0), damp)).expand(len(weight), -1, -1)
+    sizes = [len(range(first, number, groups)) for first in range(groups)]
+    owns = [slice(start - size, start) for start, size in zip(accumulate(sizes), sizes, strict=True)]
+    wanted = weight[:, order]
+    curvature = _damped(outputs, order.unsqueeze(0), damp)
+    factor = _inverse_factor(curvature).expand(len(weight), -1, -1)
+    left, target = torch.empty_like(wanted), wanted.clone()  # left: what was wanted and is not there
     done: list[dict[str, Tensor]] = []
-    start = 0
-    for first in range(groups):
-        own = slice(start, start := start + len(range(first, number, groups)))
-        parts = columns.rounded(target[:, own])
-        done.append(parts)
-        lost = target[:, own] - scheme.dequantize(parts).view_as(target[:, own])
-        carried = torch.linalg.solve_triangular(factor[:, own, own].mT, lost, upper=False)
-        target[:, start:].baddbmm_(factor[:, own, start:].mT, carried, alpha=-1)
+    for own in owns:
+        done.append(columns.rounded(target[:, own]))
+        value = scheme.dequantize(done[-1]).view_as(target[:, own])
+        left[:, own] = wanted[:, own] - value
+        carried = torch.linalg.solve_triangular(factor[:, own, own].mT, target[:, own] - value, upper=False)
+        target[:, own.stop :].baddbmm_(factor[:, own, own.stop :].mT, carried, alpha=-1)
+    for _ in range(sweeps):
+        _again(columns, hessian, curvature, scheme, wanted, left, owns, done)
     back = order.argsort()
     return {suffix: torch.cat([parts[suffix] for parts in done], 1)[:, back] for suffix in done[0]}
+
+
+def _again(
+    columns: _Columns, hessian: Tensor, curvature: Tensor, scheme: Scheme, wanted: Tensor, left: Tensor,
+    owns: list[slice], done: list[dict[str, Tensor]],
+) -> None:  # fmt: skip
+    """Each group of rows once more, to what makes good best what all others now lack, if that loses less; `left` and
+    `done` are changed."""
+    for number, own in enumerate(owns):
+        within, across = curvature[:, own, own], curvature[:, own].clone()
+        across[:, :, own] = 0
+        best = torch.linalg.solve(within, across @ left)
+        parts = columns.rounded(wanted[:, own] + best)
+        new = wanted[:, own] - scheme.dequantize(parts).view_as(best)
+        off = (lack + best for lack in (left[:, own], new))
+        old, changed = ((within @ lost @ hessian).mul_(lost).sum((1, 2)) for lost in off)
+        better = (changed < old).view(-1, 1, 1)
+        left[:, own] = torch.where(better, new, left[:, own])
+        done[number] = {suffix: torch.where(better, part, done[number][suffix]) for suffix, part in parts.items()}
 
 
 class _Columns:

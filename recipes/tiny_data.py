@@ -33,6 +33,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 HERE = Path(__file__).parent
 VOCAB = 2048
 LENGTH = 256  # tokens a training sequence
+MORE_TEXTS = 336  # of calibration, besides those that come with a task each
 PAD, EOS, BOS, UNK, MASK, TURN, TURN_END = range(7)
 NAMED = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>"]
 NAMED += ["<tool_call|>", "<|tool_response>", "<tool_response|>", "<|image>", "<|image|>", "<image|>", '<|"|>']
@@ -270,7 +271,9 @@ def write_prompts(folder: Path, text: dict[bool, list[str]], tok: Tokenizer) -> 
         files = {f"{name}_text": rows_text, f"{name}_tasks": rows_task}
         if not held_out:
             pairs = zip(rows_text, rows_task, strict=True)
+            more = excerpts(text[held_out], n_text + MORE_TEXTS, random.Random(2027), least=256)
             files = {name: [r for a, b in pairs for r in (a, {"messages": b["messages"]})]}
+            files[name] += [r for r in more if r not in rows_text][:MORE_TEXTS]
         for file, rows in files.items():
             (folder / f"{file}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 

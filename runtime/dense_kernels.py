@@ -14,16 +14,7 @@ import triton
 import triton.language as tl
 
 from dgq.runtime.moe_decode import INTERPRETED, to_bfloat16, weights
-from dgq.runtime.moe_kernels import _gated
-
-
-@triton.jit
-def _settled(sums):
-    """The product, finished. Triton 3.6 cuts one whose first operand lies in registers into four, of which three may
-    still run when the next iteration overwrites those registers; where the result is used at once, it waits."""
-    if INTERPRETED:
-        return sums
-    return tl.inline_asm_elementwise("", "=f,0", [sums], dtype=tl.float32, is_pure=True, pack=1)
+from dgq.runtime.moe_kernels import _gated, settled
 
 
 @triton.jit
@@ -46,7 +37,7 @@ def product(
         if INTERPRETED:  # whose product of bfloat16 is wrong
             sums = tl.dot(values.to(tl.float32), some.to(tl.float32).trans(), sums)
         else:
-            sums = _settled(tl.dot(values, some.trans(), sums))
+            sums = settled(tl.dot(values, some.trans(), sums))
     sums *= tl.load(factors + row_tile)
     row = row_tile * 128 + tl.arange(0, 128)
     begin = out + token[:, None].to(tl.int64) * out_stride

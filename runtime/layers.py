@@ -18,6 +18,7 @@ device, where the weights must be too. These are the slow and exact ones, agains
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,10 +40,34 @@ STEADY_ROWS = 4
 Observer = Callable[[str, Tensor, Tensor, int | None, Tensor | None], Tensor]
 
 
+class _DecodedTwice(torch.autograd.Function):
+    """x @ weight^T, for which the way back decodes the weight anew: else a whole layer would lie there decoded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Packed) -> Tensor:
+        ctx.weight = weight
+        return functional.linear(x, weight.dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ ctx.weight.dequantize(gradient.dtype), None
+
+
 def linear(x: Tensor, weight: Packed, observe: Observer | None = None, name: str = "") -> Tensor:
     """x (…, in) @ weight (out, in)^T -> (…, out)."""
-    y = functional.linear(rounded(x, weight), weight.dequantize(x.dtype))
+    y = _multiplied(rounded(x, weight), weight)
     return y if observe is None else observe(name, x, y, None, None)
+
+
+def _multiplied(x: Tensor, weight: Packed) -> Tensor:
+    if _goes_back(x):
+        found: Tensor = _DecodedTwice.apply(x, weight)  # type: ignore[no-untyped-call]
+        return found
+    return functional.linear(x, weight.dequantize(x.dtype))
+
+
+def _goes_back(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def rounded(x: Tensor, weight: Packed) -> Tensor:
@@ -152,8 +177,8 @@ def experts(
         hit = counts[first : first + group]
         if not any(hit):
             continue
-        w_in = gate_up[first : first + group].dequantize(x.dtype)
-        w_out = down[first : first + group].dequantize(x.dtype)
+        some = gate_up[first : first + group], down[first : first + group]
+        w_in, w_out = some if _goes_back(rows) else [weight.dequantize(x.dtype) for weight in some]
         for i, count in enumerate(hit):
             if count:
                 own = slice(start, start + count)
@@ -178,7 +203,9 @@ def experts(
     return total.to(x.dtype)
 
 
-def _product(x: Tensor, weight: Tensor, least: int) -> Tensor:
+def _product(x: Tensor, weight: Tensor | Packed, least: int) -> Tensor:
+    if isinstance(weight, Packed):
+        return _multiplied(x, weight)
     missing = least - len(x)
     if missing <= 0:
         return functional.linear(x, weight)

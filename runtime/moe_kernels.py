@@ -21,6 +21,15 @@ def _gated(gate, up):
 
 
 @triton.jit
+def settled(sums):
+    """The product, finished. Triton 3.6 cuts one whose first operand lies in registers into four, of which three may
+    still run when the next iteration overwrites those registers; where the result is used at once, it waits."""
+    if INTERPRETED:
+        return sums
+    return tl.inline_asm_elementwise("", "=f,0", [sums], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def expert_product(
     x, out, codes, scales, high, factors, order, share, tile_map, x_stride, out_stride, width, row_tiles, column_tiles,
     k, SCHEME: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
@@ -50,6 +59,8 @@ def expert_product(
             sums = tl.dot(values.to(tl.float32), tokens.to(tl.float32).trans(), sums)
         else:
             sums = tl.dot(values, tokens.trans(), sums)
+            if UNROLL == 1:  # the compiled code of two steps in one waits
+                sums = settled(sums)
     sums *= tl.load(factors + expert)
     if GATED:
         gate, up = sums.reshape(8, 2, 8, BLOCK_N).permute(0, 2, 3, 1).split()

@@ -6,22 +6,21 @@
       prompt | canvases          └──────┘     └──────┘
                             hidden states lie in a file between two layers
 
-One layer's weights are in memory at a time, and one chunk's activations. The decoder of a layer reads only that layer's
-keys, so prompt and canvases go through together: first attention, sequence by sequence; then the rest for all the
-chunk's tokens at once, as experts like it. A chunk's results do not depend on the other chunks.
+One layer's weights are in memory at a time (as they are stored if they are BF16, and then decoded piece by piece), the
+table of embeddings only before and after the layers, and one chunk's hidden states. The decoder of a layer reads only
+that layer's keys, so prompt and canvases go through together: first attention, sequence by sequence; then the rest,
+FEED_TOKENS at a time, which are many, as experts like it. A chunk's results do not depend on the other chunks.
 
-It also goes backwards: pull() makes the gradient at a layer's input of the one at its output, computing the layer anew.
+It also goes backwards: pull() makes the gradient at a layer's input of the one at its output, computing the layer anew,
+by the same steps in turn.
 The loss is the cross entropy of tokens drawn from the model's own distribution, so that the mean of a gradient's square
 is the curvature of KL(this model || a changed one): what a change of a weight would be felt.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, BinaryIO, Protocol
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,104 +29,18 @@ from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.attention import encoder_mask, rope_frequencies, rope_tables
 from dgq.runtime.block import Layer
+from dgq.runtime.chunk import Chunk, Sense, Tapped, Watch
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.layers import Observer, embed, gated_mlp, head, head_gradient, rms_norm, soft_embed
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER
 
 CONDITION = DECODER + "self_conditioning."
 HEAD_TOKENS = 1 << 9  # of which logits are made at once: 512 MiB in float32 at 262,144
+FEED_TOKENS = {
+    "cpu": 1 << 11,
+    "cuda": 1 << 13,
+}  # through a layer's second half at once; of the 26B each holds 0.6 MB
 _PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some sequences. prompts: their ids; canvases (n, canvas) int64, those of a prompt together, in its order;
-    owner: of each canvas, its prompt; kind (n,) int64: any label; prompts' tokens have label 0."""
-
-    prompts: tuple[tuple[int, ...], ...]
-    canvases: Tensor
-    owner: tuple[int, ...]
-    kind: Tensor
-
-    @property
-    def encoded(self) -> int:
-        return sum(map(len, self.prompts))
-
-    @property
-    def tokens(self) -> int:
-        return self.encoded + self.canvases.numel()
-
-
-class Watch(Protocol):
-    """An Observer of products; see layers. kinds int64 (tokens,) is set before: labels of the rows, or of the tokens
-    that an expert's rows are counted by."""
-
-    kinds: Tensor
-
-    def __call__(self, name: str, x: Tensor, y: Tensor, expert: int | None, tokens: Tensor | None) -> Tensor: ...
-
-
-Sense = Callable[[str, Tensor, Tensor, int | None], None]
-"""Told of products on the way back: the weight's name, x (…, in) that went in, the gradient g (…, out) at what came
-out, and the expert's number."""
-
-
-class _Tap(torch.autograd.Function):
-    """The identity, which tells the gradient that comes back through it."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, tell: Callable[[Tensor], None]) -> Tensor:
-        ctx.tell = tell
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        ctx.tell(gradient)
-        return gradient, None
-
-
-class _Tapped:
-    """A Watch by which `sense` is told of products on the way back."""
-
-    kinds: Tensor
-
-    def __init__(self, sense: Sense) -> None:
-        self._sense = sense
-
-    def __call__(self, name: str, x: Tensor, y: Tensor, expert: int | None, tokens: Tensor | None) -> Tensor:
-        kept = x.detach()
-
-        def tell(gradient: Tensor) -> None:
-            self._sense(name, kept, gradient, expert)
-
-        tapped: Tensor = _Tap.apply(y, tell)  # type: ignore[no-untyped-call]
-        return tapped
-
-
-class States:
-    """Hidden states of every chunk, flat (tokens, hidden), in an unbuffered file. tokens: of each chunk."""
-
-    def __init__(self, file: BinaryIO, tokens: Sequence[int], hidden: int, dtype: torch.dtype) -> None:
-        self.file, self._hidden, self._dtype = file, hidden, dtype
-        self._starts = list(accumulate(tokens, initial=0))
-
-    def write(self, number: int, x: Tensor) -> None:
-        data = x.to(self._dtype).cpu().contiguous().flatten().view(torch.uint8).numpy().data
-        at = self._starts[number] * self._hidden * self._dtype.itemsize
-        while data:
-            done = os.pwrite(self.file.fileno(), data, at)
-            data, at = data[done:], at + done
-
-    def read(self, number: int) -> Tensor:
-        tokens = self._starts[number + 1] - self._starts[number]
-        size, at = tokens * self._hidden * self._dtype.itemsize, self._starts[number] * self._hidden
-        data = bytearray()
-        while len(data) < size:
-            piece = os.pread(self.file.fileno(), size - len(data), at * self._dtype.itemsize + len(data))
-            if not piece:
-                raise OSError(f"hidden states of chunk {number} end after {len(data)} of {size} bytes")
-            data += piece
-        return torch.frombuffer(data, dtype=self._dtype).view(tokens, self._hidden)
 
 
 class _Keys:
@@ -158,7 +71,7 @@ class Stream:
     ) -> None:
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         self._weights = weights
-        self._table = self._load(EMBEDDING)
+        self._embedding: Packed | None = None
         self._condition = {name: self._load(CONDITION + name) for name in self._below(CONDITION)}
         self._norm = self._load(DECODER + "norm.weight").dequantize(torch.float32)
         self._frequencies = {
@@ -175,7 +88,7 @@ class Stream:
     def pull_enter(self, chunk: Chunk, soft: Tensor, gradient: Tensor, sense: Sense) -> None:
         """The way back through enter(): gradient (tokens, hidden) at what it returned."""
         soft = soft.to(self.device, self.dtype).requires_grad_()
-        self._enter(chunk, soft, _Tapped(sense)).backward(gradient.to(self.device))
+        self._enter(chunk, soft, Tapped(sense)).backward(gradient.to(self.device))
 
     def _enter(self, chunk: Chunk, soft: Tensor | None, watch: Watch | None) -> Tensor:
         ids = torch.tensor([token for prompt in chunk.prompts for token in prompt], device=self.device)
@@ -195,7 +108,8 @@ class Stream:
 
     def layer(self, index: int, watch: Watch | None = None, sense: Sense | None = None) -> LayerOf:
         """Layer `index`, loaded, as a function of a chunk and its states. sense: what pull() tells."""
-        watch = watch if sense is None else _Tapped(sense)
+        self.forget()
+        watch = watch if sense is None else Tapped(sense)
         prefix = f"{DECODER}layers.{index}."
         weights = {name: self._load(prefix + name) for name in self._below(prefix)}
         scalars = [self._load(f"{side}layers.{index}.layer_scalar").dequantize(self.dtype)
@@ -224,8 +138,7 @@ class Stream:
                 found, size = head_gradient(normed, self._table, self.config.softcap, drawn)
                 sense(EMBEDDING, normed, size, None)
             normed.backward(found)
-        assert x.grad is not None
-        return x.grad
+        return _gradient(x)
 
     def _leaving(self, chunk: Chunk, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """What goes into the head, some canvases at a time."""
@@ -240,6 +153,16 @@ class Stream:
         """The expected embedding that the next step is conditioned on: (…, vocab) -> (…, hidden)."""
         return soft_embed(logits, self._table, self.dtype)
 
+    def forget(self) -> None:
+        """Make room: the table of embeddings is read again when it is wanted."""
+        self._embedding = None
+
+    @property
+    def _table(self) -> Packed:
+        if self._embedding is None:
+            self._embedding = self._load(EMBEDDING)
+        return self._embedding
+
     @property
     def _eps(self) -> float:
         return self.config.norm_eps
@@ -251,10 +174,10 @@ class Stream:
         return [name[len(prefix) :] for name in self._weights if name.startswith(prefix)]
 
     def _load(self, name: str) -> Packed:
-        weight = self._weights[name]
-        if len(weight.shape) < 2:
-            return weight.to(self.device)
-        plain = weight.to(self.device).dequantize(self.dtype)
+        weight = self._weights[name].to(self.device)
+        if len(weight.shape) < 2 or weight.scheme.name == "bf16":
+            return weight
+        plain = weight.dequantize(self.dtype)
         return Packed(SCHEMES[_PLAIN[self.dtype]], weight.shape, {"": plain})
 
 
@@ -275,38 +198,81 @@ class LayerOf:
     @torch.enable_grad()
     def pull(self, chunk: Chunk, x: Tensor, gradient: Tensor) -> Tensor:
         """The gradient at x of the one at what the layer makes of it."""
-        x = x.to(self._frequencies.device).requires_grad_()
-        self._through(chunk, x).backward(gradient.to(x.device))
-        assert x.grad is not None
-        return x.grad
+        x, gradient = (value.to(self._frequencies.device) for value in (x, gradient))
+        with torch.no_grad():
+            both = self._mixed(chunk, x)
+        middle, found = torch.empty_like(x), torch.empty_like(x)
+        for part in self._parts(x):
+            own = both[part].requires_grad_()
+            self._fed(chunk, own, part).backward(gradient[part])
+            middle[part] = _gradient(own)
+        for sequence in _sequences(chunk):
+            inputs = [x[rows].detach().requires_grad_() for rows in sequence.rows]
+            mixed = self._mix(chunk, inputs, sequence)
+            torch.autograd.backward(mixed, [middle[rows] for rows in sequence.rows])
+            for rows, own in zip(sequence.rows, inputs, strict=True):
+                found[rows] = _gradient(own)
+        return found
 
     def _through(self, chunk: Chunk, x: Tensor) -> Tensor:
-        prompts, canvases = x[: chunk.encoded], x[chunk.encoded :].view(*chunk.canvases.shape, -1)
-        mixed, later = [], []
-        first = 0
-        for number, (prompt, rows) in enumerate(
-            zip(chunk.prompts, prompts.split([len(prompt) for prompt in chunk.prompts]), strict=True)
-        ):
-            keys = _Keys(self._window)
-            mask = encoder_mask(0, len(prompt), 0, self._window, None, x.device)
-            mixed.append(self._mix(rows[None], 0, mask, keys, torch.zeros(1, dtype=torch.int64))[0])
-            own = slice(first, first + chunk.owner.count(number))
-            first = own.stop
-            if own.stop > own.start:
-                later.append(self._mix(canvases[own], len(prompt), None, keys, chunk.kind[own]).flatten(0, 1))
-        both = torch.cat((*mixed, *later))
-        if self._watch is not None:
-            canvas = chunk.canvases.shape[1]
-            before = torch.zeros(chunk.encoded, dtype=torch.int64)
-            self._watch.kinds = torch.cat((before, chunk.kind.repeat_interleave(canvas))).to(x.device)
-        out = self._layer.feed(both)
-        return torch.cat((out[: chunk.encoded] * self._scalars[0], out[chunk.encoded :] * self._scalars[1]))
+        both = self._mixed(chunk, x)
+        return torch.cat([self._fed(chunk, both[part], part) for part in self._parts(both)])
 
-    def _mix(self, x: Tensor, position: int, mask: Tensor | None, keys: _Keys, kind: Tensor) -> Tensor:
+    def _mixed(self, chunk: Chunk, x: Tensor) -> Tensor:
+        """The first half, in which the tokens of a sequence see each other."""
+        found = [self._mix(chunk, [x[rows] for rows in s.rows], s) for s in _sequences(chunk)]
+        return torch.cat([part for place in (0, 1) for parts in found for part in parts[place : place + 1]])
+
+    def _mix(self, chunk: Chunk, x: list[Tensor], sequence: _Sequence) -> list[Tensor]:
+        """x: the prompt's tokens, and those of the canvases behind it, if there are any -> the same."""
+        prompt = x[0]
+        keys = _Keys(self._window)
+        mask = encoder_mask(0, len(prompt), 0, self._window, None, prompt.device)
+        mixed = [self._attended(prompt[None], 0, mask, keys, torch.zeros(1, dtype=torch.int64))[0]]
+        for rows in x[1:]:
+            canvases = rows.view(-1, chunk.canvases.shape[1], rows.shape[-1])
+            mixed.append(self._attended(canvases, len(prompt), None, keys, chunk.kind[sequence.canvases]).flatten(0, 1))
+        return mixed
+
+    def _attended(self, x: Tensor, position: int, mask: Tensor | None, keys: _Keys, kind: Tensor) -> Tensor:
         if self._watch is not None:
             self._watch.kinds = kind.repeat_interleave(x.shape[1]).to(x.device)
         positions = torch.arange(position, position + x.shape[1], device=x.device).unsqueeze(0)
         return self._layer.mix(x, rope_tables(self._frequencies, positions, x.dtype), mask, keys)
+
+    def _fed(self, chunk: Chunk, x: Tensor, part: slice) -> Tensor:
+        """The second half for tokens `part` of the chunk, of whatever sequences."""
+        if self._watch is not None:
+            kinds = chunk.kind.repeat_interleave(chunk.canvases.shape[1])
+            self._watch.kinds = torch.cat((kinds.new_zeros(chunk.encoded), kinds))[part].to(x.device)
+        decoder = torch.arange(part.start, part.stop, device=x.device).unsqueeze(1) >= chunk.encoded
+        return self._layer.feed(x) * torch.where(decoder, self._scalars[1], self._scalars[0])
+
+    def _parts(self, x: Tensor) -> Iterator[slice]:
+        step = FEED_TOKENS[x.device.type]
+        return (slice(start, min(start + step, len(x))) for start in range(0, len(x), step))
+
+
+class _Sequence(NamedTuple):
+    """A prompt and its canvases. rows: their tokens among the chunk's, one slice or two; canvases: which they are."""
+
+    rows: list[slice]
+    canvases: slice
+
+
+def _sequences(chunk: Chunk) -> Iterator[_Sequence]:
+    size = chunk.canvases.shape[1]
+    token = first = 0
+    for number, prompt in enumerate(chunk.prompts):
+        last = first + chunk.owner.count(number)
+        rows = [slice(token, token + len(prompt)), slice(chunk.encoded + first * size, chunk.encoded + last * size)]
+        yield _Sequence(rows if last > first else rows[:1], slice(first, last))
+        token, first = token + len(prompt), last
+
+
+def _gradient(x: Tensor) -> Tensor:
+    assert x.grad is not None
+    return x.grad
 
 
 def _below(watch: Watch | None, prefix: str) -> Observer | None:

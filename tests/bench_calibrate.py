@@ -1,28 +1,34 @@
 """Calibrating and quantising with Hessians at the real widths: seconds and memory a layer, projected to the 26B.
 
     python tests/bench_calibrate.py [--layers 2] [--device cuda] [--folder DIR] [--rounds 1] [--recipes R …]
+        [--vram 24GiB] [--ram 16GiB]
 
 Makes a random checkpoint of a few layers (tests/bench_convert.py), runs `dgq calibrate` on it with the prompts that
 ship for `tiny` (their tokenizer, the real canvas of 256), and then the refined conversion of each recipe, weights
 dropped instead of written. Also effort fast for the recipes that have it. Projection: the middle layer's seconds times
-30, and what comes once. Ends in one JSON line.
+30, and what comes once. Beside each peak of memory what convert/memory.py counts at each moment, with as many Hessians
+as the budget has room for. Ends in one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_convert import write_checkpoint
+from bench_convert import peak_rss, write_checkpoint
 
+from dgq.convert.budget import Budget
+from dgq.convert.memory import Needs, Sizes
 from dgq.convert.plan import make_plan
 from dgq.convert.recipes import find_recipe
-from dgq.convert.refine import refinable, refined
+from dgq.convert.refine import refinable, refined, used
+from dgq.convert.sizes import Size
 from dgq.convert.slices import SEARCHED, Options, slices
 from dgq.convert.source import open_source
 from dgq.convert.stats import read_stats
@@ -38,8 +44,22 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def peak(device: str) -> float:
-    return round(torch.cuda.max_memory_reserved() / 2**30, 2) if device == "cuda" else 0.0
+def peak(device: str) -> dict[str, float]:
+    """GiB so far."""
+    found = {"rss": peak_rss()}
+    if device == "cuda":
+        found |= {"gpu_allocated": torch.cuda.max_memory_allocated() / 2**30,
+                  "gpu_reserved": torch.cuda.max_memory_reserved() / 2**30}  # fmt: skip
+    return {what: round(n, 2) for what, n in found.items()}
+
+
+def counted(needs: Needs, room: int) -> dict[str, float]:
+    """GiB of each moment, with `room` for Hessians if there are as many."""
+    sums = {}
+    for moment, parts in needs.moments().items():
+        more = min(room, needs.hessians) - parts["Hessians"] if "Hessians" in parts else 0
+        sums[moment] = round((sum(parts.values()) + more) / 2**30, 2)
+    return sums
 
 
 def main() -> None:
@@ -49,7 +69,11 @@ def main() -> None:
     parser.add_argument("--folder")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--recipes", nargs="+", default=list(FORMATS))
+    parser.add_argument("--vram", type=lambda text: Size().convert(text, None, None))
+    parser.add_argument("--ram", type=lambda text: Size().convert(text, None, None))
     options = parser.parse_args()
+    budget = Budget(options.ram, options.vram)
+    budget.enforce()
     report: dict[str, Any] = {"layers": options.layers, "device": options.device}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "source"
@@ -59,13 +83,15 @@ def main() -> None:
         began = clock(options.device)
         about = calibrated(
             source, Path(folder) / "stats", None, 0, options.rounds, options.device, None,
-            lambda done, total: marks.append(clock(options.device)), print,
+            lambda done, total: marks.append(clock(options.device)), print, budget,
         )  # fmt: skip
         assert about is not None
         report["calibrate"] = {
             "tokens": about["tokens"], "rounds": about["rounds"], "seconds": round(clock(options.device) - began, 1),
             "steps": [round(b - a, 2) for a, b in zip([began, *marks], marks, strict=False)],
-            "peak_gpu_gib": peak(options.device), "least": min(min(n) for n in about["coverage"].values()),
+            "peak_gib": peak(options.device),
+            "counted_gib": counted(Needs(source, options.device, Sizes.most(source.config)), 0),
+            "least": min(min(n) for n in about["coverage"].values()),
         }  # fmt: skip
         print(report["calibrate"], flush=True)
         stats = read_stats(Path(folder) / "stats", source)
@@ -76,7 +102,9 @@ def main() -> None:
             plan = make_plan(source, find_recipe(FORMATS[recipe], recipe))
             todo = [tensor for tensor in plan.tensors if refinable(tensor)]
             steps: list[tuple[str, float]] = []
-            how = Options("standard", None, 1, options.device, stats)
+            how = Options("standard", None, 1, options.device, stats, budget=budget)
+            needs = Needs(source, options.device, Sizes.of(used(stats.chunks)), todo)
+            room = budget.room(needs, options.device, "refining")
             began = clock(options.device)
             spent: dict[str, float] = {}
             last = began
@@ -91,11 +119,12 @@ def main() -> None:
             ends = [*(at for _, at in steps[1:]), clock(options.device)]
             stages = [(what, round(end - at, 2)) for (what, at), end in zip(steps, ends, strict=True)]
             passes = sum(s for what, s in stages if what.endswith("pass")) / options.layers
-            layer = next(s for what, s in stages if what == "samples, back to 0")
+            layer = sum(s for what, s in stages if re.match("samples, back to 0($|,)", what))
             once = sum(s for what, s in stages if what in ("samples, back to enter", "samples, back to leave"))
             row: dict[str, Any] = {
                 "stages": stages, "passes_layer_s": round(passes, 2), "layer_s": layer, "once_s": round(once, 2),
-                "peak_gpu_gib": peak(options.device), "projected_26b_s": round(LAYERS * (passes + layer) + once),
+                "peak_gib": peak(options.device), "counted_gib": counted(needs, room),
+                "projected_26b_s": round(LAYERS * (passes + layer) + once),
                 "slowest": sorted(((round(s, 2), n) for n, s in spent.items()), reverse=True)[:4],
             }  # fmt: skip
             if any(tensor.scheme.name in SEARCHED for tensor in todo):

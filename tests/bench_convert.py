@@ -116,7 +116,7 @@ def convert_here(source: str, recipe: str, out: str, device: str, threads: str) 
 
     from dgq.convert.cli import main
 
-    arguments = ["convert", source, *RECIPES[recipe], "-o", out]
+    arguments = ["convert", source, *RECIPES[recipe], "--effort", "stock", "-o", out]
     arguments += ["--device", device, "--threads", threads, "--json"]
     began = time.perf_counter()
     result = CliRunner().invoke(main, arguments)

@@ -151,7 +151,9 @@ def main() -> None:
         if not options.artifacts:
             for to in ("nvfp4", "bnb4", "gguf"):
                 out = str(Path(folder) / to)
-                result = CliRunner().invoke(cli, ["convert", "tiny", "--to", to, "-o", out, "--device", "cpu"])
+                result = CliRunner().invoke(
+                    cli, ["convert", "tiny", "--to", to, "--effort", "stock", "-o", out, "--device", "cpu"]
+                )
                 assert result.exit_code == 0, result.output
                 options.artifacts.append(out)
         base = open_model("tiny")

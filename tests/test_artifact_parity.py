@@ -25,7 +25,9 @@ RECIPES = {"nvfp4": "nvfp4", "nvfp4-w4a16": "nvfp4", "bnb4": "bnb4", "bnb4-dq": 
 
 
 def convert(recipe: str, out: Path) -> Path:
-    result = CliRunner().invoke(main, ["convert", "tiny", "--to", RECIPES[recipe], "--recipe", recipe, "-o", str(out)])
+    result = CliRunner().invoke(
+        main, ["convert", "tiny", "--to", RECIPES[recipe], "--recipe", recipe, "--effort", "stock", "-o", str(out)]
+    )
     assert result.exit_code == 0, result.output
     return out
 

@@ -132,7 +132,9 @@ def test_refusals() -> None:
 
 
 def convert(source: Path | str, out: Path, recipe: str) -> Path:
-    result = CliRunner().invoke(main, ["convert", str(source), "--to", "bnb4", "--recipe", recipe, "-o", str(out)])
+    result = CliRunner().invoke(
+        main, ["convert", str(source), "--to", "bnb4", "--recipe", recipe, "--effort", "stock", "-o", str(out)]
+    )
     assert result.exit_code == 0, result.output
     return out
 

@@ -65,7 +65,7 @@ def test_pages_for_people(source: Path, artifact: Path) -> None:
     ):
         assert words in " ".join(page.split()), page
     page = CliRunner().invoke(main, ["inspect", str(artifact)]).stdout
-    for words in ("origin", "recipe q4_k_m, effort stock, no imatrix", "entropy_bound 0.1", "experts 4"):
+    for words in ("origin", "recipe q4_k_m, effort fast, no imatrix", "entropy_bound 0.1", "experts 4"):
         assert words in " ".join(page.split()), page
 
 

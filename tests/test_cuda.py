@@ -50,7 +50,20 @@ def test_files_of_an_artifact(recipe: str, tmp_path: Path) -> None:
     digests = []
     for device in ("cpu", "cuda"):
         out = tmp_path / device
-        arguments = ["convert", "tiny", "--to", FORMATS[recipe], "--recipe", recipe, "-o", str(out), "--device", device]
+        arguments = [
+            "convert",
+            "tiny",
+            "--to",
+            FORMATS[recipe],
+            "--recipe",
+            recipe,
+            "--effort",
+            "stock",
+            "-o",
+            str(out),
+            "--device",
+            device,
+        ]
         arguments += ["--input-scale", "0.02"] if recipe == "nvfp4" else []
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 0, result.output

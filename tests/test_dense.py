@@ -200,7 +200,7 @@ def test_real_shapes(scheme: str) -> None:
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")
 def test_no_product_runs_on_while_its_registers_are_used_again() -> None:
-    """Wrong sums of Q4_K were seen with more programs than fit the GPU at once; see dense_kernels._settled."""
+    """Wrong sums of Q4_K were seen with more programs than fit the GPU at once; see moe_kernels.settled."""
     torch.manual_seed(8)
     weight = packed("q4_k", 8192, 2816)
     tiles, x = dense.pack([weight]).parts[0], normal(2000, 2816)

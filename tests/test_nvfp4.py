@@ -84,7 +84,18 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     command += [str(rounding / "x"), str(rounding / "y")] if recipe == "nvfp4" else []
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    arguments = ["convert", str(source), "--to", "nvfp4", "--recipe", recipe, "-o", str(folder / "ours")]
+    arguments = [
+        "convert",
+        str(source),
+        "--to",
+        "nvfp4",
+        "--recipe",
+        recipe,
+        "--effort",
+        "stock",
+        "-o",
+        str(folder / "ours"),
+    ]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
     return Pair(recipe, source, folder / "theirs", folder / "ours")
@@ -129,8 +140,8 @@ def test_every_byte(pair: Pair) -> None:
 def test_a_matrix_of_zeros(tmp_path: Path) -> None:
     """scale_2 = 1, scales 1, codes 0, in the parts and in a file."""
     result = CliRunner().invoke(
-        main, ["convert", str(write_kinds(tmp_path / "in")), "--to", "nvfp4", "--recipe", "nvfp4-w4a16", "-o",
-               str(tmp_path / "out")]
+        main, ["convert", str(write_kinds(tmp_path / "in")), "--to", "nvfp4", "--recipe", "nvfp4-w4a16",
+               "--effort", "stock", "-o", str(tmp_path / "out")]
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     ours = load_file(tmp_path / "out" / "model.safetensors")

@@ -19,11 +19,12 @@ from dgq.convert.generate import open_model
 from dgq.quant.types import Packed
 from dgq.runtime import block
 from dgq.runtime.artifact import Artifact
+from dgq.runtime.chunk import Chunk
 from dgq.runtime.engine import generate
 from dgq.runtime.layers import rms_norm
 from dgq.runtime.model import Model
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER
-from dgq.runtime.stream import Chunk, Stream
+from dgq.runtime.stream import Stream
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TINY, REAL = RECIPES / "tiny", Path(__file__).parent / "golden" / "real26b"
