@@ -62,6 +62,9 @@ def test_rows_make_good_what_rows_lost(name: str) -> None:
     assert {k: (v.shape, v.dtype) for k, v in one.items()} == {k: (v.shape, v.dtype) for k, v in two.items()}
     losses = [_felt(scheme, parts, weight, hessian, outputs) for parts in (one, two)]
     assert losses[1] < 0.6 * losses[0], losses
+    swept = feedback(weight, hessian, scheme, outputs, sweeps=1)
+    assert {k: (v.shape, v.dtype) for k, v in two.items()} == {k: (v.shape, v.dtype) for k, v in swept.items()}
+    assert _felt(scheme, swept, weight, hessian, outputs) < 0.995 * losses[1], "a sweep takes off half a per cent"
     lone = feedback(weight[:1, :3], hessian[:1], scheme, outputs[:1, :3, :3])  # a row a group, one block a row
     assert lone[""].shape == two[""][:1, :3].shape
     eye = torch.eye(37).expand_as(outputs)

@@ -183,18 +183,21 @@ def test_artifacts_are_of_the_same_shape_and_lose_less(recipe: str, micro: Path,
         ("stock", ("--effort", "stock", *scale)),
         ("fast", ("--effort", "fast", *scale)),
         ("standard", ("--stats", stats)),
+        ("max", ("--effort", "max", "--stats", stats)),
     ):
         result = dgq(*common, "-o", tmp_path / name, *more)
         assert result.exit_code == 0, result.output
         assert dgq("verify", tmp_path / name).exit_code == 0
         assert dgq("run", tmp_path / name, "hi", "--max-new-tokens", 1, "--steps", 1, "--device", "cpu").exit_code == 0
-    plain, _, fine = sorted(tmp_path.iterdir(), key=lambda p: ("stock", "fast", "standard").index(p.name))
-    if to == "gguf":
-        sizes = [next(path.glob("*.gguf")).stat().st_size for path in (plain, fine)]
-        assert sizes[0] == sizes[1]
-    else:
-        specs = [{n: (s.shape, s.dtype) for n, s in HFDir(path).specs.items()} for path in (plain, fine)]
-        assert specs[0] == specs[1]
+    plain, *others = (tmp_path / name for name in ("stock", "fast", "standard", "max"))
+    fine = tmp_path / "standard"
+    for path in others:
+        if to == "gguf":
+            sizes = [next(each.glob("*.gguf")).stat().st_size for each in (plain, path)]
+            assert sizes[0] == sizes[1]
+        else:
+            specs = [{n: (s.shape, s.dtype) for n, s in HFDir(each).specs.items()} for each in (plain, path)]
+            assert specs[0] == specs[1]
     document = json.loads((fine / "dgq.json").read_text())
     assert document["effort"] == "standard" and document["calibration"]["data"]["name"] == "prompts.jsonl"
     source = open_source(str(micro))
