@@ -97,7 +97,7 @@ def generate(
     blocks = -(-wanted // model.config.canvas)
     capacity = max(map(len, prompt_ids)) + blocks * model.config.canvas
     if random.independent:
-        cache = _stack(model, prompt_ids, capacity)
+        cache = encode_each(model, prompt_ids, capacity)
     else:
         cache = _prefill(model, prompt_ids, generation.pad_id, capacity)
 
@@ -180,7 +180,7 @@ def _random(model: Model, count: int, rng: Rng, seed: int | None, rows: Sequence
     return CounterRandom(seed, numbers, length, vocab, model.device)
 
 
-def _stack(model: Model, prompts: Sequence[Sequence[int]], capacity: int) -> Cache:
+def encode_each(model: Model, prompts: Sequence[Sequence[int]], capacity: int) -> Cache:
     """Every prompt encoded alone, then put into one batch: nothing about a row depends on the others."""
     cache = model.new_cache(len(prompts), capacity)
     cache.stack([_prefill(model, [prompt], 0, len(prompt)) for prompt in prompts])

@@ -11,7 +11,8 @@ The weights are any mapping canonical name -> Packed, so a BF16 checkpoint, a .g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from copy import copy
 from importlib.util import find_spec
 from typing import NoReturn
 
@@ -68,11 +69,27 @@ class Model:
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         kernels = self.device.type == "cuda" and self.dtype == torch.bfloat16 and not activations and observe is None
+        if kernels and find_spec("triton") is None:
+            raise InputError("bfloat16 on a GPU needs Triton: pip install triton, or use --dtype fp32")
+        self._kernels, self._activations, self._observe = kernels, activations, observe
         self._tiles: dict[str, Tiles] = {}
-        self.weights = self._load(weights, keep_decoded, activations, kernels)
-        layers = range(len(config.layers))
+        self.weights: dict[str, Packed] = {}
+        self._keeps_decoded = False
+        self._take(weights, expected, expected)
+        if activations and not any("input_scale" in weight.parts for weight in self.weights.values()):
+            raise InputError(f"{self._source}: holds no input scales, which --activations {activations} needs (W4A4)")
+        elements = sum(weight.numel for weight in self.weights.values())
+        if elements * self.dtype.itemsize <= keep_decoded:
+            self._keeps_decoded = True
+            self.weights = {name: self._decoded(weight) for name, weight in self.weights.items()}
+        self._build()
+
+    def _build(self) -> None:
+        """Everything that is made of the weights."""
+        config, layers = self.config, range(len(self.config.layers))
         self.layers = [
-            Layer(config, i, self._below(f"{DECODER}layers.{i}."), self.dtype, observe, self._routed(i)) for i in layers
+            Layer(config, i, self._below(f"{DECODER}layers.{i}."), self.dtype, self._observe, self._routed(i))
+            for i in layers
         ]
         self._decoder_scalars = [self._vector(f"{DECODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
         self._encoder_scalars = [self._vector(f"{ENCODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
@@ -120,6 +137,11 @@ class Model:
 
         self_conditioning_logits (rows, canvas, vocab), any float dtype: the previous step's, None on the first.
         """
+        return self.logits(self.hidden(canvas, cache, self_conditioning_logits))
+
+    @torch.inference_mode()
+    def hidden(self, canvas: Tensor, cache: Cache, self_conditioning_logits: Tensor | None = None) -> Tensor:
+        """What decode() hands to the head: (rows, canvas, hidden) in the model's dtype, normed."""
         new = canvas.shape[1]
         masks = {
             layer.is_sliding: decoder_mask(cache.length, new, cache.held(i), cache.real)
@@ -127,7 +149,20 @@ class Model:
         }
         x = self._conditioned(embed(canvas, self.table, self.dtype), self_conditioning_logits)
         x = self._run(x, cache.positions(new), masks, cache, self._decoder_scalars)
-        return head(rms_norm(x, self._final_norm, self.config.norm_eps), self.table, self.config.softcap)
+        return rms_norm(x, self._final_norm, self.config.norm_eps)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(…, hidden) -> (…, vocab) float32."""
+        return head(hidden, self.table, self.config.softcap)
+
+    def replaced(self, weights: Mapping[str, Packed]) -> Model:
+        """This model with these weights in the place of its own; it shares all others with this one, which stays."""
+        other = copy(self)
+        other.weights, other._tiles = dict(self.weights), dict(self._tiles)
+        other._take(weights, expected_tensors(self.config), weights)
+        other._build()
+        return other
 
     def refuse_weights(self) -> NoReturn:
         """After logits that are not a number: InputError naming the first weight that holds such a value."""
@@ -158,32 +193,22 @@ class Model:
         """A sliding and a full layer: all of a kind share one mask."""
         return list({layer.is_sliding: (i, layer) for i, layer in enumerate(self.config.layers)}.values())
 
-    def _load(
-        self, weights: Mapping[str, Packed], keep_decoded: int, activations: str | None, kernels: bool
-    ) -> dict[str, Packed]:
-        """All weights but the experts that go to self._tiles, for the kernels."""
-        if kernels and find_spec("triton") is None:
-            raise InputError("bfloat16 on a GPU needs Triton: pip install triton, or use --dtype fp32")
-        shapes = expected_tensors(self.config)
-        loaded: dict[str, Packed] = {}
-        for name, shape in shapes.items():
+    def _take(self, weights: Mapping[str, Packed], shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> None:
+        """Move weights to the device: the experts to self._tiles if they are for the kernels, all others to
+        self.weights."""
+        for name in names:
             weight = weights[name]
-            check_tensors({name: weight.shape}, {name: shape}, self._source)
-            kept = {k: v for k, v in weight.parts.items() if k != "input_scale" or activations}
+            check_tensors({name: weight.shape}, {name: shapes[name]}, self._source)
+            kept = {k: v for k, v in weight.parts.items() if k != "input_scale" or self._activations}
             moved = Packed(weight.scheme, weight.shape, kept).to(self.device)
-            if kernels and ".experts." in name:
+            if self._kernels and ".experts." in name:
                 self._tiles[name] = tile(moved, name.endswith("gate_up_proj"), f"{self._source}: {name}")
             else:
-                loaded[name] = moved
-        if activations and not any("input_scale" in weight.parts for weight in loaded.values()):
-            raise InputError(f"{self._source}: holds no input scales, which --activations {activations} needs (W4A4)")
-        elements = sum(weight.numel for weight in loaded.values())
-        if elements * self.dtype.itemsize > keep_decoded:
-            return loaded
-        # vectors keep their precision: norms are computed in float32 whatever the dtype
-        return {name: self._decoded(w) if len(w.shape) > 1 else w for name, w in loaded.items()}
+                self.weights[name] = self._decoded(moved) if self._keeps_decoded else moved
 
     def _decoded(self, weight: Packed) -> Packed:
+        if len(weight.shape) < 2:  # vectors keep their precision: norms are computed in float32 whatever the dtype
+            return weight
         scale = {k: v for k, v in weight.parts.items() if k == "input_scale"}
         return Packed(SCHEMES[_PLAIN[self.dtype]], weight.shape, {"": weight.dequantize(self.dtype)} | scale)
 
