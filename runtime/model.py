@@ -107,6 +107,11 @@ class Model:
         """The embedding, (vocab, hidden): also the head."""
         return self.weights[EMBEDDING]
 
+    @property
+    def nbytes(self) -> int:
+        """Of the weights in memory."""
+        return sum(weight.nbytes for weight in (*self.weights.values(), *self._tiles.values()))
+
     def new_cache(self, rows: int, capacity: int = 0) -> Cache:
         """An empty cache for a batch of `rows`; capacity: tokens to make room for at once, the canvas included."""
         return Cache(self.config, rows, self.device, self.dtype, capacity)

@@ -254,8 +254,9 @@ class Stream:
         weight = self._weights[name]
         if len(weight.shape) < 2:
             return weight.to(self.device)
-        plain = weight.to(self.device).dequantize(self.dtype)
-        return Packed(SCHEMES[_PLAIN[self.dtype]], weight.shape, {"": plain})
+        moved = weight.to(self.device)
+        scale = {part: value for part, value in moved.parts.items() if part == "input_scale"}
+        return Packed(SCHEMES[_PLAIN[self.dtype]], weight.shape, {"": moved.dequantize(self.dtype)} | scale)
 
 
 class LayerOf:
@@ -264,7 +265,7 @@ class LayerOf:
     def __init__(
         self, layer: Layer, scalars: list[Tensor], config: ModelConfig, frequencies: Tensor, watch: Watch | None
     ) -> None:
-        self._layer, self._scalars, self._watch, self._frequencies = layer, scalars, watch, frequencies
+        self.layer, self._scalars, self._watch, self._frequencies = layer, scalars, watch, frequencies
         self._window = config.window if layer.shape.is_sliding else None
 
     @torch.inference_mode()
@@ -280,7 +281,8 @@ class LayerOf:
         assert x.grad is not None
         return x.grad
 
-    def _through(self, chunk: Chunk, x: Tensor) -> Tensor:
+    def mixed(self, chunk: Chunk, x: Tensor) -> Tensor:
+        """After the first half of the layer, where tokens see each other: x (tokens, hidden) -> the same."""
         prompts, canvases = x[: chunk.encoded], x[chunk.encoded :].view(*chunk.canvases.shape, -1)
         mixed, later = [], []
         first = 0
@@ -294,19 +296,22 @@ class LayerOf:
             first = own.stop
             if own.stop > own.start:
                 later.append(self._mix(canvases[own], len(prompt), None, keys, chunk.kind[own]).flatten(0, 1))
-        both = torch.cat((*mixed, *later))
+        return torch.cat((*mixed, *later))
+
+    def _through(self, chunk: Chunk, x: Tensor) -> Tensor:
+        both = self.mixed(chunk, x)
         if self._watch is not None:
             canvas = chunk.canvases.shape[1]
             before = torch.zeros(chunk.encoded, dtype=torch.int64)
             self._watch.kinds = torch.cat((before, chunk.kind.repeat_interleave(canvas))).to(x.device)
-        out = self._layer.feed(both)
+        out = self.layer.feed(both)
         return torch.cat((out[: chunk.encoded] * self._scalars[0], out[chunk.encoded :] * self._scalars[1]))
 
     def _mix(self, x: Tensor, position: int, mask: Tensor | None, keys: _Keys, kind: Tensor) -> Tensor:
         if self._watch is not None:
             self._watch.kinds = kind.repeat_interleave(x.shape[1]).to(x.device)
         positions = torch.arange(position, position + x.shape[1], device=x.device).unsqueeze(0)
-        return self._layer.mix(x, rope_tables(self._frequencies, positions, x.dtype), mask, keys)
+        return self.layer.mix(x, rope_tables(self._frequencies, positions, x.dtype), mask, keys)
 
 
 def _below(watch: Watch | None, prefix: str) -> Observer | None:
