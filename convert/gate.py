@@ -129,7 +129,7 @@ Line = tuple[str, bool | None, str]
 
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Key, the source's value, the artifact's: what is not the same (floats to float32's precision)."""
-    for key in ours | theirs:
+    for key in {**ours, **theirs}:
         a, b = ours.get(key), theirs.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             yield from differences(a, b, f"{prefix}{key}.")

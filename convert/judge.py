@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -212,13 +212,15 @@ class Judge:
         for number, part in enumerate(found):
             with_part = _With(self._lazy, part, self.source)
             results = self.work.each(
-                f"{self.name}-part-{number}", len(several),
-                lambda unit, model=with_part: self._measured(model.model, unit, levels),
-            )  # fmt: skip
+                f"{self.name}-part-{number}", len(several), partial(self._with_part, with_part, levels)
+            )
             put_back[part.name] = _kl(scores.joined(results, len(several)))
         count = sum(len(self.reference.batches[unit]) for unit in several)
         base = _kl(self._measures[list(levels)][:, :, :, :count])
         return scores.sensitivity(base, put_back, found)
+
+    def _with_part(self, with_part: _With, levels: Sequence[int], unit: int) -> Found:
+        return self._measured(with_part.model, unit, levels)
 
 
 class _With:

@@ -121,8 +121,8 @@ def layer_errors(
     source: Artifact, other: Artifact, chunk: Chunk, device: str, dtype: torch.dtype, activations: str | None
 ) -> Found:
     """Sums over a chunk's tokens, float64: "wrong" and "whole" (layers, parts), squares; "overlap" (layers, 3): chosen
-    experts in common, on the reference's residual and each on its own, and in all; "chosen" (2, layers, experts): tokens of each expert, the reference's and the other's.
-    """
+    experts in common, on the reference's residual and each on its own, and in all; "chosen" (2, layers, experts):
+    tokens of each expert, the reference's and the other's, on their own residuals."""
     ours = Stream(source.config, source.weights, device, dtype)
     weights = other.weights if activations else Unscaled(other.weights)
     theirs = Stream(other.config, weights, device, dtype)

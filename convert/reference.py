@@ -72,7 +72,7 @@ class Reference:
 def read_reference(file: Path) -> Reference:
     """Open what save() wrote. InputError if it is none, or damaged."""
     try:
-        opened = safe_open(file, "pt")
+        opened: Any = safe_open(file, "pt")
         about = json.loads((opened.metadata() or {})["dgq"])
         if about.pop("kind") != KIND:
             raise ValueError("of another version of dgq")

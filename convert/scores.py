@@ -101,7 +101,7 @@ def _beside(
     return {
         "steps_ratio": interval(steps.nanmean(-1), base.nanmean(-1)),
         "early_drop": interval(_early(base, limit) - _early(steps, limit)),
-        "agreement": interval(agreement(*first, generation.pad_id).double()),
+        "agreement": interval(agreement(first[0], first[1], generation.pad_id).double()),
         "same_canvases": interval((first[0] == first[1]).all(-1).double()),
     }
 

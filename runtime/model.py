@@ -110,7 +110,8 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Of the weights in memory."""
-        return sum(weight.nbytes for weight in (*self.weights.values(), *self._tiles.values()))
+        packed, tiles = self.weights.values(), self._tiles.values()
+        return sum(weight.nbytes for weight in packed) + sum(weight.nbytes for weight in tiles)
 
     def new_cache(self, rows: int, capacity: int = 0) -> Cache:
         """An empty cache for a batch of `rows`; capacity: tokens to make room for at once, the canvas included."""
