@@ -72,7 +72,8 @@ def weights(gate: Gate, found: Json) -> Iterator[Line]:
         yield f"weights.error <= {limit.error:g}", worst["error"] <= limit.error, said
     if limit.expert_error is not None:
         worst = max(rows, key=lambda row: _nan_high(row["worst_error"]))
-        said = f"{worst['tensor']} ({worst['scheme']}), expert {worst['worst_expert']}: {worst['worst_error']:.3g}"
+        expert = "" if worst["worst_expert"] is None else f", expert {worst['worst_expert']}"
+        said = f"{worst['tensor']} ({worst['scheme']}){expert}: {worst['worst_error']:.3g}"
         yield f"weights.expert_error <= {limit.expert_error:g}", worst["worst_error"] <= limit.expert_error, said
     if limit.gain is not None:
         low, high = limit.gain

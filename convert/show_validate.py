@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dgq.convert.show import GB, err, out
+from dgq.convert.show import err, out
 
 
 def validated(report: dict[str, Any], path: Path | None, reference: Path | None) -> None:
@@ -19,17 +19,17 @@ def validated(report: dict[str, Any], path: Path | None, reference: Path | None)
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("artifact")
-    for heading in ("GB", "KL", "95 %", "top-1", "steps", "score", "tokens/s", "gate"):
+    for heading in ("MB", "KL, nats", "top-1", "steps", "score", "tokens/s", "gate"):
         table.add_column(heading, justify="right")
     base = report["reference"]["free"]
-    table.add_row(f"{report['reference']['name']} (BF16)", f"{report['reference']['bytes'] / GB:.3g}", "0", "", "1",
+    table.add_row(f"{report['reference']['name']} (BF16)", f"{report['reference']['bytes'] / 1e6:,.1f}", "0", "",
                   f"{base['steps'][0]:.2f}", _score(base), f"{base['tokens_per_second']:.0f}", "")  # fmt: skip
     for one in sorted(found, key=lambda one: one["fixed"]["mean"]["kl"][0]):
         mean, free = one["fixed"]["mean"], one["free"]
         broken = sum(line["ok"] is False for line in one["gate"])
         table.add_row(
             one["name"] + (f" ({one['activations']} activations)" if one["activations"] else ""),
-            f"{one['bytes'] / GB:.3g}", f"{mean['kl'][0]:.5f}", f"{mean['kl'][1]:.5f} to {mean['kl'][2]:.5f}",
+            f"{one['bytes'] / 1e6:,.1f}", f"{mean['kl'][0]:.5f} ±{(mean['kl'][2] - mean['kl'][1]) / 2:.5f}",
             f"{mean['top1'][0]:.2%}", f"{free['steps'][0]:.2f}", _score(free), f"{free['tokens_per_second']:.0f}",
             "good" if one["ok"] else f"{broken} broken",
         )  # fmt: skip
