@@ -48,9 +48,11 @@ class Weights(_Section):
 
 
 class Layers(_Section):
-    """error: relative, of one part of a layer on the reference's activations; router_overlap: at least."""
+    """error: relative, of one part of a layer on the reference's activations; plain_error: the same of a part without
+    a quantised weight; router_overlap: at least."""
 
     error: float | None = None
+    plain_error: float | None = None
     router_overlap: float | None = None
 
 

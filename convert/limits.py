@@ -10,6 +10,9 @@ from typing import Any
 from dgq.convert.gate import Gate, Json, Line, differences
 from dgq.quant.schemes import SCHEMES
 
+INSIDE = {".self_attn.": "attention", ".mlp.": "dense MLP", ".experts.": "experts"}  # a layer's tensors -> its part
+CONDITIONED = 3  # times the KL without self-conditioning: then it is to blame
+
 
 def structure(gate: Gate, found: Json) -> Iterator[Line]:
     limit = gate.structure
@@ -87,25 +90,42 @@ def weights(gate: Gate, found: Json) -> Iterator[Line]:
 
 def layers(gate: Gate, found: Json) -> Iterator[Line]:
     limit, rows = gate.layers, found.get("layers")
-    for key in ("error", "router_overlap"):
-        value = getattr(limit, key)
-        if value is not None and rows is None:
-            yield f"layers.{key}", None, "not checked: no BF16 weights at hand"
     if rows is None:
+        wanted = [key for key in ("error", "plain_error", "router_overlap") if getattr(limit, key) is not None]
+        yield from ((f"layers.{key}", None, "not checked: no BF16 weights at hand") for key in wanted)
         return
     if limit.error is not None:
-        parts = ("attention", "dense MLP", "experts")
-        worst, part = max(((row, part) for row in rows for part in parts), key=lambda one: _nan_high(one[0][one[1]]))
-        said = f"layer {worst['layer']}, {part}: output is off by {worst[part]:.3g}"
-        yield f"layers.error <= {limit.error:g}", worst[part] <= limit.error, said
+        row, part = _worst_part(rows)
+        said = f"layer {row['layer']}, {part}: output is off by {row[part]:.3g}"
+        yield f"layers.error <= {limit.error:g}", row[part] <= limit.error, said
+    if limit.plain_error is not None:
+        yield _plain_parts(limit.plain_error, found, rows)
     if limit.router_overlap is not None:
-        worst = min(rows, key=lambda row: row["router_overlap"])
-        said = f"layer {worst['layer']}, router: {worst['router_overlap']:.2%} of the chosen experts are the source's"
-        yield (
-            f"layers.router_overlap >= {limit.router_overlap:g}",
-            worst["router_overlap"] >= limit.router_overlap,
-            said,
-        )
+        row = min(rows, key=lambda row: row["router_overlap"])
+        said = f"layer {row['layer']}, router: {row['router_overlap']:.2%} of the chosen experts are the source's"
+        yield f"layers.router_overlap >= {limit.router_overlap:g}", row["router_overlap"] >= limit.router_overlap, said
+
+
+def _plain_parts(limit: float, found: Json, rows: list[Json]) -> Line:
+    """A part whose weights are the source's has the source's output, unless it is computed otherwise."""
+    key = f"layers.plain_error <= {limit:g}"
+    quantised = {
+        (int(name.split(".layers.")[1].split(".")[0]), part)
+        for name, scheme in found["schemes"].items()
+        for inside, part in INSIDE.items()
+        if inside in name and SCHEMES[scheme].bits < 16
+    }
+    plain = [(row, part) for row in rows for part in INSIDE.values() if (row["layer"], part) not in quantised]
+    wrong = [(row, part) for row, part in plain if not row[part] <= limit]
+    if not wrong:
+        return key, True, f"{len(plain)} parts without quantised weights" if plain else "every part is quantised"
+    row, part = wrong[0]
+    said = f"layer {row['layer']}, {part}: no weight is quantised, but the output is off by {row[part]:.3g}"
+    return key, False, said + (f" ({len(wrong)} such)" if len(wrong) > 1 else "")
+
+
+def _worst_part(rows: list[Json]) -> tuple[Json, str]:
+    return max(((row, part) for row in rows for part in INSIDE.values()), key=lambda one: _nan_high(one[0][one[1]]))
 
 
 def fixed(gate: Gate, found: Json) -> Iterator[Line]:
@@ -134,12 +154,12 @@ def fixed(gate: Gate, found: Json) -> Iterator[Line]:
 
 def _where(found: Json) -> str:
     """The layer and part that loses most, for who reads that KL is too high."""
+    plain, given = (found["fixed"]["by_condition"][name]["kl"][0] for name in ("plain", "conditioned"))
+    if given > CONDITIONED * plain:
+        return " (most is lost in self-conditioning)"
     if not found.get("layers"):
         return ""
-    parts = ("attention", "dense MLP", "experts")
-    row, part = max(
-        ((row, part) for row in found["layers"] for part in parts), key=lambda one: _nan_high(one[0][one[1]])
-    )
+    row, part = _worst_part(found["layers"])
     return f" (most is lost in layer {row['layer']}, {part})"
 
 
