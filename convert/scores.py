@@ -72,7 +72,7 @@ def free(
         "steps": interval(steps.nanmean(-1)),
         "histogram": {str(k): n for k, n in sorted(Counter(int(x) for x in flat[~flat.isnan()].tolist()).items())},
         "steps_limit": limit,
-        "early": interval(_early(steps, limit)),
+        "early": share(_early(steps, limit)),
         "tokens_per_step": interval(lengths, steps.nansum(-1)),
         "tokens": int(lengths.sum()),
         "seconds": float(ran["seconds"].sum()),
@@ -81,14 +81,14 @@ def free(
     }
     asked = [i for i, row in enumerate(rows) if questions[row].answer is not None]
     right = torch.tensor([float(questions[rows[i]].right(texts[i])) for i in asked], dtype=torch.float64)
-    found["score"] = interval(right) if asked else None
+    found["score"] = share(right) if asked else None
     found["by_task"] = _by_task([questions[rows[i]].group for i in asked], right)
     if beside is not None:
         found |= _beside(ran, beside, steps, generation, limit)
         if asked:
             theirs = tokens_of(beside["canvases"], generation)
             base = [float(questions[rows[i]].right(tokenizer.decode(theirs[i]))) for i in asked]
-            found["score_drop"] = interval(torch.tensor(base, dtype=torch.float64) - right)
+            found["score_drop"] = share(torch.tensor(base, dtype=torch.float64) - right, -1.0)
     return found
 
 
@@ -100,10 +100,20 @@ def _beside(
     first = [side["canvases"][:, :canvas] for side in (ran, beside)]
     return {
         "steps_ratio": interval(steps.nanmean(-1), base.nanmean(-1)),
-        "early_drop": interval(_early(base, limit) - _early(steps, limit)),
-        "agreement": interval(agreement(first[0], first[1], generation.pad_id).double()),
-        "same_canvases": interval((first[0] == first[1]).all(-1).double()),
+        "early_drop": share(_early(base, limit) - _early(steps, limit), -1.0),
+        "agreement": share(agreement(first[0], first[1], generation.pad_id).double()),
+        "same_canvases": share((first[0] == first[1]).all(-1).double()),
     }
+
+
+def share(each: Tensor, least: float = 0.0) -> list[float]:
+    """interval() of what lies between `least` and 1, mostly at an end. Where all questions agree, resampling knows no
+    doubt; the bounds are then those that so many equal answers leave."""
+    middle, low, high = interval(each)
+    if low == high:
+        doubt = 1 - 0.025 ** (1 / len(each))
+        low, high = max(low - doubt, least), min(high + doubt, 1.0)
+    return [middle, low, high]
 
 
 def _early(steps: Tensor, limit: int) -> Tensor:
