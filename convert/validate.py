@@ -71,27 +71,21 @@ def _validate(
     source = open_model(against, revision) if against else None
     artifacts = _open(asked, options)
     kept = read_reference(file) if there and file is not None else None
-    work = Work(target, _identity(asked, artifacts, source, kept, file, options), advance, notice)
-    work.total = _units(source, artifacts, kept, options)
     if kept is not None:
         _check_kept(kept, file, source, options)
-        reference = kept
-    else:
-        assert source is not None and against is not None
-        reference = _reference(source, against, options, work)
-        if file is not None and work.rank == 0:
+    work = Work(target, _identity(asked, artifacts, source, kept, file, options), advance, notice)
+    work.total = _units(source, artifacts, kept, options)
+    try:
+        reference = kept or _reference(source, against, options, work)
+        if kept is None and file is not None and work.rank == 0:
             reference.save(file)
-    judges = [Judge(name, artifact, reference, source, options, work) for name, artifact in artifacts.items()]
-    report = {**_about(reference, source, options), "artifacts": [judge.judged(gate) for judge in judges]}
-    if artifacts:
-        tokenizer = (source or next(iter(artifacts.values()))).tokenizer
-        base = judges[0].base
-        found = {one["name"]: one["free"] for one in report["artifacts"]}
-        report["reference"]["free"] = base
-        report["texts"] = scores.side_by_side(reference, tokenizer, base, found)
-        for one in (report["reference"]["free"], *found.values()):
-            del one["texts"]
-        report["ok"] = all(one["ok"] for one in report["artifacts"])
+        judges = [Judge(name, artifact, reference, source, options, work) for name, artifact in artifacts.items()]
+        report = {**_about(reference, source, options), "artifacts": [judge.judged(gate) for judge in judges]}
+    except InputError:
+        work.remove_if_empty()
+        raise
+    if judges:
+        _beside(report, reference, judges, source)
     if work.rank == 0 and out is not None:
         from dgq.convert.report import write  # brings matplotlib
 
@@ -100,6 +94,17 @@ def _validate(
         dist.barrier()
     work.remove()
     return report if work.rank == 0 else None
+
+
+def _beside(report: Json, reference: Reference, judges: list[Judge], source: Artifact | None) -> None:
+    """Add what the reference wrote, and texts side by side in the place of all."""
+    tokenizer = (source or judges[0].artifact).tokenizer
+    base, found = judges[0].base, {one["name"]: one["free"] for one in report["artifacts"]}
+    report["reference"]["free"] = base
+    report["texts"] = scores.side_by_side(reference, tokenizer, base, found)
+    for one in (base, *found.values()):
+        del one["texts"]
+    report["ok"] = all(one["ok"] for one in report["artifacts"])
 
 
 def _open(asked: list[str], options: Options) -> dict[str, Artifact]:
@@ -156,8 +161,9 @@ def _check_kept(kept: Reference, file: Path | None, source: Artifact | None, opt
         raise InputError(f"{file}: was made from other weights than {source.path}; name another file")
 
 
-def _reference(source: Artifact, against: str, options: Options, work: Work) -> Reference:
+def _reference(source: Artifact | None, against: str | None, options: Options, work: Work) -> Reference:
     """Everything that is asked of the reference model."""
+    assert source is not None and against is not None
     size, config, seed = options.size, source.config, options.seed or 0
     found, about = questions(source, against, options.prompts, size.questions)
     lazy = Lazy(source, options, None)

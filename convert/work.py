@@ -77,6 +77,11 @@ class Work:
     def remove(self) -> None:
         shutil.rmtree(self.folder)
 
+    def remove_if_empty(self) -> None:
+        """After bad input: nothing is left behind, unless it is worth going on with."""
+        if not any(self.folder.glob("*.safetensors")):
+            self.remove()
+
     def _share(self, stage: str, count: int) -> None:
         for unit in range(count):
             owner = unit % self.world
