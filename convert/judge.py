@@ -105,7 +105,8 @@ class Judge:
         self.seed, self.blocks = reference.about["seed"], reference.about["blocks"]
         self.base: Json = {}
         _check_same_shape(artifact, reference)
-        self._scaled = any("input_scale" in artifact.weights[n].parts for n in artifact.weights if ".experts." in n)
+        routed = next(name for name in artifact.weights if ".experts." in name)  # all have input scales, or none
+        self._scaled = "input_scale" in artifact.weights[routed].parts
         self._lazy = Lazy(artifact, options, options.activations if self._scaled else None)
 
     def judged(self, gate: Gate) -> Json:

@@ -30,7 +30,8 @@ from dgq.runtime.measure import noised
 
 LEVELS = (0.25, 0.5, 0.75, 1.0)  # share of a canvas's tokens replaced by random ones
 MAX_FILE = 1 << 28
-LONGEST = 1024  # tokens of a prompt
+LONGEST = 1024  # tokens of a text's prompt
+SHORTEST = 8
 BATCH_LOGITS = 1 << 26  # rows * canvas * vocab of a batch at most, if it has more rows than one
 ROWS = 16
 
@@ -129,10 +130,11 @@ def _question(line: str, at: str, model: Artifact) -> Question:
 
 def _text(text: str, group: str, at: str, model: Artifact) -> Question:
     """The prompt reaches past the sliding window, if the text is long enough."""
-    ids = _checked(model.tokenizer.encode(text), at, model)
-    prefix = max(1, min(3 * model.config.window // 2, len(ids) - model.config.canvas, LONGEST))
+    ids, config = _known(model.tokenizer.encode(text), at, model), model.config
+    prefix = min(3 * config.window // 2, len(ids) - config.canvas, config.context - config.canvas, LONGEST)
+    prefix = max(SHORTEST, prefix)
     if len(ids) <= prefix:
-        raise InputError(f"{at}: its text is too short, {len(ids)} tokens")
+        raise InputError(f"{at}: its text is too short, {len(ids)} tokens; {SHORTEST + 1} at least")
     return Question(group, tuple(ids[:prefix]), _canvas(ids[prefix:], model), None)
 
 
@@ -145,12 +147,16 @@ def _canvas(ids: Sequence[int], model: Artifact) -> tuple[int, ...]:
 
 def _checked(ids: list[int], at: str, model: Artifact) -> list[int]:
     config = model.config
-    if not ids:
-        raise InputError(f"{at}: holds no token")
-    if max(ids) >= config.vocab:
-        raise InputError(f"{at}: its tokenizer gives token {max(ids)}, the vocabulary has {config.vocab}")
     if len(ids) > config.context - config.canvas:
         raise InputError(f"{at}: its {len(ids)} tokens leave no room for a canvas in the context of {config.context}")
+    return _known(ids, at, model)
+
+
+def _known(ids: list[int], at: str, model: Artifact) -> list[int]:
+    if not ids:
+        raise InputError(f"{at}: holds no token")
+    if max(ids) >= model.config.vocab:
+        raise InputError(f"{at}: its tokenizer gives token {max(ids)}, the vocabulary has {model.config.vocab}")
     return ids
 
 
