@@ -27,6 +27,7 @@ from dgq.runtime.model import Model
 from dgq.runtime.settings import SamplerConfig
 
 Json = dict[str, Any]
+BARE = ("eos_ids", "pad_id", "rope_partial")  # not in a .gguf's metadata, or not as such
 LAYERED = 8  # questions whose layers are compared at once
 
 
@@ -105,8 +106,7 @@ class Judge:
         self.seed, self.blocks = reference.about["seed"], reference.about["blocks"]
         self.base: Json = {}
         _check_same_shape(artifact, reference)
-        routed = next(name for name in artifact.weights if ".experts." in name)  # all have input scales, or none
-        self._scaled = "input_scale" in artifact.weights[routed].parts
+        self._scaled = has_input_scales(artifact)
         self._lazy = Lazy(artifact, options, options.activations if self._scaled else None)
 
     def judged(self, gate: Gate) -> Json:
@@ -137,10 +137,16 @@ class Judge:
             "quantized_share": sum(stored[name].numel for name in below) / numel,
             "experts_share": sum(text[n].numel for n in routed if n in below) / sum(text[n].numel for n in routed),
             "schemes": {name: weight.scheme for name, weight in text.items()},
-            "config": plain(asdict(artifact.config)), "generation": plain(asdict(artifact.generation)),
+            "config": self._config(), "generation": plain(asdict(artifact.generation)),
             "activations": self.options.activations if self._scaled else None, "device": self.options.device,
             "cost": {name: float(value) for name, value in spent.items()}, "source": about,
         }  # fmt: skip
+
+    def _config(self) -> Json:
+        """As the source has it, where a bare .gguf has no place for a key."""
+        found: Json = plain(asdict(self.artifact.config))
+        bare = self.artifact.path.is_file()
+        return found | ({key: self.reference.about["config"][key] for key in BARE} if bare else {})
 
     def _fixed(self) -> Json:
         count = len(self.reference.batches)
@@ -252,6 +258,12 @@ def _check_same_shape(artifact: Artifact, reference: Reference) -> None:
             )
     if len(config["layers"]) != len(artifact.config.layers):
         raise InputError(f"{artifact.path}: has {len(artifact.config.layers)} layers, not {len(config['layers'])}")
+
+
+def has_input_scales(artifact: Artifact) -> bool:
+    """Whether it is W4A4: all experts have input scales, or none."""
+    routed = next(name for name in artifact.weights if ".experts." in name)
+    return "input_scale" in artifact.weights[routed].parts
 
 
 def plain(value: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Any
 
 from dgq.convert.gate import Gate, Json, Line, differences
 from dgq.quant.schemes import SCHEMES
@@ -38,7 +37,8 @@ def _of(key: str) -> str:
     return "the parameters" if key == "quantized_share" else "the routed experts' parameters"
 
 
-def _same(limit: str, what: str, ours: Any, theirs: Any) -> Line:
+def _same(limit: str, what: str, ours: Json, theirs: Json) -> Line:
+    ours, theirs = ({**side, "eos_ids": sorted(side["eos_ids"])} for side in (ours, theirs))  # whatever their order
     differ = list(differences(ours, theirs))
     said = "; ".join(f"{what}: {key} is {b}, the source's is {a}" for key, a, b in differ[:3])
     return limit, not differ, said or "as the source's"
@@ -74,9 +74,9 @@ def weights(gate: Gate, found: Json) -> Iterator[Line]:
         said = f"{worst['tensor']} ({worst['scheme']}): {worst['error']:.3g}"
         yield f"weights.error <= {limit.error:g}", worst["error"] <= limit.error, said
     if limit.expert_error is not None:
-        worst = max(rows, key=lambda row: _nan_high(row["worst_error"]))
-        expert = "" if worst["worst_expert"] is None else f", expert {worst['worst_expert']}"
-        said = f"{worst['tensor']} ({worst['scheme']}){expert}: {worst['worst_error']:.3g}"
+        routed = [row for row in rows if row["worst_expert"] is not None]
+        worst = max(routed, key=lambda row: _nan_high(row["worst_error"]))
+        said = f"{worst['tensor']} ({worst['scheme']}), expert {worst['worst_expert']}: {worst['worst_error']:.3g}"
         yield f"weights.expert_error <= {limit.expert_error:g}", worst["worst_error"] <= limit.expert_error, said
     if limit.gain is not None:
         low, high = limit.gain

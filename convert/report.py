@@ -41,9 +41,14 @@ def write(report: Json, out: Path) -> None:
 def page(report: Json) -> str:
     """The HTML file's text."""
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"triple": triple, "percent": lambda x: f"{100 * x:.2f} %", "number": number}
+
+    def shown(*values: Any) -> Markup:
+        return Markup("{}<small>{}</small>").format(*triple(*values))
+
+    environment.filters |= {"triple": shown, "percent": lambda x: f"{100 * x:.2f} %", "number": number}
     template = files("dgq.recipes").joinpath("report", "report.html.jinja").read_text("utf-8")
     ranked = sorted(report["artifacts"], key=lambda one: one["fixed"]["mean"]["kl"][0])
     worst = {one["name"]: _worst(one) for one in ranked if one.get("weights")}
@@ -54,17 +59,15 @@ def _worst(one: Json) -> list[Json]:
     return sorted(one["weights"], key=lambda row: -row["error"])[:WORST]
 
 
-def triple(values: list[float] | None, scale: float = 1.0, unit: str = "") -> str:
-    """A figure and its bounds, to as many digits as the bounds warrant."""
+def triple(values: list[float] | None, scale: float = 1.0, unit: str = "") -> tuple[str, str]:
+    """A figure and its bounds, to as many digits as the bounds warrant; no bounds where they are the figure."""
     if values is None:
-        return "–"
+        return "–", ""
     middle, low, high = (scale * value for value in values)
-    if 0 < max(abs(low), abs(high)) < 1e-4:
-        return f"{middle:.1e}{unit}" + ("" if low == high else f" ({low:.1e} to {high:.1e})")
     digits = _digits((high - low) / 2, middle)
-    if low == high:
-        return f"{middle:.{digits}f}{unit}"
-    return f"{middle:.{digits}f}{unit} ({low:.{digits}f} to {high:.{digits}f})"
+    form = ".1e" if 0 < max(abs(low), abs(high)) < 1e-4 else f".{digits}f"
+    bounds = "" if low == high else f"{low:{form}} to {high:{form}}"
+    return f"{middle:{form}}{unit}", bounds
 
 
 def _digits(spread: float, middle: float) -> int:

@@ -130,11 +130,14 @@ def _by_task(groups: Sequence[str], right: Tensor) -> dict[str, list[int]]:
 def side_by_side(
     reference: Reference, tokenizer: Tokenizer, theirs: Json, found: dict[str, Json]
 ) -> list[dict[str, Any]]:
-    """What was written to some prompts, by the reference and each artifact: those that differ come first."""
+    """What was written to some prompts, half of them texts, by the reference and each artifact: those that differ come
+    first."""
     rows = reference.about["rows"]
     order = sorted(range(len(rows)), key=lambda i: all(f["texts"][i] == theirs["texts"][i] for f in found.values()))
+    texts = [i for i in order if reference.questions[rows[i]].group == "text"][: SHOWN // 2]
+    others = [i for i in order if reference.questions[rows[i]].group != "text"][: SHOWN - len(texts)]
     shown = []
-    for i in order[:SHOWN]:
+    for i in (*others, *texts):
         question = reference.questions[rows[i]]
         prompt = tokenizer.decode(list(question.prompt))
         shown.append({

@@ -25,7 +25,7 @@ from dgq.convert.free import free_batches, run
 from dgq.convert.gate import Gate
 from dgq.convert.generate import open_model
 from dgq.convert.hashes import dgq_version
-from dgq.convert.judge import Json, Judge, Lazy, Options, plain
+from dgq.convert.judge import Json, Judge, Lazy, Options, has_input_scales, plain
 from dgq.convert.pipeline import check_target
 from dgq.convert.questions import LEVELS, batches, questions, written
 from dgq.convert.reference import Reference, combined, read_reference
@@ -65,6 +65,8 @@ def _validate(
         raise InputError("nothing to write: give -o REPORT, or --reference FILE to keep the reference alone")
     if out is not None:
         check_target(out)
+    if file is not None and not file.absolute().parent.is_dir():
+        raise InputError(f"{file}: there is no directory {file.absolute().parent} to keep the reference in")
     there = file is not None and file.exists()
     if not there and against is None:
         raise InputError("--against SRC is needed, unless --reference names a file that is there")
@@ -116,6 +118,8 @@ def _open(asked: list[str], options: Options) -> dict[str, Artifact]:
         while name in found:
             name += "'"
         found[name] = artifact
+    if options.activations and found and not any(has_input_scales(artifact) for artifact in found.values()):
+        raise InputError(f"--activations {options.activations}: none of {', '.join(found)} holds input scales (W4A4)")
     return found
 
 

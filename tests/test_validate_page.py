@@ -89,7 +89,7 @@ def test_every_picture_and_table_is_there_and_whole(report: Path) -> None:
         assert len(rows) > 1 and len(set(rows)) == 1, (key, rows)
     data = json.loads((report / "report.json").read_text())
     for one in data["artifacts"]:
-        assert triple(one["fixed"]["mean"]["kl"]) in found.text
+        assert "".join(triple(one["fixed"]["mean"]["kl"])) in found.text
         assert all(line["said"] in found.text for line in one["gate"])
 
 
@@ -140,15 +140,15 @@ def test_reports_with_less_in_them(report: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ([0.00123, 0.00098, 0.00151], "0.00123 (0.00098 to 0.00151)"),
-        ([1.0052, 0.98, 1.03], "1.005 (0.980 to 1.030)"),
-        ([2.5e-6, 1e-6, 4e-6], "2.5e-06 (1.0e-06 to 4.0e-06)"),
-        ([0.0, 0.0, 0.0], "0"),
-        ([12.0625, 4.6, 20.6], "12.1 (4.6 to 20.6)"),
-        (None, "–"),
+        ([0.00123, 0.00098, 0.00151], ("0.00123", "0.00098 to 0.00151")),
+        ([1.0052, 0.98, 1.03], ("1.005", "0.980 to 1.030")),
+        ([2.5e-6, 1e-6, 4e-6], ("2.5e-06", "1.0e-06 to 4.0e-06")),
+        ([0.0, 0.0, 0.0], ("0", "")),
+        ([12.0625, 4.6, 20.6], ("12.1", "4.6 to 20.6")),
+        (None, ("–", "")),
     ],
 )
-def test_figures_have_as_many_digits_as_their_bounds_warrant(values: list[float] | None, said: str) -> None:
+def test_figures_have_as_many_digits_as_their_bounds_warrant(values: list[float] | None, said: tuple[str, str]) -> None:
     assert triple(values) == said
 
 
