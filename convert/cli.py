@@ -15,18 +15,15 @@ from typing import Literal
 import click
 
 from dgq.convert.bench_cli import bench
+from dgq.convert.cli_validate import validate
 from dgq.convert.one_line import OneLineErrors
+from dgq.convert.options import DEVICE, JSON, REVISION, stop
 from dgq.convert.sizes import Size
 from dgq.quant.errors import InputError
 
 # Before torch is imported: OpenMP threads that spin while they wait make small products a hundred times slower as soon
 # as another process wants the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _stop(number: int, frame: object) -> None:
-    """SIGTERM and SIGHUP unwind the program, so that a partial artifact is removed."""
-    sys.exit(128 + number)
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -43,29 +40,20 @@ _TO = click.option(
     "--to", "to", type=click.Choice(["nvfp4", "bnb4", "gguf"]), required=True, help="Format of the artifact."
 )
 _RECIPE = click.option("--recipe", help="Recipe name or .toml file. [default: nvfp4, bnb4, q4_k_m]")
-_REVISION = click.option("--revision", help="Branch, tag or commit of a Hub source. [default: its main branch]")
-_DEVICE = click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="[auto: a GPU if any]",
-)
 _RAM = click.option(
     "--ram", type=Size(), help="RAM to keep below, like 8GiB; takes longer, same bytes. [default: 80 % of what is free]"
 )
 _VRAM = click.option("--vram", type=Size(), help="The same for the GPU's memory.")
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, and nothing for people.")
 
 
 @main.command()
 @_SOURCE
 @_TO
 @_RECIPE
-@_REVISION
+@REVISION
 @click.option("--threads", type=click.IntRange(1, 1024), help="To convert with. [default: CPU cores]")
 @click.option("--no-probe", is_flag=True, help="Do not try how fast this machine is: no estimate of time.")
-@_JSON
+@JSON
 def plan(
     src: str, to: str, recipe: str | None, revision: str | None, threads: int | None, no_probe: bool, as_json: bool
 ) -> None:
@@ -88,7 +76,7 @@ def plan(
 @_TO
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to create.")
 @_RECIPE
-@_REVISION
+@REVISION
 @click.option("--imatrix", type=click.Path(path_type=Path), help="GGUF importance matrix to weigh the columns with.")
 @click.option(
     "--effort",
@@ -103,11 +91,11 @@ def plan(
     show_default=True,
     help="Of W4A4 NVFP4: 'calibrate' on the prompts that ship with dgq, or one number for all experts.",
 )
-@_DEVICE
+@DEVICE
 @click.option("--threads", type=click.IntRange(1, 1024), help="Slices quantised at once. [default: CPU cores]")
 @_RAM
 @_VRAM
-@_JSON
+@JSON
 def convert(
     src: str,
     to: str,
@@ -145,7 +133,7 @@ def convert(
     if imatrix and effort != "stock":
         raise InputError(f"--imatrix: weighs the columns of effort stock, not of {effort}")
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
+        signal.signal(number, stop)
     out = out.expanduser()
     pipeline.check_target(out)
     device = chosen_device(device)
@@ -181,11 +169,11 @@ def convert(
     help="Through the documents; up to four times as many while an expert has seen too few tokens.",
 )
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Write these statistics for llama-quantize, too.")
-@_REVISION
-@_DEVICE
+@REVISION
+@DEVICE
 @_RAM
 @_VRAM
-@_JSON
+@JSON
 def calibrate(
     src: str,
     out: Path,
@@ -207,7 +195,7 @@ def calibrate(
     from dgq.convert.survey import calibrated
 
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
+        signal.signal(number, stop)
     with show.count_bar("calibrating") as advance:
         found = calibrated(
             open_source(src, revision), out.expanduser(), prompts, seed, rounds, chosen_device(device), imatrix,
@@ -219,8 +207,8 @@ def calibrate(
 
 @main.command()
 @click.argument("artifact")
-@_REVISION
-@_JSON
+@REVISION
+@JSON
 def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
     """Show what an artifact (or a checkpoint) holds and where it came from. Reads headers only."""
     from dgq.convert import show
@@ -233,7 +221,7 @@ def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
 @main.command()
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--threads", type=click.IntRange(1, 1024), help="Files hashed at once. [default: CPU cores]")
-@_JSON
+@JSON
 def verify(artifact: Path, threads: int | None, as_json: bool) -> None:
     """Check every byte of an artifact directory against its dgq.json. Exit code 1 if anything differs."""
     from dgq.convert import show
@@ -254,7 +242,7 @@ def verify(artifact: Path, threads: int | None, as_json: bool) -> None:
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="The same seed gives the same text."
 )
-@_DEVICE
+@DEVICE
 @click.option(
     "--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="Of activations. [auto: bf16 on CUDA]"
 )
@@ -271,8 +259,8 @@ def verify(artifact: Path, threads: int | None, as_json: bool) -> None:
     help="counter: the same text on every device. torch: transformers' random stream.",
 )
 @click.option("--vram", type=Size(), help="Of the GPU, as 12GiB: experts beyond wait in host memory. [default: all]")
-@_REVISION
-@_JSON
+@REVISION
+@JSON
 def run(
     model: str,
     prompt: str,
@@ -305,6 +293,7 @@ def run(
 
 
 main.add_command(bench)
+main.add_command(validate)
 
 if __name__ == "__main__":
     main()

@@ -61,12 +61,15 @@ class Artifact:
         dtype: torch.dtype | None = None,
         activations: str | None = None,
         vram: int | None = None,
+        kernels: bool | None = None,
     ) -> Model:
-        """The model on a device; dtype, activations, vram as for Model. InputError for values no quantiser writes."""
+        """The model on a device; the others as for Model. InputError for values no quantiser writes."""
         from dgq.runtime.model import Model
 
         source = str(self.file)
-        return Model(self.config, self.weights, device, dtype, source=source, activations=activations, vram=vram)
+        return Model(
+            self.config, self.weights, device, dtype, source=source, activations=activations, vram=vram, kernels=kernels
+        )
 
 
 def open_artifact(path: Path | str) -> Artifact:

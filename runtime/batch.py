@@ -111,7 +111,7 @@ class Reference:
     ) -> None:
         self._model, self._sampler, self._random = model, sampler, random
         if random.independent:
-            self._cache = _stack(model, prompts, capacity)
+            self._cache = encode_each(model, prompts, capacity)
         else:
             self._cache = _prefill(model, prompts, pad_id, capacity)
         self.keep = self._cache.keep
@@ -146,7 +146,7 @@ class Reference:
         return argmax, took
 
 
-def _stack(model: Model, prompts: Sequence[Sequence[int]], capacity: int) -> Cache:
+def encode_each(model: Model, prompts: Sequence[Sequence[int]], capacity: int) -> Cache:
     """Every prompt encoded alone, then put into one batch: nothing about a row depends on the others."""
     cache = model.new_cache(len(prompts), capacity)
     cache.stack([_prefill(model, [prompt], 0, len(prompt)) for prompt in prompts])

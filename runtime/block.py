@@ -55,7 +55,7 @@ class Layer:
         self.weights = weights
         self.norms = {name: w.dequantize(torch.float32) for name, w in weights.items() if "norm" in name}
         self._dense = (weights["mlp.gate_proj.weight"], weights["mlp.up_proj.weight"], weights["mlp.down_proj.weight"])
-        self.routed = routed or (weights["experts.gate_up_proj"], weights["experts.down_proj"])
+        self.experts = routed or (weights["experts.gate_up_proj"], weights["experts.down_proj"])
         self._router_scale = weights["router.scale"].dequantize(dtype)
         self._per_expert_scale = weights["router.per_expert_scale"].dequantize(dtype)
 
@@ -73,14 +73,16 @@ class Layer:
 
     def feed(self, x: Tensor, least: int = 1) -> Tensor:
         """The second half, without the scalar, for tokens of any sequences: x (…, hidden). least: see experts()."""
-        dense = gated_mlp(
-            self._norm(x, "pre_feedforward_layernorm"),
-            self._dense,
-            self._observer("mlp."),
-        )
-        routed = self._experts(x, least)
-        both = self._norm(dense, "post_feedforward_layernorm_1") + self._norm(routed, "post_feedforward_layernorm_2")
-        return x + self._norm(both, "post_feedforward_layernorm")
+        return x + self._norm(self.dense(x) + self.routed(x, least), "post_feedforward_layernorm")
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The dense MLP's share of feed()."""
+        found = gated_mlp(self._norm(x, "pre_feedforward_layernorm"), self._dense, self._observer("mlp."))
+        return self._norm(found, "post_feedforward_layernorm_1")
+
+    def routed(self, x: Tensor, least: int = 1) -> Tensor:
+        """The experts' share of feed()."""
+        return self._norm(self._experts(x, least), "post_feedforward_layernorm_2")
 
     def _attention(self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Keys) -> Tensor:
         w, eps = self.weights, self._config.norm_eps
@@ -102,10 +104,10 @@ class Layer:
 
     def _experts(self, x: Tensor, least: int) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        chosen, share = self._route(rows)
+        chosen, share = self.route(rows)
         watch = self._observer("experts.")
         rows = self._norm(rows, "pre_feedforward_layernorm_2")
-        gate_up, down = self.routed
+        gate_up, down = self.experts
         return experts(rows, chosen, share, gate_up, down, watch, least).view_as(x)
 
     def _observer(self, part: str = "") -> Observer | None:
@@ -113,7 +115,7 @@ class Layer:
         observe, prefix = self._observe, f"{DECODER}layers.{self.index}.{part}"
         return None if observe is None else lambda name, *seen: observe(prefix + name, *seen)
 
-    def _route(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def route(self, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's experts: residual (tokens, hidden) -> numbers and shares (float32), both (tokens, top_k)."""
         x = rms_norm(residual, None, self._config.norm_eps) * self._router_scale * self._config.hidden**-0.5
         name = "router.proj.weight"

@@ -12,6 +12,7 @@ The weights are any mapping canonical name -> Packed, so a BF16 checkpoint, a .g
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
@@ -78,14 +79,20 @@ class Model:
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         able = self.device.type == "cuda" and self.dtype == torch.bfloat16 and not activations and observe is None
         self.kernels: ForKernels | None = None
+        self._observe, self._activations, self._keeps_decoded = observe, activations, False
         if able if kernels is None else kernels:
             self.kernels = self._load_for_kernels(weights, vram)
             self.weights = self.kernels.weights
         else:
-            self.weights = self._load(weights, keep_decoded, activations)
-        layers = range(len(config.layers))
+            self.weights = self._load(weights, keep_decoded)
+        self._build()
+
+    def _build(self) -> None:
+        """Everything that is made of the weights."""
+        config, layers = self.config, range(len(self.config.layers))
         self.layers = [
-            Layer(config, i, self._below(f"{DECODER}layers.{i}."), self.dtype, observe, self.routed(i)) for i in layers
+            Layer(config, i, self._below(f"{DECODER}layers.{i}."), self.dtype, self._observe, self.routed(i))
+            for i in layers
         ]
         self.decoder_scalars = [self._vector(f"{DECODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
         self.encoder_scalars = [self._vector(f"{ENCODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
@@ -102,6 +109,23 @@ class Model:
     def table(self) -> Packed:
         """The embedding, (vocab, hidden): also the head."""
         return self.weights[EMBEDDING]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights in memory."""
+        return self.kernels.nbytes if self.kernels else sum(weight.nbytes for weight in self.weights.values())
+
+    def replaced(self, weights: Mapping[str, Packed]) -> Model:
+        """This model with these weights in the place of its own; it shares all others with this one, which stays. Only
+        without kernels."""
+        if self.kernels is not None:
+            raise ValueError("weights that were repacked for the kernels cannot be replaced")
+        other = copy(self)
+        other.session = None
+        moved = self._moved(weights, weights)
+        other.weights = self.weights | (self._all_decoded(moved) if self._keeps_decoded else moved)
+        other._build()
+        return other
 
     def new_cache(self, rows: int, capacity: int = 0) -> Cache:
         """An empty cache for a batch of `rows`; capacity: tokens to make room for at once, the canvas included."""
@@ -134,6 +158,11 @@ class Model:
 
         self_conditioning_logits (rows, canvas, vocab), any float dtype: the previous step's, None on the first.
         """
+        return self.logits(self.hidden(canvas, cache, self_conditioning_logits))
+
+    @torch.inference_mode()
+    def hidden(self, canvas: Tensor, cache: Cache, self_conditioning_logits: Tensor | None = None) -> Tensor:
+        """What decode() hands to the head: (rows, canvas, hidden) in the model's dtype, normed."""
         self._refuse_offloaded()
         new = canvas.shape[1]
         masks = {
@@ -142,16 +171,21 @@ class Model:
         }
         logits = self_conditioning_logits
         soft = None if logits is None else soft_embed(logits, self.table, self.dtype)
-        return self.logits(canvas, soft, cache.positions(new), masks, cache)
+        return self.refined(canvas, soft, cache.positions(new), masks, cache)
 
-    def logits(
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(…, hidden) -> (…, vocab) float32."""
+        return head(hidden, self.table, self.config.softcap)
+
+    def refined(
         self, ids: Tensor, soft: Tensor | None, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: Batch
     ) -> Tensor:
-        """decode() on any cache. soft (rows, canvas, hidden): the expected embedding under the previous step's logits;
+        """hidden() on any cache. soft (rows, canvas, hidden): the expected embedding under the previous step's logits;
         positions (rows or 1, canvas); masks: by is_sliding, see attention.attend()."""
         x = self._conditioned(embed(ids, self.table, self.dtype), soft)
         x = self._run(x, positions, masks, cache, self.decoder_scalars)
-        return head(rms_norm(x, self.final_norm, self.config.norm_eps), self.table, self.config.softcap)
+        return rms_norm(x, self.final_norm, self.config.norm_eps)
 
     def append(self, ids: Tensor, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: Batch) -> None:
         """encode() on any cache, without committing."""
@@ -218,20 +252,29 @@ class Model:
             parts = {key: part for key, part in weight.parts.items() if key != "input_scale"}
             yield name, Packed(weight.scheme, weight.shape, parts)
 
-    def _load(self, weights: Mapping[str, Packed], keep_decoded: int, activations: str | None) -> dict[str, Packed]:
-        loaded: dict[str, Packed] = {}
-        for name, shape in expected_tensors(self.config).items():
-            weight = weights[name]
-            check_tensors({name: weight.shape}, {name: shape}, self._source)
-            kept = {k: v for k, v in weight.parts.items() if k != "input_scale" or activations}
-            loaded[name] = Packed(weight.scheme, weight.shape, kept).to(self.device)
-        if activations and not any("input_scale" in weight.parts for weight in loaded.values()):
-            raise InputError(f"{self._source}: holds no input scales, which --activations {activations} needs (W4A4)")
+    def _load(self, weights: Mapping[str, Packed], keep_decoded: int) -> dict[str, Packed]:
+        loaded = self._moved(weights, expected_tensors(self.config))
+        if self._activations and not any("input_scale" in weight.parts for weight in loaded.values()):
+            raise InputError(
+                f"{self._source}: holds no input scales, which --activations {self._activations} needs (W4A4)"
+            )
         elements = sum(weight.numel for weight in loaded.values())
-        if elements * self.dtype.itemsize > keep_decoded:
-            return loaded
+        self._keeps_decoded = elements * self.dtype.itemsize <= keep_decoded
+        return self._all_decoded(loaded) if self._keeps_decoded else loaded
+
+    def _moved(self, weights: Mapping[str, Packed], names: Iterable[str]) -> dict[str, Packed]:
+        """Checked, and on the device."""
+        shapes, moved = expected_tensors(self.config), {}
+        for name in names:
+            weight = weights[name]
+            check_tensors({name: weight.shape}, {name: shapes[name]}, self._source)
+            kept = {k: v for k, v in weight.parts.items() if k != "input_scale" or self._activations}
+            moved[name] = Packed(weight.scheme, weight.shape, kept).to(self.device)
+        return moved
+
+    def _all_decoded(self, weights: dict[str, Packed]) -> dict[str, Packed]:
         # vectors keep their precision: norms are computed in float32 whatever the dtype
-        return {name: self._decoded(w) if len(w.shape) > 1 else w for name, w in loaded.items()}
+        return {name: self._decoded(w) if len(w.shape) > 1 else w for name, w in weights.items()}
 
     def _decoded(self, weight: Packed) -> Packed:
         scale = {k: v for k, v in weight.parts.items() if k == "input_scale"}

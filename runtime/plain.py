@@ -28,7 +28,7 @@ class Plain:
 
     def decode(self, state: PlainState, view: Canvas) -> Tensor:
         masks = {sliding: view.decoder_mask(sliding) for sliding in (False, True)}
-        return self._model.logits(state.canvas, state.soft, view.positions(), masks, view)
+        return self._model.logits(self._model.refined(state.canvas, state.soft, view.positions(), masks, view))
 
     def encode(self, ids: Tensor, view: Canvas) -> None:
         masks = {sliding: view.encoder_mask(sliding) for sliding in (False, True)}

@@ -177,8 +177,8 @@ class Stream:
         weight = self._weights[name].to(self.device)
         if len(weight.shape) < 2 or weight.scheme.name == "bf16":
             return weight
-        plain = weight.dequantize(self.dtype)
-        return Packed(SCHEMES[_PLAIN[self.dtype]], weight.shape, {"": plain})
+        scale = {part: value for part, value in weight.parts.items() if part == "input_scale"}
+        return Packed(SCHEMES[_PLAIN[self.dtype]], weight.shape, {"": weight.dequantize(self.dtype)} | scale)
 
 
 class LayerOf:
@@ -187,7 +187,7 @@ class LayerOf:
     def __init__(
         self, layer: Layer, scalars: list[Tensor], config: ModelConfig, frequencies: Tensor, watch: Watch | None
     ) -> None:
-        self._layer, self._scalars, self._watch, self._frequencies = layer, scalars, watch, frequencies
+        self.layer, self._scalars, self._watch, self._frequencies = layer, scalars, watch, frequencies
         self._window = config.window if layer.shape.is_sliding else None
 
     @torch.inference_mode()
@@ -200,7 +200,7 @@ class LayerOf:
         """The gradient at x of the one at what the layer makes of it."""
         x, gradient = (value.to(self._frequencies.device) for value in (x, gradient))
         with torch.no_grad():
-            both = self._mixed(chunk, x)
+            both = self.mixed(chunk, x)
         middle, found = torch.empty_like(x), torch.empty_like(x)
         for part in self._parts(x):
             own = both[part].requires_grad_()
@@ -215,10 +215,10 @@ class LayerOf:
         return found
 
     def _through(self, chunk: Chunk, x: Tensor) -> Tensor:
-        both = self._mixed(chunk, x)
+        both = self.mixed(chunk, x)
         return torch.cat([self._fed(chunk, both[part], part) for part in self._parts(both)])
 
-    def _mixed(self, chunk: Chunk, x: Tensor) -> Tensor:
+    def mixed(self, chunk: Chunk, x: Tensor) -> Tensor:
         """The first half, in which the tokens of a sequence see each other."""
         found = [self._mix(chunk, [x[rows] for rows in s.rows], s) for s in _sequences(chunk)]
         return torch.cat([part for place in (0, 1) for parts in found for part in parts[place : place + 1]])
@@ -238,7 +238,7 @@ class LayerOf:
         if self._watch is not None:
             self._watch.kinds = kind.repeat_interleave(x.shape[1]).to(x.device)
         positions = torch.arange(position, position + x.shape[1], device=x.device).unsqueeze(0)
-        return self._layer.mix(x, rope_tables(self._frequencies, positions, x.dtype), mask, keys)
+        return self.layer.mix(x, rope_tables(self._frequencies, positions, x.dtype), mask, keys)
 
     def _fed(self, chunk: Chunk, x: Tensor, part: slice) -> Tensor:
         """The second half for tokens `part` of the chunk, of whatever sequences."""
@@ -246,7 +246,7 @@ class LayerOf:
             kinds = chunk.kind.repeat_interleave(chunk.canvases.shape[1])
             self._watch.kinds = torch.cat((kinds.new_zeros(chunk.encoded), kinds))[part].to(x.device)
         decoder = torch.arange(part.start, part.stop, device=x.device).unsqueeze(1) >= chunk.encoded
-        return self._layer.feed(x) * torch.where(decoder, self._scalars[1], self._scalars[0])
+        return self.layer.feed(x) * torch.where(decoder, self._scalars[1], self._scalars[0])
 
     def _parts(self, x: Tensor) -> Iterator[slice]:
         step = FEED_TOKENS[x.device.type]

@@ -1,0 +1,22 @@
+"""Options that several commands have. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+REVISION = click.option("--revision", help="Branch, tag or commit of a Hub source. [default: its main branch]")
+DEVICE = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="[auto: a GPU if any]",
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, and nothing for people.")
+
+
+def stop(number: int, frame: object) -> None:
+    """SIGTERM and SIGHUP unwind the program, so that a partial artifact is removed."""
+    sys.exit(128 + number)

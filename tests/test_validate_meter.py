@@ -1,0 +1,171 @@
+"""KL as `dgq validate` reports it beside one computed without dgq's runtime, decoders and measures: the artifact's file
+decoded by gguf-py, bitsandbytes or modelopt into transformers' model, KL by torch's own kl_div in float64."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from dgq.convert.cli import main
+from dgq.convert.generate import open_model
+from dgq.convert.questions import LEVELS, canvases, questions
+from dgq.runtime.names import hf_name
+
+pytestmark = pytest.mark.xdist_group("validate-meter")
+transformers: Any = pytest.importorskip("transformers")
+TINY = Path(str(files("dgq.recipes").joinpath("tiny")))
+STATE = ".quant_state.bitsandbytes__nf4"
+FORMATS = {"nvfp4": "nvfp4-w4a16", "bnb4": "bnb4", "gguf": "q4_k_m"}
+Oracle = Any
+MODELOPT = """
+import sys
+from safetensors.torch import load_file, save_file
+import torch
+from modelopt.torch.quantization.qtensor import NVFP4QTensor
+found = load_file(sys.argv[1])
+decoded = {}
+for name, packed in found.items():
+    if packed.dtype == torch.uint8:
+        shape = torch.Size((packed.shape[0], 2 * packed.shape[1]))
+        own = NVFP4QTensor(shape, torch.float32, packed)
+        scales = (found[name + "_scale"], found[name + "_scale_2"])
+        decoded[name] = own.dequantize(torch.float32, scale=scales[0], double_scale=scales[1], block_sizes={-1: 16})
+save_file({name: weight.contiguous() for name, weight in decoded.items()}, sys.argv[2])
+"""
+
+
+def by_modelopt(path: Path) -> dict[str, Tensor]:
+    """In a process of its own: modelopt patches what it imports."""
+    out, file = path / "decoded.safetensors", path / "model.safetensors"
+    command = [sys.executable, "-c", MODELOPT, str(file), str(out)]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    stored, decoded = load_file(file), load_file(out)
+    out.unlink()
+    found = {name: tensor.float() for name, tensor in stored.items() if ".experts." not in name}
+    for layer in range(6):
+        owner = f"model.decoder.layers.{layer}.experts."
+        each = [{p: decoded[f"{owner}{e}.{p}_proj.weight"] for p in ("gate", "up", "down")} for e in range(16)]
+        found[owner + "gate_up_proj"] = torch.stack([torch.cat((one["gate"], one["up"])) for one in each])
+        found[owner + "down_proj"] = torch.stack([one["down"] for one in each])
+    return found
+
+
+def by_bitsandbytes(path: Path) -> dict[str, Tensor]:
+    stored = load_file(path / "model.safetensors")
+    found = {}
+    for name, tensor in stored.items():
+        if name + STATE in stored:
+            parts = {key.removeprefix(name + "."): value for key, value in stored.items() if key.startswith(name + ".")}
+            state = bnb.QuantState.from_dict(parts, torch.device("cpu"))
+            state.dtype = torch.float32
+            found[name] = bnb.dequantize_4bit(tensor.view(-1, 1), state)
+        elif ".absmax" not in name and ".quant" not in name:
+            found[name] = tensor.float()
+    return found
+
+
+def by_gguf(path: Path) -> dict[str, Tensor]:
+    found = {}
+    for tensor in gguf.GGUFReader(next(path.glob("*.gguf"))).tensors:
+        name = hf_name(tensor.name)
+        if name is not None:
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            shape = tensor.shape.tolist()[::-1]
+            found[name] = torch.from_numpy(np.array(values)).view(shape)
+    return found
+
+
+@cache
+def oracle() -> Oracle:
+    return transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(
+        TINY, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
+    ).eval()
+
+
+def filled(weights: Mapping[str, Tensor]) -> Oracle:
+    model = oracle()
+    # tied ones have two names
+    places = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    copied = [name for name in weights if name in places]
+    assert len(copied) >= 142
+    for name in copied:
+        with torch.no_grad():
+            places[name].copy_(weights[name].view(places[name].shape))
+    return model
+
+
+@torch.no_grad()
+def logits(model: Oracle, prompt: tuple[int, ...], noised: Tensor, given: list[Tensor] | None) -> list[list[Tensor]]:
+    """[level][plain, conditioned] (canvas, vocab); given: what each level's second is conditioned on, or its first."""
+    cache_ = transformers.DynamicCache(config=model.config.get_text_config())
+    ids = torch.tensor([prompt])
+    real = torch.ones_like(ids, dtype=torch.bool)
+    model.model.encoder(
+        input_ids=ids, attention_mask=real, past_key_values=cache_, position_ids=torch.arange(len(prompt))[None]
+    )
+    canvas = noised.shape[-1]
+    step = {"past_key_values": cache_, "decoder_attention_mask": functional.pad(real, (0, canvas), value=True),
+            "decoder_position_ids": torch.arange(len(prompt), len(prompt) + canvas)[None]}  # fmt: skip
+    found = []
+    for level, tokens in enumerate(noised):
+        plain = model(decoder_input_ids=tokens[None], **step).logits
+        condition = plain if given is None else given[level][None]
+        second = model(decoder_input_ids=tokens[None], self_conditioning_logits=condition, **step).logits
+        found.append([plain[0], second[0]])
+    return found
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = files("dgq.recipes").joinpath("prompts")
+    texts, tasks = (folder.joinpath(f"heldout_{kind}.jsonl").read_text("utf-8") for kind in ("text", "tasks"))
+    path = tmp_path_factory.mktemp("meter") / "prompts.jsonl"
+    path.write_text("\n".join([*texts.splitlines()[10:12], *tasks.splitlines()[5:7]]))
+    return path
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_kl_by_others_code(to: str, prompts: Path, tmp_path: Path) -> None:
+    arguments = ["convert", "tiny", "--to", to, "--recipe", FORMATS[to], "-o", str(tmp_path / "it")]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    arguments = ["validate", str(tmp_path / "it"), "--against", "tiny", "--prompts", str(prompts), "--quick", "--json"]
+    result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "out")])
+    report = json.loads(result.stdout.splitlines()[-1])
+    ours = report["artifacts"][0]["fixed"]["by_level"]
+
+    asked, _ = questions(open_model("tiny"), "tiny", prompts, 0)
+    noised = canvases(asked, range(len(asked)), 0, 2048)  # (levels, questions, canvas)
+    reference = filled({name: tensor.float() for name, tensor in load_file(TINY / "model.safetensors").items()})
+    wanted = [logits(reference, question.prompt, noised[:, i], None) for i, question in enumerate(asked)]
+    decode = {"nvfp4": by_modelopt, "bnb4": by_bitsandbytes, "gguf": by_gguf}[to]
+    artifact = filled(decode(tmp_path / "it"))
+    sums = torch.zeros(len(LEVELS), 2, dtype=torch.float64)
+    for i, question in enumerate(asked):
+        found = logits(artifact, question.prompt, noised[:, i], [level[0] for level in wanted[i]])
+        for level in range(len(LEVELS)):
+            for c in range(2):
+                p, q = (side[level][c].double().log_softmax(-1) for side in (wanted[i], found))
+                sums[level, c] += functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
+    theirs = (sums / len(asked)).tolist()
+    for level, row in zip(LEVELS, theirs, strict=True):
+        for name, value in zip(("plain", "conditioned"), row, strict=True):
+            assert value > 1e-5, "there is something to measure"
+            assert ours[f"{level}"][name]["kl"][0] == pytest.approx(value, rel=0.01, abs=1e-6), (level, name)
+            print(f"{to} {level} {name}: ours {ours[f'{level}'][name]['kl'][0]:.8f}, theirs {value:.8f}")
