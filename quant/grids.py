@@ -179,7 +179,7 @@ class Q6KGrid:
 
 class Q4KGrid:
     block, sub = 256, 32
-    around = (-1, 0, 1)
+    around = (-2, -1, 0, 1, 2)
 
     def __init__(self, weight: Tensor) -> None:
         self.levels = torch.arange(16, dtype=torch.float32, device=weight.device)
