@@ -15,7 +15,7 @@ from click import BadParameter
 from click.testing import CliRunner, Result
 from micro import micro_config, write_micro
 from sparse26b import write_sparse_26b
-from test_plan_needs import peak
+from torch.profiler import ProfilerActivity, profile
 
 from dgq.convert import budget, memory, passes, refine, samples
 from dgq.convert.budget import Budget
@@ -36,6 +36,18 @@ from dgq.runtime.stream import Stream
 
 TEXT = "the king went to the wind and the apple of the door was in the house of the king for a day " * 3
 GIB = 1 << 30
+
+
+def peak(action: Callable[[], object]) -> int:
+    """Most bytes that torch's allocator had given out on the CPU at once, while the action ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, torch.inference_mode():
+        action()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most
 
 
 def dgq(*arguments: object) -> Result:

@@ -53,7 +53,20 @@ def converted(path: Path, recipe: str) -> Path:
     out = path.parent / f"{path.name}-{recipe}"
     options = ["--input-scale", "1.0"] if recipe == "nvfp4" else []
     result = CliRunner().invoke(
-        main, ["convert", str(path), "--to", FORMATS[recipe], "--recipe", recipe, "-o", str(out), *options]
+        main,
+        [
+            "convert",
+            str(path),
+            "--to",
+            FORMATS[recipe],
+            "--recipe",
+            recipe,
+            "--effort",
+            "stock",
+            "-o",
+            str(out),
+            *options,
+        ],
     )
     assert result.exit_code == 0, result.output
     return out
