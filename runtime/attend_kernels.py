@@ -119,7 +119,8 @@ def attend(
     else:
         folded += (split * rows).to(tl.int64) * kv_heads * group * tokens
         tl.store(out + folded[:, None] * D + wide[None, :], sums, real[:, None])
-        tl.store(weights + folded, tl.where(total > 0, top + tl.log2(total), -2e30), real & (piece == 0))
+        once = real & (tl.zeros((BLOCK_M,), tl.int32) + piece == 0)  # a scalar alone is no mask to some interpreters
+        tl.store(weights + folded, tl.where(total > 0, top + tl.log2(total), -2e30), once)
 
 
 @triton.jit
