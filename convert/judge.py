@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -88,6 +89,9 @@ class Lazy:
         model, found = cost(self._load, prompt, self._artifact.generation, self._options.device)
         if model.kernels is None:
             self._model = model
+        else:
+            del model
+            self.drop()  # before another one is loaded beside it
         return found
 
     def _load(self, kernels: bool | None = None) -> Model:
@@ -95,7 +99,9 @@ class Lazy:
         return self._artifact.load(options.device, options.precision, self._activations, kernels=kernels)
 
     def drop(self) -> None:
+        """Free its memory now: a model and its session hold each other."""
         self._model = None
+        gc.collect()
         if self._options.device == "cuda":
             torch.cuda.empty_cache()
 

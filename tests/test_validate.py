@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import error_of
 
 from dgq.convert.cli import main
+from dgq.convert.generate import open_model
+from dgq.convert.judge import Lazy, Options
 from dgq.runtime.model import Model
 
 pytestmark = pytest.mark.xdist_group("validate")
@@ -272,3 +276,19 @@ def test_the_gate_is_the_users(room: Path, tmp_path: Path) -> None:
     assert lines == [
         ("fixed.kl at noise 0.5 <= 1e-06", False), ("fixed.kl.0.6", None), ("cost.vram_gib <= 24", None)
     ]  # fmt: skip
+
+
+def test_a_dropped_model_is_gone() -> None:
+    """At once: a GPU that holds one BF16 model has no room for the next beside it. A session and its model hold each
+    other, so counting references alone frees neither."""
+    options = Options(None, 0, True, "cpu", None, None)
+    lazy = Lazy(open_model("tiny"), options, None)
+    gc.disable()
+    try:
+        lazy.cost((1, 2, 3))
+        gone = weakref.ref(lazy.model)
+        lazy.drop()
+        left = gone() is not None  # outside assert, which would keep what it looked at
+        assert not left
+    finally:
+        gc.enable()
