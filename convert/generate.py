@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dgq.convert.device import chosen_device
 from dgq.convert.hub import TINY, is_hub_id
+from dgq.convert.show import note
 from dgq.convert.source import open_source
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_json
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
 
 
 def open_model(asked: str, revision: str | None = None) -> Artifact:
-    """An artifact (directory or .gguf) or a BF16 source, checked as `convert` checks it."""
+    """An artifact (directory or .gguf), its remarks on stderr, or a BF16 source, checked as `convert` checks it."""
     if is_artifact(asked):
-        return open_artifact(asked)
+        artifact = open_artifact(asked)
+        for line in artifact.weights.remarks:
+            note(line)
+        return artifact
     if is_hub_id(asked):  # what is wrong with it is said before all of it is fetched
         revision = open_source(asked, revision, weights=False).where.revision
     source = open_source(asked, revision)

@@ -11,10 +11,9 @@ from dgq.convert.provenance import FILE
 from dgq.convert.source import Source, open_source
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_json
-from dgq.quant.schemes import SCHEMES
+from dgq.quant.schemes import stored_bits
 from dgq.runtime.artifact import Artifact, open_artifact
-from dgq.runtime.names import gguf_name
-from dgq.runtime.weights import GGUFWeights, Weights
+from dgq.runtime.weights import Weights
 
 
 def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
@@ -22,10 +21,11 @@ def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
     opened: Artifact | Source = (
         open_artifact(asked) if is_artifact(asked) else open_source(asked, revision, weights=False)
     )
-    rows = _rows(opened.weights if isinstance(opened, Artifact) else opened)
+    weights: Weights = opened.weights if isinstance(opened, Artifact) else opened
+    rows = _rows(weights)
     schemes = tally((scheme, numel, nbytes) for _, scheme, numel, nbytes, _ in rows)
     params = sum(group["params"] for group in schemes.values())
-    below = sum(group["params"] for name, group in schemes.items() if SCHEMES[name].bits < 16)
+    below = sum(group["params"] for name, group in schemes.items() if stored_bits(name) < 16)
     config, generation = opened.config, opened.generation
     return {
         "path": asked,
@@ -47,6 +47,7 @@ def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
         },
         "sampler": vars(generation.sampler) | {"eos_ids": list(generation.eos_ids)},
         "provenance": _provenance(opened) if isinstance(opened, Artifact) else None,
+        "remarks": list(weights.remarks),
         "stored_tensors": sum(row[-1] for row in rows),
         "tensors": {row[0]: row[1] for row in rows},
     }
@@ -56,9 +57,8 @@ Row = tuple[str, str, int, int, int]  # name in the file, scheme, elements, byte
 
 
 def _rows(weights: Weights) -> list[Row]:
-    gguf = isinstance(weights, GGUFWeights)
     return [
-        ((gguf_name(name) or name) if gguf else name, stored.scheme, stored.numel, stored.nbytes, stored.tensors)
+        (weights.own_name(name), stored.scheme, stored.numel, stored.nbytes, stored.tensors)
         for name, stored in weights.everything().items()
     ]
 

@@ -21,7 +21,7 @@ from dgq.convert.reference import Reference, combined
 from dgq.convert.sensitivity import Part, parts, restored
 from dgq.convert.work import Found, Work
 from dgq.quant.errors import InputError
-from dgq.quant.schemes import SCHEMES
+from dgq.quant.schemes import stored_bits
 from dgq.runtime.artifact import Artifact
 from dgq.runtime.measure import MEASURES, Head
 from dgq.runtime.model import Model
@@ -136,7 +136,7 @@ class Judge:
         artifact, about = self.artifact, self.reference.about
         stored = artifact.weights.everything()
         text = {name: stored[name] for name in artifact.weights}
-        below = {name for name, weight in stored.items() if SCHEMES[weight.scheme].bits < 16}
+        below = {name for name, weight in stored.items() if stored_bits(weight.scheme) < 16}
         routed = [name for name in text if ".experts." in name]
         spent = self.work.each(
             f"{self.name}-cost", 1, lambda unit: self._lazy.cost(self.reference.questions[0].prompt)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 from dgq.convert.gate import Gate, Json, Line, differences
-from dgq.quant.schemes import SCHEMES
+from dgq.quant.schemes import stored_bits
 
 INSIDE = {".self_attn.": "attention", ".mlp.": "dense MLP", ".experts.": "experts"}  # a layer's tensors -> its part
 CONDITIONED = 3  # times the KL without self-conditioning: then it is to blame
@@ -20,7 +20,7 @@ def structure(gate: Gate, found: Json) -> Iterator[Line]:
     if limit.same_sampler:
         yield _same("structure.same_sampler", "sampler", found["source"]["generation"], found["generation"])
     for pattern in limit.keep:
-        wrong = [(n, s) for n, s in found["schemes"].items() if fnmatchcase(n, pattern) and SCHEMES[s].bits < 16]
+        wrong = [(n, s) for n, s in found["schemes"].items() if fnmatchcase(n, pattern) and stored_bits(s) < 16]
         said = f"{wrong[0][0]} is in {wrong[0][1]} ({len(wrong)} such)" if wrong else "in 16 bit or more"
         yield f"structure.keep {pattern}", not wrong, said
     if limit.plain_error is not None:
@@ -49,7 +49,7 @@ def _plain(limit: float, found: Json) -> Line:
     key = f"structure.plain_error <= {limit:g}"
     if found.get("weights") is None:
         return key, None, "not checked: no BF16 weights at hand"
-    rows = [row for row in found["weights"] if SCHEMES[row["scheme"]].bits >= 16]
+    rows = [row for row in found["weights"] if stored_bits(row["scheme"]) >= 16]
     wrong = [row for row in rows if not row["error"] <= limit]
     if not wrong:
         return key, True, f"{len(rows)} tensors are the source's"
@@ -113,7 +113,7 @@ def _plain_parts(limit: float, found: Json, rows: list[Json]) -> Line:
         (int(name.split(".layers.")[1].split(".")[0]), part)
         for name, scheme in found["schemes"].items()
         for inside, part in INSIDE.items()
-        if inside in name and SCHEMES[scheme].bits < 16
+        if inside in name and stored_bits(scheme) < 16
     }
     plain = [(row, part) for row in rows for part in INSIDE.values() if (row["layer"], part) not in quantised]
     wrong = [(row, part) for row, part in plain if not row[part] <= limit]

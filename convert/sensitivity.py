@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dgq.quant.schemes import SCHEMES
+from dgq.quant.schemes import stored_bits
 from dgq.quant.types import Packed
 from dgq.runtime.artifact import Artifact
 from dgq.runtime.names import EMBEDDING, VISION
@@ -26,7 +26,7 @@ def parts(artifact: Artifact) -> list[Part]:
     grouped: dict[str, list[str]] = {}
     stored = {n: s for n, s in artifact.weights.everything().items() if not n.startswith(VISION)}
     for name, weight in stored.items():
-        if SCHEMES[weight.scheme].bits < 16:
+        if stored_bits(weight.scheme) < 16:
             grouped.setdefault(part_of(name), []).append(name)
     order = sorted(grouped, key=lambda part: (part.startswith("experts"), _number(part), part))
     return [

@@ -247,6 +247,8 @@ def inspected(found: dict[str, Any]) -> None:
             out.print(f"scales   {origin['input_scales']['method']}: {_scales(origin['input_scales'])}")
         for part, params in (origin["dropped"] or {}).items():
             out.print(f"dropped  {part}, {_count(params)} parameters")
+    for line in found["remarks"]:
+        out.print(f"note     {line}")
     _next(f"dgq run {shlex.quote(found['path'])} --chat 'Sort: wind apple king door'")
 
 

@@ -17,10 +17,9 @@ from dgq.convert import provenance
 from dgq.convert.hashes import sha256
 from dgq.quant.errors import InputError, printable
 from dgq.quant.hf_dir import read_json
-from dgq.quant.schemes import SCHEMES
+from dgq.quant.schemes import stored_bits
 from dgq.runtime.artifact import open_artifact
-from dgq.runtime.names import ROPE_FREQS, gguf_name
-from dgq.runtime.weights import GGUFWeights
+from dgq.runtime.names import ROPE_FREQS
 
 Progress = Callable[[int, str], None]
 
@@ -95,13 +94,12 @@ def _contents(path: Path, document: dict[str, Any]) -> Iterator[str]:
     except InputError as error:
         yield str(error)
         return
-    gguf = isinstance(weights, GGUFWeights)
-    found = {(gguf_name(name) or name) if gguf else name: stored for name, stored in weights.everything().items()}
+    found = {weights.own_name(name): stored for name, stored in weights.everything().items()}
     schemes = {name: stored.scheme for name, stored in found.items()}
     said = document.get("tensors")
     if not isinstance(said, dict) or {name: said[name] for name in said if name != ROPE_FREQS} != schemes:
         yield f"{path / provenance.FILE}: its tensors are not those of the files"
-    below = sum(stored.numel for stored in found.values() if SCHEMES[stored.scheme].bits < 16)
+    below = sum(stored.numel for stored in found.values() if stored_bits(stored.scheme) < 16)
     params = sum(stored.numel for stored in found.values())
     told = document.get("quantized_params"), document.get("params")
     if (below, params) != told:

@@ -20,6 +20,7 @@ import torch
 from dgq.quant.dense import Dense
 from dgq.quant.errors import InputError
 from dgq.quant.ggml import GGMLScheme
+from dgq.quant.gguf_guests import Guest, guest, received
 from dgq.quant.places import Places
 from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed, Scheme
@@ -209,16 +210,24 @@ class GGUFReader(Mapping[str, Packed]):
         return self._tensors[name].shape
 
     def scheme(self, name: str) -> Scheme:
+        """As the file holds it; a Guest is another thing once it is read. InputError if nobody can decode it."""
         kind = self._tensors[name].kind
-        if kind.lower() not in DECODED:
+        found: Scheme | None = DECODED.get(kind.lower()) or guest(kind)
+        if found is None:
             raise InputError(
-                f"{self.path}: {name} has ggml type {kind}, which dgq does not decode yet; convert it anew"
+                f"{self.path}: {name} has ggml type {kind}, which neither dgq nor gguf-py decodes; convert it anew"
             )
-        return DECODED[kind.lower()]
+        return found
+
+    def nbytes(self, name: str) -> int:
+        return self._tensors[name].stop - self._tensors[name].start
 
     def __getitem__(self, name: str) -> Packed:
         scheme, tensor = self.scheme(name), self._tensors[name]
         raw = torch.from_numpy(self._data[tensor.start : tensor.stop])
+        if isinstance(scheme, Guest):
+            rows = raw.view(*tensor.shape[:-1], scheme.nbytes(tensor.shape[-1:]))
+            return received(scheme, tensor.shape, rows, f"{self.path}: {name}")
         if scheme.block == 1:
             return Packed(scheme, tensor.shape, {"": raw.view(scheme.dtype).view(tensor.shape)})  # type: ignore[attr-defined]
         return Packed(scheme, tensor.shape, {"": raw.view(*tensor.shape[:-1], scheme.nbytes(tensor.shape[-1:]))})

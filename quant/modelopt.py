@@ -27,7 +27,7 @@ from dgq.quant.types import Entry, Packed, Scheme, Stored
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 W4A4, W4A16 = "NVFP4", "W4A16_NVFP4"
-_PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class Modelopt:
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
         owner, _, projection = name.rpartition(".")
-        return owner.endswith(".experts") and projection in _PROJECTIONS
+        return owner.endswith(".experts") and projection in PROJECTIONS
 
     def entries(self, name: str, shape: tuple[int, ...]) -> dict[str, Entry]:
-        parts = _PROJECTIONS[name.rpartition(".")[2]]
+        parts = PROJECTIONS[name.rpartition(".")[2]]
         experts, rows, columns = shape
         rows //= len(parts)
         tensors: dict[str, Entry] = {}
@@ -64,7 +64,7 @@ class Modelopt:
         return tensors
 
     def split(self, name: str, shape: tuple[int, ...], piece: Packed, start: int) -> Iterator[tuple[str, torch.Tensor]]:
-        parts = _PROJECTIONS[name.rpartition(".")[2]]
+        parts = PROJECTIONS[name.rpartition(".")[2]]
         rows = shape[1] // len(parts)
         for i in range(piece.shape[0]):
             for number, projection in enumerate(parts):
@@ -79,7 +79,7 @@ class Modelopt:
     def join(self, name: str, shape: tuple[int, ...], stored: Stored) -> Packed:
         """The fused weight, copied together. InputError for scales no quantiser writes, or gate's unlike up's."""
         prefix, _, fused = name.rpartition(".")
-        parts = _PROJECTIONS[fused]
+        parts = PROJECTIONS[fused]
         pieces: dict[str, list[torch.Tensor]] = {"": [], "weight_scale": []}
         suffixes = ("weight_scale_2", "input_scale") if self.activations else ("weight_scale_2",)
         scalars: dict[str, list[torch.Tensor]] = {suffix: [] for suffix in suffixes}
@@ -87,21 +87,21 @@ class Modelopt:
             bases = [f"{prefix}.{expert}.{projection}." for projection in parts]
             for base in bases:
                 pieces[""].append(stored.tensor(base + "weight"))
-                pieces["weight_scale"].append(_checked_scales(stored, base + "weight_scale"))
+                pieces["weight_scale"].append(checked_scales(stored, base + "weight_scale"))
             for suffix, found in scalars.items():
-                found.append(_shared_scalar(stored, [base + suffix for base in bases]))
-        whole = {suffix: _cat(found).view(*shape[:2], -1) for suffix, found in pieces.items()}
+                found.append(shared_scalar(stored, [base + suffix for base in bases]))
+        whole = {suffix: joined_bytes(found).view(*shape[:2], -1) for suffix, found in pieces.items()}
         for suffix, found in scalars.items():
             whole[suffix] = torch.stack(found).view(-1, 1, 1).expand(*shape[:2], 1)
         return Packed(NVFP4, shape, whole)
 
 
-def _cat(pieces: list[torch.Tensor]) -> torch.Tensor:
+def joined_bytes(pieces: list[torch.Tensor]) -> torch.Tensor:
     dtype = pieces[0].dtype  # torch cannot concatenate 8-bit floats
     return torch.cat([piece.view(torch.uint8) for piece in pieces]).view(dtype)
 
 
-def _checked_scales(stored: Stored, name: str) -> torch.Tensor:
+def checked_scales(stored: Stored, name: str) -> torch.Tensor:
     scales = stored.tensor(name)
     codes = scales.view(torch.uint8)
     if bool((codes >= 0x7F).any()):
@@ -112,7 +112,7 @@ def _checked_scales(stored: Stored, name: str) -> torch.Tensor:
     return scales
 
 
-def _shared_scalar(stored: Stored, names: list[str]) -> torch.Tensor:
+def shared_scalar(stored: Stored, names: list[str]) -> torch.Tensor:
     """One positive number that all the tensors hold."""
     values = [stored.tensor(name) for name in names]
     for name, value in zip(names, values, strict=True):

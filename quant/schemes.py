@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dgq.quant.dense import BF16, F16, F32
 from dgq.quant.ggml import Q4_K, Q5_0, Q6_K, Q8_0
+from dgq.quant.gguf_guests import guest
 from dgq.quant.nf4 import NF4, NF4_DQ
 from dgq.quant.nvfp4 import NVFP4
 from dgq.quant.types import Scheme
@@ -11,3 +12,12 @@ from dgq.quant.types import Scheme
 SCHEMES: dict[str, Scheme] = {
     scheme.name: scheme for scheme in (BF16, F16, F32, Q4_K, Q5_0, Q6_K, Q8_0, NVFP4, NF4, NF4_DQ)
 }
+
+
+def stored_bits(name: str) -> float:
+    """Bits a weight of a scheme, or of one of ggml's types that dgq only reads (quant/gguf_guests.py)."""
+    if name in SCHEMES:
+        return SCHEMES[name].bits
+    found = guest(name.upper())
+    assert found is not None
+    return found.bits

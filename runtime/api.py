@@ -8,6 +8,7 @@ for event in engine.stream([{"role": "user", "content": "Why is the sky blue?"}]
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,11 @@ def load(
     """Open an artifact or a BF16 checkpoint: a directory or a .gguf. InputError for everything that is wrong with it.
 
     device: "cuda" or "cpu", a GPU where there is one unless given; dtype: of activations, bfloat16 on a GPU and
-    float32 on a CPU; vram: bytes of the GPU to use, experts beyond that wait in host memory.
+    float32 on a CPU; vram: bytes of the GPU to use, experts beyond that wait in host memory. Warns of ggml types
+    that have no kernels and are decoded, and of the memory that takes.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Engine(open_artifact(path), device, dtype, vram)
+    artifact = open_artifact(path)
+    for line in artifact.weights.remarks:
+        warnings.warn(line, stacklevel=2)
+    return Engine(artifact, device, dtype, vram)

@@ -1,7 +1,7 @@
 """Open whatever dgq runs: a checkpoint directory, an artifact directory, or a bare .gguf.
 
     DIR/config.json, *.safetensors, tokenizer     kind "safetensors"     config and tokenizer from their files
-    the same, quantised as its config.json says   kind "nvfp4", "bnb4"   modelopt's layout, bitsandbytes' layout
+    the same, quantised as its config.json says   kind "nvfp4", "bnb4"   modelopt's, compressed-tensors', bitsandbytes'
     DIR/config.json, one *.gguf, tokenizer        kind "gguf"            the same, weights from the .gguf
     file.gguf                                     kind "gguf"            everything from its metadata
 
@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dgq.quant.compressed_tensors import CompressedTensors
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFReader
 from dgq.quant.hf_dir import HFDir, read_json
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.quantization import quantization
 from dgq.runtime.settings import GenerationConfig
+from dgq.runtime.tied import TiedDir
 from dgq.runtime.vision import expected_vision
 from dgq.runtime.weights import DirWeights, GGUFWeights, Weights
 
@@ -101,7 +103,8 @@ def open_artifact(path: Path | str) -> Artifact:
     said = quantization(path, raw)
     layout = None if said is None else said.layout()
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
-    weights = DirWeights(HFDir(path), config, layout, vision)
+    directory = TiedDir(path) if isinstance(layout, CompressedTensors) else HFDir(path)
+    weights = DirWeights(directory, config, layout, vision)
     return Artifact("safetensors" if said is None else said.kind, path, path, config, generation, weights)
 
 

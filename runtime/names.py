@@ -60,6 +60,7 @@ _OTHER = {
 _ENCODER_SCALAR = "enc_layer_output_scale.weight"
 _LAYER_BACK = {gguf: hf for hf, gguf in _LAYER.items()}
 _OTHER_BACK = {gguf: hf for hf, gguf in _OTHER.items()}
+_OTHER_BACK["self_cond_norm.weight"] = DECODER + "self_conditioning.pre_norm.weight"  # in llama.cpp #24427
 
 
 def gguf_name(hf_name: str) -> str | None:

@@ -2,6 +2,7 @@
 
     config.json "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4" | "W4A16_NVFP4", …}
                                        {"quant_method": "bitsandbytes", "load_in_4bit": true, …}
+                                       {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", …}
     hf_quant_config.json: {"quantization": {"quant_algo": …}}          modelopt's older place; alone, or in agreement
 
 Whatever else it says is refused by name: a directory in a layout that dgq does not read must never be opened as if
@@ -16,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from dgq.quant.bnb import BitsAndBytes
+from dgq.quant.compressed_tensors import METHOD, CompressedTensors, layout_of, refused
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_json
 from dgq.quant.modelopt import HF_QUANT_CONFIG, W4A4, W4A16, Modelopt
 from dgq.quant.nf4 import BLOCK
 from dgq.quant.nvfp4 import BLOCK as NVFP4_BLOCK
 
-OPENS = "dgq opens modelopt's NVFP4 and bitsandbytes' 4-bit"
+OPENS = "dgq opens modelopt's and compressed-tensors' NVFP4 and bitsandbytes' 4-bit"
 _BITSANDBYTES: dict[str, tuple[Any, ...]] = {  # a key's values that dgq reads, None: the key may be absent
     "load_in_8bit": (False, None),
     "load_in_4bit": (True,),
@@ -45,20 +47,19 @@ class Quantization:
     @property
     def kind(self) -> str:
         """ "nvfp4" or "bnb4": the format's name."""
-        return "nvfp4" if isinstance(self.layout(), Modelopt) else "bnb4"
+        return "bnb4" if isinstance(self.layout(), BitsAndBytes) else "nvfp4"
 
-    def layout(self) -> Modelopt | BitsAndBytes:
+    def layout(self) -> Modelopt | BitsAndBytes | CompressedTensors:
         """InputError, naming the method, for layouts that dgq does not read."""
         if self.method == "modelopt":
             return self._modelopt()
         if self.method == "bitsandbytes":
             return self._bitsandbytes()
-        hint = ""
-        if self.method == "compressed-tensors":
-            hint = (
-                " (weight_packed, weight_global_scale and the like: llm-compressor's layout, even where it holds NVFP4)"
-            )
-        raise InputError(f"{self.source}: quantised as {self.method[:40]!r}{hint}, which dgq does not open; {OPENS}")
+        if self.method == METHOD:
+            if what := refused(self.raw):
+                raise InputError(f"{self.source}: compressed-tensors with {what}, which dgq does not open; {OPENS}")
+            return layout_of(self.raw)
+        raise InputError(f"{self.source}: quantised as {self.method[:40]!r}, which dgq does not open; {OPENS}")
 
     def _modelopt(self) -> Modelopt:
         algo = self.raw.get("quant_algo")

@@ -17,10 +17,13 @@ from pathlib import Path
 from dgq.quant.bnb import LONGEST_STATE, STATE
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFReader
+from dgq.quant.gguf_guests import Guest, stays_packed
 from dgq.quant.hf_dir import FLOATS, HFDir
 from dgq.quant.types import Entry, Layout, Packed
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.names import ROPE_FREQS, check_tensors, expected_tensors, gguf_name, hf_name
+
+MIB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,15 @@ class Weights(Mapping[str, Packed]):
     def files(self) -> list[Path]:
         """The files that hold them."""
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What whoever runs them should know, a line each."""
+        return ()
+
+    def own_name(self, name: str) -> str:
+        """What the file calls a weight."""
+        return name
+
 
 class GGUFWeights(Weights):
     """A .gguf's tensors under their canonical names, checked against the config when made."""
@@ -57,10 +69,12 @@ class GGUFWeights(Weights):
         for own in reader:
             if own != ROPE_FREQS:
                 name = hf_name(own) or own  # an unknown name stays as it is, and check_tensors refuses it
+                if name in self._names:
+                    raise InputError(f"{reader.path}: {own} and {self._names[name]} are two names of one tensor")
                 self._names[name] = own
                 shapes[name] = reader.shape(own)
         expected = expected_tensors(config)
-        check_tensors(shapes, expected, str(reader.path), shown=lambda name: gguf_name(name) or name)
+        check_tensors(shapes, expected, str(reader.path), shown=self.own_name)
         _check_rope(reader, config)
 
     def __iter__(self) -> Iterator[str]:
@@ -73,7 +87,32 @@ class GGUFWeights(Weights):
         return self.reader[self._names[name]]
 
     def everything(self) -> dict[str, Stored]:
-        return {name: Stored(packed.scheme.name, packed.numel, packed.nbytes) for name, packed in self.items()}
+        reader, own = self.reader, self._names
+        return {
+            name: Stored(reader.scheme(own[name]).name, math.prod(reader.shape(own[name])), reader.nbytes(own[name]))
+            for name in self
+        }
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The types that are decoded, and what that costs."""
+        decoded = {
+            own: scheme
+            for own in self._names.values()
+            if isinstance(scheme := self.reader.scheme(own), Guest) and not stays_packed(scheme)
+        }
+        if not decoded:
+            return ()
+        kinds = ", ".join(sorted({scheme.name.upper() for scheme in decoded.values()}))
+        stored = sum(map(self.reader.nbytes, decoded)) / MIB
+        taken = sum(2 * math.prod(self.reader.shape(own)) for own in decoded) / MIB
+        return (
+            f"{self.reader.path.name}: {len(decoded)} tensors are {kinds}, which dgq has no kernels for: decoded to "
+            f"BF16 when loaded, they take {taken:,.1f} MiB of memory instead of the file's {stored:,.1f}",
+        )
+
+    def own_name(self, name: str) -> str:
+        return self._names.get(name) or gguf_name(name) or name
 
     @property
     def files(self) -> list[Path]:

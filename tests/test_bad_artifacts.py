@@ -343,7 +343,7 @@ NVFP4: dict[str, Case] = {
     },
     "an endless method": Case(said(quant_method="x" * 10**5), ("config.json", "quantised as '" + "x" * 40 + "'")),
     "compressed-tensors": Case(
-        compressed_tensors, ("config.json", "quantised as 'compressed-tensors'", "weight_packed", "llm-compressor")
+        compressed_tensors, ("config.json", "compressed-tensors with group", "strategy", "does not open")
     ),
     "W4A16 said, W4A4 held": Case(
         both(said(quant_algo="W4A16_NVFP4"), older(quant_algo="W4A16_NVFP4")), (SINGLE, "input_scale", "36 such")

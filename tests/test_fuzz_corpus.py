@@ -149,15 +149,14 @@ def test_bf16_in_a_gguf(source: Path, tmp_path: Path) -> None:
     printed("verify", str(tmp_path / "out"))
 
 
-def test_an_nvfp4_tensor_in_a_gguf(tmp_path: Path) -> None:
-    """ggml has a type of that name: 36 bytes for 64 weights, in another layout than modelopt's."""
+def test_a_type_that_nobody_decodes_in_a_gguf(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "im.gguf", "imatrix")
-    writer.add_tensor("x", np.zeros((2, 36), np.uint8), raw_dtype=gguf.GGMLQuantizationType.NVFP4)
+    writer.add_tensor("x", np.zeros((2, 18), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q1_0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     reader = GGUFReader(tmp_path / "im.gguf")
-    assert reader.shape("x") == (2, 64)
-    with pytest.raises(InputError, match="x has ggml type NVFP4, which dgq does not decode"):
+    assert reader.shape("x") == (2, 128)
+    with pytest.raises(InputError, match="x has ggml type Q1_0, which neither dgq nor gguf-py decodes"):
         reader["x"]

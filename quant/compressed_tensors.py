@@ -1,0 +1,132 @@
+"""NVFP4 in compressed-tensors' layout (nvfp4-pack-quantized), as llm-compressor exports it. Read, never written.
+
+    …layers.L.experts.gate_up_proj (E, 2I, H)  ->  …layers.L.experts.E.gate_proj.  and  …up_proj.
+    …layers.L.experts.down_proj    (E, H, I)   ->  …layers.L.experts.E.down_proj.
+    …layers.L.mlp.up_proj.weight   (I, H)      ->  …layers.L.mlp.up_proj.        and other Linears, if not plain
+
+                      weight_packed         U8       [out, in/2]    modelopt's weight
+                      weight_scale          F8_E4M3  [out, in/16]   modelopt's weight_scale
+                      weight_global_scale   F32      [1]            1 / modelopt's weight_scale_2
+                      input_global_scale    F32      [1]            1 / modelopt's input_scale; W4A4 only
+
+Source: compressed-tensors 0.20, NVFP4PackedCompressor. It divides a block's scale by the global one; dgq multiplies it
+by the reciprocal, so that decoded weights differ by a rounding of float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dgq.quant.modelopt import PROJECTIONS, checked_scales, joined_bytes, shared_scalar
+from dgq.quant.nvfp4 import BLOCK, NVFP4
+from dgq.quant.types import Entry, Packed, Scheme, Stored
+
+METHOD, FORMAT = "compressed-tensors", "nvfp4-pack-quantized"
+# What a group says of its weights, None: the key may be absent.
+_WEIGHTS: dict[str, tuple[Any, ...]] = {
+    "num_bits": (4,),
+    "type": ("float",),
+    "group_size": (BLOCK,),
+    "strategy": ("tensor_group",),
+    "symmetric": (True, None),
+    "dynamic": (False, None),
+}
+
+
+def refused(said: Mapping[str, Any]) -> str | None:
+    """What of a quantization_config dgq does not read, in a few words; None if it reads all."""
+    if said.get("format") != FORMAT:
+        return f"format {str(said.get('format'))[:40]!r}"
+    for key in ("sparsity_config", "transform_config"):
+        if said.get(key):
+            return key
+    groups = said.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        return "no config_groups"
+    for name, group in groups.items():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict):
+            return f"group {name[:40]!r} without weights"
+        if group.get("format") not in (FORMAT, None):
+            return f"group {name[:40]!r} of format {str(group['format'])[:40]!r}"
+        for key, allowed in _WEIGHTS.items():
+            if weights.get(key) not in allowed:
+                return f"group {name[:40]!r} with {key} {str(weights.get(key))[:40]!r}"
+    if len({_rounds_inputs(group) for group in groups.values()}) > 1:
+        return "groups with input scales and groups without"
+    return None
+
+
+def layout_of(said: Mapping[str, Any]) -> CompressedTensors:
+    """Of a quantization_config that is not refused()."""
+    return CompressedTensors(any(_rounds_inputs(group) for group in said["config_groups"].values()))
+
+
+def _rounds_inputs(group: Mapping[str, Any]) -> bool:
+    inputs = group.get("input_activations")
+    return isinstance(inputs, dict) and inputs.get("dynamic") is not True
+
+
+@dataclass(frozen=True)
+class CompressedTensors:
+    """The layout. activations: whether each module carries an input_global_scale (W4A4)."""
+
+    activations: bool
+
+    @property
+    def scheme(self) -> Scheme:
+        return NVFP4
+
+    @property
+    def slices(self) -> Scheme:
+        return NVFP4
+
+    def holds(self, name: str, shape: tuple[int, ...]) -> bool:
+        owner, _, last = name.rpartition(".")
+        if owner.endswith(".experts"):
+            return last in PROJECTIONS
+        return len(shape) == 2 and name.endswith("_proj.weight")
+
+    def entries(self, name: str, shape: tuple[int, ...]) -> dict[str, Entry]:
+        modules = _modules(name, shape)
+        rows, columns = shape[-2] // len(modules[0]), shape[-1]
+        tensors: dict[str, Entry] = {}
+        for base in (base for bases in modules for base in bases):
+            tensors[base + "weight_packed"] = ("U8", (rows, columns // 2))
+            tensors[base + "weight_scale"] = ("F8_E4M3", (rows, columns // BLOCK))
+            tensors[base + "weight_global_scale"] = ("F32", (1,))
+            if self.activations:
+                tensors[base + "input_global_scale"] = ("F32", (1,))
+        return tensors
+
+    def split(self, name: str, shape: tuple[int, ...], piece: Packed, start: int) -> Iterator[tuple[str, torch.Tensor]]:
+        raise NotImplementedError(f"{name}: dgq writes modelopt's layout")
+
+    def join(self, name: str, shape: tuple[int, ...], stored: Stored) -> Packed:
+        """The weight, copied together. InputError for scales no quantiser writes, or gate's unlike up's."""
+        modules = _modules(name, shape)
+        bases = [base for group in modules for base in group]
+        whole = {
+            "": torch.cat([stored.tensor(base + "weight_packed") for base in bases]),
+            "weight_scale": joined_bytes([checked_scales(stored, base + "weight_scale") for base in bases]),
+        }
+        whole = {key: part.view(*shape[:-1], -1) for key, part in whole.items()}
+        names = {"weight_scale_2": "weight_global_scale"}
+        if self.activations:
+            names["input_scale"] = "input_global_scale"
+        for key, suffix in names.items():
+            scales = torch.stack([shared_scalar(stored, [base + suffix for base in group]) for group in modules])
+            whole[key] = scales.reciprocal().view(-1, *(1 for _ in shape[1:])).expand(*shape[:-1], 1)
+        return Packed(NVFP4, shape, whole)
+
+
+def _modules(name: str, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+    """An expert's modules, or the one Linear: their names up to the last point."""
+    owner, _, last = name.rpartition(".")
+    if last not in PROJECTIONS:
+        return [(owner + ".",)]
+    return [tuple(f"{owner}.{expert}.{part}." for part in PROJECTIONS[last]) for expert in range(shape[0])]
