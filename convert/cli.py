@@ -16,6 +16,7 @@ import click
 
 from dgq.convert.bench_cli import bench
 from dgq.convert.cli_validate import validate
+from dgq.convert.cli_verify import verify
 from dgq.convert.one_line import OneLineErrors
 from dgq.convert.options import DEVICE, JSON, REVISION, stop
 from dgq.convert.sizes import Size
@@ -219,21 +220,6 @@ def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--threads", type=click.IntRange(1, 1024), help="Files hashed at once. [default: CPU cores]")
-@JSON
-def verify(artifact: Path, threads: int | None, as_json: bool) -> None:
-    """Check every byte of an artifact directory against its dgq.json. Exit code 1 if anything differs."""
-    from dgq.convert import show
-    from dgq.convert.verify import total_bytes, verify
-
-    with show.bar("verifying", total_bytes(artifact)) as advance:
-        found = verify(artifact, threads or os.cpu_count() or 1, advance)
-    show.print_json(found) if as_json else show.verified(str(artifact), found)
-    sys.exit(0 if found["ok"] else 1)
-
-
-@main.command()
 @click.argument("model", metavar="SRC|ARTIFACT")
 @click.argument("prompt")
 @click.option("--chat", is_flag=True, help="Put PROMPT through the chat template, as a user's turn.")
@@ -294,6 +280,7 @@ def run(
 
 main.add_command(bench)
 main.add_command(validate)
+main.add_command(verify)
 
 if __name__ == "__main__":
     main()

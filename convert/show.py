@@ -211,6 +211,9 @@ def verified(path: str, found: dict[str, Any]) -> None:
         err.print(problem, style="red")
     if found["ok"]:
         out.print(f"{path}: {found['files']} files, {_size(found['bytes'])}: every byte is what dgq.json says")
+        if "compared" in found:
+            aside = "; input scales were left out" if found["left_out"] else ""
+            out.print(f"{len(found['compared'])} weights quantised again from the source are the same bytes{aside}")
         _next(f"dgq run {shlex.quote(path)} --chat 'Sort: wind apple king door'")
     else:
         out.print(f"{path}: {len(found['problems'])} problems")

@@ -1,0 +1,141 @@
+"""Is an artifact what its dgq.json says it was made from? Whole tensors, quantised again from the source, byte by byte.
+
+    dgq.json (recipe, effort, imatrix)  +  SRC  ->  the plan  ->  a sample of weights  ==  the artifact's bytes?
+
+Files that agree with their own hashes prove nothing of where they came from; this does, for the weights drawn. What
+STATS made cannot be made again without them. Input scales come from calibration or a number, and are not compared.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgq.convert import provenance
+from dgq.convert.hashes import describe
+from dgq.convert.plan import Plan, PlannedTensor, make_plan
+from dgq.convert.recipes import find_recipe
+from dgq.convert.slices import InputScales, Options, ordered, slices
+from dgq.convert.source import Source
+from dgq.quant.errors import InputError, printable
+from dgq.quant.gguf_file import GGUFReader
+from dgq.quant.hf_dir import HFDir, read_json
+from dgq.quant.imatrix import read_imatrix
+
+NOT_COMPARED = ".input_scale"
+
+
+def verify_against(
+    path: Path, source: Source, recipe: str | None, imatrix: Path | None, sample: int, seed: int, threads: int
+) -> dict[str, Any]:
+    """Requantise `sample` weights, and one more of each scheme that is not among them: {"ok", "problems", "compared",
+    "left_out"}. The artifact must have passed `verify`. recipe: a .toml that dgq does not ship; imatrix: the file that
+    dgq.json names. InputError if the artifact was made with STATS, or dgq.json does not say how."""
+    file = path / provenance.FILE
+    document = read_json(file)
+    options = Options(_effort(file, document), None, threads)
+    if document.get("imatrix") is not None or imatrix is not None:
+        options = Options(options.effort, read_imatrix(_imatrix(file, document, imatrix)), threads)
+    to, name = document.get("format"), document.get("recipe")
+    if not (isinstance(to, str) and isinstance(name, str)):
+        raise InputError(f"{file}: names no format and recipe; damaged")
+    plan = make_plan(source, find_recipe(to, recipe or name))
+    problems = [*_source_differs(document, source)]
+    said = document.get("tensors")
+    if said != (made := {tensor.name: tensor.scheme.name for tensor in plan.tensors}):
+        said = said if isinstance(said, dict) else {}
+        odd = next((n for n in {**made, **said} if made.get(n) != said.get(n)), "their order")
+        problems.append(f"{path}: {odd} is {said.get(odd)}; recipe {plan.recipe.name} makes it {made.get(odd)}")
+        return _result(problems, [], False)
+    drawn = _drawn(plan, sample, seed)
+    problems += [f"{path}: {tensor} is not what {source.where.name} gives" for tensor in _differing(
+        plan, path, drawn, options)]  # fmt: skip
+    return _result(problems, [tensor.name for tensor in drawn], plan.recipe.activations is not None)
+
+
+def _result(problems: list[str], compared: list[str], left_out: bool) -> dict[str, Any]:
+    told = [printable(problem) for problem in problems]
+    return {"ok": not told, "problems": told, "compared": compared, "left_out": ["input_scale"] if left_out else []}
+
+
+def _effort(file: Path, document: dict[str, Any]) -> str:
+    effort = document.get("effort")
+    if document.get("calibration") is not None or effort in ("standard", "max"):
+        raise InputError(f"{file}: made with STATS (effort {effort}): --against cannot prove it without them")
+    if effort not in ("stock", "fast"):
+        raise InputError(f"{file}: its effort is none that dgq has; damaged")
+    return str(effort)
+
+
+def _imatrix(file: Path, document: dict[str, Any], imatrix: Path | None) -> Path:
+    said = document.get("imatrix")
+    if not isinstance(said, dict):
+        raise InputError(f"--imatrix {imatrix}: {file} says that none was used")
+    if imatrix is None:
+        raise InputError(f"{file}: made with the imatrix {printable(str(said.get('name')))}; give it with --imatrix")
+    if not imatrix.is_file() or describe(imatrix)["sha256"] != said.get("sha256"):
+        raise InputError(f"--imatrix {imatrix}: is not the file whose SHA-256 {file} names")
+    return imatrix
+
+
+def _source_differs(document: dict[str, Any], source: Source) -> Iterator[str]:
+    """The source's files against their SHA-256s in dgq.json."""
+    about = document.get("source")
+    said = about.get("files") if isinstance(about, dict) else None
+    found = {file.name: describe(file) for file in source.files}
+    if said != found:
+        known = said if isinstance(said, dict) else {}
+        odd = next((name for name in {**found, **known} if found.get(name) != known.get(name)), "their order")
+        yield f"{source.path / odd}: is not the file that dgq.json says the artifact was made from"
+
+
+def _drawn(plan: Plan, sample: int, seed: int) -> list[PlannedTensor]:
+    """In the plan's order: the sample, and one of each scheme that it lacks."""
+    rng = random.Random(seed)
+    mixed = rng.sample(plan.tensors, len(plan.tensors))
+    drawn = {tensor.name for tensor in mixed[:sample]}
+    schemes = {tensor.scheme.name for tensor in mixed[:sample]}
+    for tensor in mixed[sample:]:
+        if tensor.scheme.name not in schemes:
+            schemes.add(tensor.scheme.name)
+            drawn.add(tensor.name)
+    return [tensor for tensor in plan.tensors if tensor.name in drawn]
+
+
+def _differing(plan: Plan, path: Path, drawn: list[PlannedTensor], options: Options) -> Iterator[str]:
+    """Names of stored tensors that are not the requantised bytes; one for each weight."""
+    gguf = plan.recipe.format == "gguf"
+    stored = GGUFReader(min(path.glob("*.gguf"))) if gguf else HFDir(path)
+    scales = InputScales({t.name: 1.0 for t in drawn}, {}) if plan.recipe.activations else None
+    # one OpenMP thread each: double quantisation's own sums depend on their number
+    with ThreadPoolExecutor(options.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for tensor in drawn:
+            parts: dict[str, list[torch.Tensor]] = {}
+            start = 0
+            given = scales if len(tensor.entries) > 1 else None
+            for _, piece in ordered(pool, slices(plan, tensor, options, given), 2 * options.threads):
+                whole = gguf or len(tensor.entries) == 1
+                split = (
+                    [(tensor.name, piece.parts[""])]
+                    if whole
+                    else plan.layout.split(tensor.name, tensor.shape, piece, start)
+                )
+                for entry, part in split:
+                    parts.setdefault(entry, []).append(part)
+                start += piece.shape[0] if piece.shape else 0
+            for entry, made in parts.items():
+                if entry.endswith(NOT_COMPARED):
+                    continue
+                there = stored.tensor(entry) if isinstance(stored, HFDir) else stored[entry].parts[""]
+                if _bytes(there) != b"".join(map(_bytes, made)):
+                    yield entry
+                    break
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
