@@ -141,6 +141,7 @@ class Judge:
         spent = self.work.each(
             f"{self.name}-cost", 1, lambda unit: self._lazy.cost(self.reference.questions[0].prompt)
         )(0)
+        self._step_ms = float(spent["step_ms"])
         numel = sum(weight.numel for weight in stored.values())
         return {
             "name": self.name, "kind": artifact.kind, "path": str(artifact.path),
@@ -188,9 +189,10 @@ class Judge:
         rows, limit = reference.about["rows"], generation.sampler.steps
         theirs = (self.source or self.artifact).generation
         self.base = scores.free(
-            reference.free, rows, reference.questions, theirs, theirs.sampler.steps, tokenizer, None
-        )
-        return scores.free(mine, rows, reference.questions, generation, limit, tokenizer, reference.free)
+            reference.free, rows, reference.questions, theirs, theirs.sampler.steps, tokenizer, None,
+            reference.about["cost"]["step_ms"],
+        )  # fmt: skip
+        return scores.free(mine, rows, reference.questions, generation, limit, tokenizer, reference.free, self._step_ms)
 
     def _weights(self) -> list[Json]:
         assert self.source is not None

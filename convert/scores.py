@@ -58,10 +58,11 @@ def _row(measures: Tensor) -> Json:
 
 def free(
     ran: dict[str, Tensor], rows: Sequence[int], questions: Sequence[Question], generation: GenerationConfig,
-    limit: int, tokenizer: Tokenizer, beside: dict[str, Tensor] | None,
+    limit: int, tokenizer: Tokenizer, beside: dict[str, Tensor] | None, step_ms: float,
 ) -> Json:  # fmt: skip
     """ran: a model's canvases and steps, one row a question of `rows`; limit: its steps at most; beside: the
-    reference's, None for itself."""
+    reference's, None for itself; step_ms: of one prompt alone, whose tokens a second these steps give, where a block's
+    commitment counts as one more (what ran here may have been the reference's operations, in batches)."""
     steps = ran["steps"].double().masked_fill(ran["steps"] < 0, torch.nan)
     said = tokens_of(ran["canvases"], generation)
     lengths = torch.tensor([float(len(tokens)) for tokens in said], dtype=torch.float64)
@@ -76,7 +77,7 @@ def free(
         "tokens_per_step": interval(lengths, steps.nansum(-1)),
         "tokens": int(lengths.sum()),
         "seconds": float(ran["seconds"].sum()),
-        "tokens_per_second": float(lengths.sum() / ran["seconds"].sum().clamp(min=1e-9)),
+        "tokens_per_second": float(lengths.sum() * 1000 / ((flat.nansum() + (~flat.isnan()).sum()) * step_ms)),
         "texts": texts,
     }
     asked = [i for i, row in enumerate(rows) if questions[row].answer is not None]

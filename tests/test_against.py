@@ -108,3 +108,12 @@ def test_what_stats_made_is_not_proven(root: Path, tmp_path: Path) -> None:
     seal(fake, effort="standard", calibration={})
     result = against(fake, root / "source")
     assert result.exit_code == 2 and "made with STATS" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_another_source(root: Path, tmp_path: Path) -> None:
+    """Files that are not those whose hashes the artifact names, though they give the same weights."""
+    other = shutil.copytree(root / "source", tmp_path / "other")
+    file = next(other.glob("*.safetensors"))
+    save_file(load_file(file), file, {"format": "pt", "by": "someone"})
+    result = against(root / "bnb4", other)
+    assert result.exit_code == 1 and f"{file.name}: is not the file that dgq.json says" in result.stderr

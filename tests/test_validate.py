@@ -96,6 +96,11 @@ def test_bf16_against_itself_loses_nothing(room: Path, tmp_path: Path) -> None:
     assert all(mean[name] == [1, 1, 1] for name in ("top1", "top5", "accepted_ratio", "accepted_same"))
     assert own["free"]["steps_ratio"] == [1, 1, 1] and own["free"]["agreement"][0] == 1
     assert own["free"]["histogram"] == found["reference"]["free"]["histogram"]
+    passes = sum(
+        (int(steps) + 1) * count for steps, count in own["free"]["histogram"].items()
+    )  # each ends in a commitment
+    seconds = passes * own["cost"]["step_ms"] / 1000
+    assert own["free"]["tokens_per_second"] * seconds == pytest.approx(own["free"]["tokens"])
     assert all(row["written"]["tiny"] == row["reference"] for row in found["texts"]) and len(found["texts"]) == 6
     assert all(row["error"] == 0 for row in own["weights"]) and len(own["weights"]) == 142
     assert all(row["output"] == row["accumulated"] == 0 and row["router_overlap"] == 1 for row in own["layers"])
