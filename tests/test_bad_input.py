@@ -370,10 +370,6 @@ BROKEN_GGUF: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "missing rope": ({"rename": lambda name: None if name == "rope_freqs.weight" else name}, ("rope_freqs.weight",)),
     "extra": ({"extra": "blk.0.surprise.weight"}, ("blk.0.surprise.weight",)),
     "output head": ({"extra": "output.weight"}, ("output.weight",)),
-    "renamed": (
-        {"rename": lambda name: name.replace("self_cond_pre_norm", "self_cond_norm")},
-        ("self_cond_pre_norm.weight",),
-    ),
     "mis-shaped": ({"reshape": "blk.1.attn_q.weight"}, ("blk.1.attn_q.weight", "[127, 64]", "[128, 64]")),
     "other arch": (
         {"metadata": lambda key, value: None if key == "diffusion-gemma.expert_count" else value},

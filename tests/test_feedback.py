@@ -67,9 +67,9 @@ def test_rows_make_good_what_rows_lost(name: str) -> None:
     assert _felt(scheme, swept, weight, hessian, outputs) < 0.995 * losses[1], "a sweep takes off half a per cent"
     lone = feedback(weight[:1, :3], hessian[:1], scheme, outputs[:1, :3, :3])  # a row a group, one block a row
     assert lone[""].shape == two[""][:1, :3].shape
-    eye = torch.eye(37).expand_as(outputs)
-    same = scheme.dequantize(feedback(weight, hessian, scheme, eye)) == scheme.dequantize(one)
-    assert float(same.float().mean()) > 0.9, "rows that are not felt together stay alone, but for float32's rounding"
+    exact, felt, eye = weight.double(), hessian.double(), torch.eye(37, dtype=torch.float64).expand(2, 37, 37)
+    same = scheme.dequantize(feedback(exact, felt, scheme, eye)) == scheme.dequantize(feedback(exact, felt, scheme))
+    assert float(same.float().mean()) > 0.999, "rows that are not felt together stay alone"  # float32 has near ties
 
 
 @pytest.mark.parametrize("name", ["q8_0", "q5_0", "q6_k", "q4_k"])
