@@ -28,6 +28,8 @@ from dgq.convert.cli import main
 from dgq.convert.generate import open_model
 from dgq.convert.judge import Lazy, Options
 from dgq.runtime.model import Model
+from dgq.runtime.plain import Plain
+from dgq.runtime.session import Session
 
 pytestmark = pytest.mark.xdist_group("validate")
 MEASURED = {"seconds", "tokens_per_second", "load_s", "step_ms", "peak_bytes"}  # what no two runs have in common
@@ -290,8 +292,10 @@ def test_a_dropped_model_is_gone() -> None:
     lazy = Lazy(open_model("tiny"), options, None)
     gc.disable()
     try:
-        lazy.cost((1, 2, 3))
-        gone = weakref.ref(lazy.model)
+        model = lazy.model
+        model.session = Session(Plain(model), 1, 512, lazy._artifact.generation.sampler)  # as on a GPU
+        gone = weakref.ref(model)
+        del model
         lazy.drop()
         left = gone() is not None  # outside assert, which would keep what it looked at
         assert not left
