@@ -61,7 +61,7 @@ class OnSlots:
         random: CounterRandom,
     ) -> None:
         self._model, self._sampler, self._random = model, sampler, random
-        self._session = _session(model, len(prompts), capacity, sampler)
+        self._session = session_for(model, len(prompts), capacity, sampler)
         self._session.start(prompts)
         self.commit, self.keep = self._session.commit, self._session.keep
 
@@ -81,15 +81,15 @@ class OnSlots:
         return state.argmax[:count].clone(), state.took[:count].clone()
 
 
-def _session(model: Model, rows: int, capacity: int, sampler: SamplerConfig) -> Session:
+def session_for(model: Model, rows: int, capacity: int, sampler: SamplerConfig) -> Session:
     session = model.session
     if session is None or not session.fits(rows, capacity, sampler):
         model.session = session = None  # the old one's memory is free before the new one's is taken
-        model.session = session = Session(_passes(model), rows, capacity, sampler)
+        model.session = session = Session(passes_of(model), rows, capacity, sampler)
     return session
 
 
-def _passes(model: Model) -> Passes:
+def passes_of(model: Model) -> Passes:
     if model.kernels is None:
         return Plain(model)
     from dgq.runtime.fast import Fast  # needs Triton

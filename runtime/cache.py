@@ -63,6 +63,10 @@ class Cache:
         """Whether every row is to be computed as though it were alone, to the bit where the device allows it."""
         return bool(self._gaps)
 
+    def as_stacked(self, stacked: bool) -> None:
+        """How the row of a cache of one is to be computed from now on."""
+        self._gaps = [0] if stacked else []
+
     def positions(self, new: int) -> Tensor:
         """(rows or 1, new) positions of the next tokens."""
         after = torch.arange(self.length, self.length + new, device=self._device).unsqueeze(0)
@@ -126,6 +130,30 @@ class Cache:
             self.real = self.real[rows]
         if self._gaps:
             self._gaps = [self._gaps[row] for row in rows.tolist()]
+
+    @property
+    def first(self) -> int:
+        """The first token that every layer still has."""
+        return self.length - min(self._held)
+
+    def windows(self) -> list[Tensor]:
+        """Of a cache of one row: copies of what its sliding layers hold, (2, kv heads, held, head_dim) each."""
+        return [
+            buffer[:, 0, :, :held].clone()
+            for buffer, held, keep in zip(self._buffers, self._held, self._keep, strict=True)
+            if keep is not None
+        ]
+
+    def rewind(self, length: int, windows: Sequence[Tensor] | None = None) -> None:
+        """Forget what comes after `length` tokens. windows: of that length, where sliding layers don't hold it now."""
+        saved = iter(windows or ())
+        for layer, keep in enumerate(self._keep):
+            self._held[layer] = max(0, length - (self.length - self._held[layer]))
+            if keep is not None and windows is not None:
+                window = next(saved)
+                self._held[layer] = window.shape[2]
+                self._buffers[layer][:, 0, :, : window.shape[2]] = window
+        self.length = length
 
     @property
     def nbytes(self) -> int:

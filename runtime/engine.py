@@ -29,6 +29,7 @@ from dgq.runtime.batch import PREFILL, Batch, OnSlots, Reference, Step
 from dgq.runtime.model import Model
 from dgq.runtime.rng import CounterRandom, Random, TorchRandom
 from dgq.runtime.settings import GenerationConfig, SamplerConfig
+from dgq.runtime.turns import TurnOnCache, TurnOnSlots, Turns
 
 __all__ = ["PREFILL", "Block", "Result", "Step", "generate", "stream"]
 
@@ -73,6 +74,7 @@ def generate(
     *,
     rng: Rng = "counter",
     rows: Sequence[int] | None = None,
+    turns: Turns | None = None,
 ) -> Result:
     """Answer every prompt of a batch.
 
@@ -82,6 +84,8 @@ def generate(
     rng "counter": a row's random tokens depend on the seed and the row's number only, not on device or batch. rows
     are those numbers, 0, 1, … unless given: a prompt alone with rows=[3] gets what it gets as the fourth of a batch.
     "torch": transformers' draws from torch's generator, which on a CPU give its tokens; CUDA's stream is another.
+
+    turns: of a conversation, whose next prompt is the only one; what its cache has of that is not encoded again.
     """
     wanted = generation.max_new_tokens if max_new_tokens is None else max_new_tokens
     sampler = _sampler(generation, steps)
@@ -89,8 +93,9 @@ def generate(
     used: list[list[int]] = [[] for _ in prompt_ids]
     over = [False] * len(prompt_ids)
     events = stream(
-        model, prompt_ids, generation, wanted, seed, steps, rng=rng, rows=rows, every_step=on_step is not None
-    )
+        model, prompt_ids, generation, wanted, seed, steps, rng=rng, rows=rows, every_step=on_step is not None,
+        turns=turns,
+    )  # fmt: skip
     for event in events:
         if isinstance(event, Step):
             assert on_step is not None
@@ -117,6 +122,7 @@ def stream(
     rng: Rng = "counter",
     rows: Sequence[int] | None = None,
     every_step: bool = True,
+    turns: Turns | None = None,
 ) -> Iterator[Step | Block]:
     """What generate() does, as it happens: each Step, if every_step, and each Block when it is committed.
 
@@ -131,9 +137,14 @@ def stream(
     eos = torch.tensor(generation.eos_ids, device=model.device)
     batch: Batch
     if model.device.type == "cuda" and isinstance(random, CounterRandom):
-        batch = OnSlots(model, prompt_ids, capacity, sampler, random)
-    else:
+        if turns is None:
+            batch = OnSlots(model, prompt_ids, capacity, sampler, random)
+        else:
+            batch = TurnOnSlots(model, prompt_ids[0], capacity, sampler, random, turns)
+    elif turns is None:
         batch = Reference(model, prompt_ids, capacity, sampler, random, generation.pad_id)
+    else:
+        batch = TurnOnCache(model, prompt_ids[0], capacity, sampler, random, turns)
 
     here = torch.arange(len(prompt_ids), device=model.device)  # the batch's rows
     finished = torch.zeros_like(here, dtype=torch.bool)

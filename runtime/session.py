@@ -81,6 +81,7 @@ class Session:
         self._states: dict[int, State] = {}
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if passes.capturable else None
+        self.tenant: object = None  # the conversation whose tokens lie in the slots
         self.clock: list[tuple[str, torch.cuda.Event]] | None = None  # a list gets an event for each pass's beginning
 
     def fits(self, rows: int, capacity: int, sampler: SamplerConfig) -> bool:
@@ -89,13 +90,22 @@ class Session:
 
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         """Encode prompts, one for each row, each as though it were alone."""
-        self.live, step = self.slots.rows, self.passes.prefill
+        self.live, step, self.tenant = self.slots.rows, self.passes.prefill, None
         self._note("prompt")
         for row, prompt in enumerate(prompts):
             for first in range(0, len(prompt), step):
                 ids = torch.tensor(prompt[first : first + step], device=self.passes.device)[None]
                 self.passes.encode_prompt(ids, Prompt(self.slots, row, first, ids.shape[1]))
         self.slots.lengths.copy_(torch.tensor([len(prompt) for prompt in prompts]))
+
+    def extend(self, ids: Sequence[int], length: int) -> None:
+        """Encode tokens behind the first `length` of the only row."""
+        self.live, step = 1, self.passes.prefill
+        self._note("prompt")
+        for first in range(0, len(ids), step):
+            part = torch.tensor(ids[first : first + step], device=self.passes.device)[None]
+            self.passes.encode_prompt(part, Prompt(self.slots, 0, length + first, part.shape[1]))
+        self.slots.holds(length + len(ids))
 
     @property
     def state(self) -> State:

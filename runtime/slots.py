@@ -14,6 +14,8 @@ the encoder writes the block in its place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,9 +43,48 @@ class Slots:
             for one in config.layers
         ]
 
+        self.first = 0  # of a conversation's row: the first token that rings have, a canvas being written behind all
+
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers)
+
+    def holds(self, length: int) -> None:
+        """Row 0, the only one, has so many tokens now."""
+        self.lengths.fill_(length)
+        self.reach(length)
+
+    def reach(self, length: int) -> None:
+        """It has so many, and a canvas may be written behind them: what that takes from the rings."""
+        self.first = max(self.first, length + self.config.canvas - self.sizes[True])
+
+    def windows(self, length: int) -> list[Tensor]:
+        """Of that row: copies of its sliding layers' windows, (2, kv heads, held, head_dim) each."""
+        at = torch.arange(max(0, length - self.config.window + 1), length, device=self.lengths.device)
+        return [buffer[:, 0, :, at % self.sizes[True]] for buffer in self._rings()]
+
+    def rewind(self, length: int, windows: Sequence[Tensor] | None = None) -> None:
+        """Forget what comes after `length` tokens of that row. windows: of that length, where rings don't hold it."""
+        first = min(self.first, length)
+        if windows:
+            first = length - windows[0].shape[2]
+            at = torch.arange(first, length, device=self.lengths.device) % self.sizes[True]
+            for buffer, window in zip(self._rings(), windows, strict=True):
+                buffer[:, 0, :, at] = window
+        self.first = first
+        self.holds(length)
+
+    def take(self, other: Slots, length: int) -> None:
+        """A row's first `length` tokens from slots that are no larger than these."""
+        for one, mine, its in zip(self.config.layers, self.buffers, other.buffers, strict=True):
+            first = other.first if one.is_sliding else 0
+            at = torch.arange(first, length, device=mine.device)
+            mine[:, 0, :, at % mine.shape[3]] = its[:, 0, :, at % its.shape[3]]
+        self.first = other.first
+        self.holds(length)
+
+    def _rings(self) -> list[Tensor]:
+        return [buffer for one, buffer in zip(self.config.layers, self.buffers, strict=True) if one.is_sliding]
 
     def keep(self, rows: Tensor) -> None:
         """Move `rows`, int64 and rising, to the front; the places behind are free."""

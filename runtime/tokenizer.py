@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend, self._specials, self._template, self._source = backend, dict(specials), template, source
+        self._variables: dict[str, Any] = {}  # that the template gets unless render() is given others
 
     @classmethod
     def from_dir(cls, path: Path) -> Tokenizer:
@@ -114,12 +116,45 @@ class Tokenizer:
         unless given. InputError if there is no template or it refuses the messages."""
         if self._template is None:
             raise InputError(f"{self._source}: has no chat template; give the prompt as raw text")
-        given = {"tools": None, "documents": None, "add_generation_prompt": True, **self._specials, **variables}
+        given = {"tools": None, "documents": None, "add_generation_prompt": True, **self._specials}
+        given |= self._variables | variables
         try:
             return _environment().from_string(self._template).render(messages=list(messages), **given)
         except Exception as error:  # a template is somebody's program: it may divide by zero as well
             what = f"{type(error).__name__}: {error}"
             raise InputError(f"{self._source}: the chat template refuses these messages ({what})") from None
+
+    def thinking(self, switch: bool | None) -> Tokenizer:
+        """This tokenizer with the template's enable_thinking as given; None: as the template has it by itself.
+        InputError if it is to think and the template knows no such switch."""
+        if switch is None:
+            return self
+        if switch and self._template is not None and "enable_thinking" not in self._template:
+            raise InputError(f"{self._source}: its chat template has no enable_thinking; this model cannot be told to")
+        other = copy(self)
+        other._variables = self._variables | {"enable_thinking": switch}
+        return other
+
+    def reply(self, ids: Sequence[int]) -> tuple[str, str]:
+        """A reply's text, and the thoughts in it: what stands between <|channel> and <channel|>, or to the end, without
+        the channel's name."""
+        opens, closes = self.token_id("<|channel>"), self.token_id("<channel|>")
+        parts: list[tuple[bool, list[int]]] = [(False, [])]
+        for token in ids:
+            if token in (opens, closes):
+                parts.append((token == opens, []))
+            else:
+                parts[-1][1].append(token)
+        thoughts = [self.decode(part).removeprefix("thought").strip() for thought, part in parts if thought]
+        if len(parts) == 1:
+            return self.decode(ids), ""
+        text = "".join(self.decode(part) for thought, part in parts if not thought)
+        return text.strip(), "\n\n".join(thought for thought in thoughts if thought)
+
+    @property
+    def template(self) -> str | None:
+        """The chat template as it is written; None if there is none."""
+        return self._template
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         """Text of the ids; control tokens (<bos>, <turn|>, …) only if keep_special."""

@@ -1,0 +1,99 @@
+"""A conversation: messages through the chat template, turn after turn, on a cache that stays.
+
+    chat = engine.chat(system="Be brief.", thinking=True)
+    chat.ask("Why is the sky blue?").text
+    chat.ask("And at night?").encoded        only the tokens that are new
+
+The messages are the truth: every turn renders all of them, and keeps of the cache what the rendering has in common with
+it (turns.py). A reply goes among them as its text; its thoughts apart, as "reasoning_content", where Gemma 4's template
+looks for them: it gives them back only to a model that is in the middle of calling tools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dgq.runtime.engine import Block, Rng, Step, stream
+from dgq.runtime.model import Model
+from dgq.runtime.settings import GenerationConfig
+from dgq.runtime.tokenizer import Tokenizer
+from dgq.runtime.turns import Turns, common
+
+
+@dataclass(frozen=True)
+class Reply:
+    """To one turn. thought: what the model thought before, "" if it did not; tokens: of both; ended: whether the model
+    said so itself; steps: of each block; prompt_tokens: of the conversation before the reply; encoded: of these, how
+    many were not in the cache."""
+
+    text: str
+    thought: str
+    tokens: list[int]
+    ended: bool
+    steps: list[int]
+    prompt_tokens: int
+    encoded: int
+
+
+class Chat:
+    """A conversation with a model. messages: so far, as a chat template takes them; may be edited between turns."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        generation: GenerationConfig,
+        *,
+        system: str | None = None,
+        thinking: bool | None = None,
+        messages: Sequence[Mapping[str, Any]] = (),
+        seed: int = 0,
+        rng: Rng = "counter",
+    ) -> None:
+        """thinking: the template's enable_thinking, its own default unless given. seed: of all turns; no two turns
+        draw the same from it. InputError if the template knows no thinking."""
+        self._model, self._tokenizer, self._generation = model, tokenizer.thinking(thinking), generation
+        self._seed, self._rng, self._turns = seed, rng, Turns()
+        self.messages: list[Mapping[str, Any]] = list(messages)
+        if system is not None:
+            self.messages.insert(0, {"role": "system", "content": system})
+
+    def ask(self, text: str, on_step: Callable[[Step], None] | None = None, **settings: Any) -> Reply:
+        """The reply to a user's text, both added to the messages. settings: max_new_tokens, steps."""
+        events = self.stream(text, every_step=on_step is not None, **settings)
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as over:
+                reply: Reply = over.value
+                return reply
+            if on_step is not None and isinstance(event, Step):
+                on_step(event)
+
+    def stream(self, text: str, **settings: Any) -> Generator[Step | Block, None, Reply]:
+        """ask(), as it happens; the generator's value is the reply. A turn that is not seen to its end never was."""
+        said = [*self.messages, {"role": "user", "content": text}]
+        ids, bare = self._tokenizer.chat(said), self._tokenizer.chat(said, add_generation_prompt=False)
+        self._turns.settled = common(ids, bare)
+        number = sum(message.get("role") == "assistant" for message in self.messages)
+        places: dict[str, Any] = {"seed": self._seed, "rows": [number]}
+        if self._rng == "torch":
+            places = {"seed": self._seed + number}
+        events = stream(self._model, [ids], self._generation, rng=self._rng, turns=self._turns, **places, **settings)
+        tokens: list[int] = []
+        steps: list[int] = []
+        ended = False
+        for event in events:
+            if isinstance(event, Block):
+                tokens += event.canvas[0].tolist()
+                steps.append(event.steps[0])
+                ended = event.ended[0]
+            yield event
+        wanted = settings.get("max_new_tokens") or self._generation.max_new_tokens
+        stop = next((i for i, token in enumerate(tokens) if token in self._generation.eos_ids), len(tokens))
+        answer, thought = self._tokenizer.reply(tokens := tokens[: min(stop, wanted)])
+        reply = {"role": "assistant", "content": answer} | ({"reasoning_content": thought} if thought else {})
+        self.messages = [*said, reply]
+        return Reply(answer, thought, tokens, ended and stop <= wanted, steps, len(ids), self._turns.encoded)

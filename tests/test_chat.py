@@ -1,0 +1,235 @@
+"""Conversations: a cache that is kept from turn to turn is what encoding everything anew gives, in both engines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dgq.quant.errors import InputError
+from dgq.runtime import engine, turns
+from dgq.runtime.artifact import open_artifact
+from dgq.runtime.chat import Chat
+from dgq.runtime.slots import Canvas
+from dgq.runtime.tokenizer import Tokenizer
+from dgq.runtime.turns import TurnOnSlots, Turns
+
+TESTS = Path(__file__).parent
+SAID = (
+    "Sort: wind apple king door",
+    "Tell me a long story about a fox, a bear, a dog and a cat who met in a house by the river one day.",
+    "Reverse: dog cat sun",
+    "What is 3 + 4?",
+    "Sort: zoo ant",
+)
+
+
+TEXTS = [
+    json.loads(line)["text"][:500]
+    for line in (TESTS.parent / "recipes" / "prompts" / "heldout_text.jsonl").read_text().splitlines()[:4]
+]
+
+
+@pytest.fixture(scope="module")
+def artifact():
+    return open_artifact(TESTS.parent / "recipes" / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(artifact):
+    return artifact.load("cpu", torch.float32)
+
+
+@pytest.fixture(params=["cache", "slots"])
+def store(request, monkeypatch, model) -> Iterator[str]:
+    """Where a conversation lies: as generate() has it on a CPU, and as on a GPU."""
+    if request.param == "slots":
+        monkeypatch.setattr(engine, "TurnOnCache", TurnOnSlots)
+    yield request.param
+    model.session = None
+
+
+def endless(artifact: Any) -> Any:
+    """Replies that fill every block that they may have: no token ends them."""
+    return replace(artifact.generation, eos_ids=(artifact.config.vocab - 1,))
+
+
+def logits_of(store: Any, model: Any, canvas: torch.Tensor) -> torch.Tensor:
+    """Of a canvas behind what a conversation's store holds."""
+    if hasattr(store, "cache"):
+        return model.decode(canvas, store.cache)
+    state, view = store.session.state, Canvas(store.session.slots, 1, model.config.canvas)
+    kept = state.canvas.clone()
+    state.canvas.copy_(canvas)
+    state.soft.zero_()
+    found = store.session.passes.decode(state, view)
+    state.canvas.copy_(kept)
+    return found
+
+
+def recomputed(model: Any, ids: list[int], canvas: torch.Tensor) -> torch.Tensor:
+    cache = model.new_cache(1)
+    model.encode(torch.tensor([ids]), cache)
+    return model.decode(canvas, cache)
+
+
+@pytest.fixture
+def worst(monkeypatch, model) -> list[float]:
+    """The largest difference of a logit, at each turn's beginning."""
+    found: list[float] = []
+    begin = Turns.begin
+    canvas = torch.arange(model.config.canvas)[None] * 7 % model.config.vocab
+
+    def compared(self: Turns, place: Any, ids: Any, window: int) -> None:
+        begin(self, place, ids, window)
+        assert self.ids == list(ids)
+        with torch.inference_mode():
+            found.append(float((logits_of(place, model, canvas) - recomputed(model, self.ids, canvas)).abs().max()))
+
+    monkeypatch.setattr(Turns, "begin", compared)
+    return found
+
+
+def test_kept_turns_equal_a_full_recompute(artifact, model, store, worst):
+    """Short replies, which end in their first block: all of every turn is kept, but for what the next one adds."""
+    chat = Chat(model, artifact.tokenizer, artifact.generation, seed=3)
+    before = 0
+    for said in SAID:
+        reply = chat.ask(said, max_new_tokens=128)
+        assert reply.ended and reply.prompt_tokens - reply.encoded == before
+        before = reply.prompt_tokens
+    assert len(chat.messages) == 2 * len(SAID) and reply.prompt_tokens > model.config.window
+    assert len(worst) == len(SAID) and max(worst) < 1e-4
+
+
+def test_turns_across_the_window(artifact, model, store, worst):
+    """Replies of several blocks, whose text makes other tokens than they are: what was committed is cut off, the
+    windows that were saved come back, and of the turns before nothing is encoded again."""
+    chat = Chat(model, artifact.tokenizer, endless(artifact), seed=5)
+    canvas, window = model.config.canvas, model.config.window
+    before = 0
+    for said in TEXTS:
+        reply = chat.ask(said, max_new_tokens=3 * canvas - 1, steps=2)
+        assert len(reply.steps) == 3 and len(reply.tokens) == 3 * canvas - 1
+        assert reply.prompt_tokens - reply.encoded >= before
+        before = len(artifact.tokenizer.chat(chat.messages[:-1], add_generation_prompt=False))
+        held = chat._turns.ids
+        assert len(held) == reply.prompt_tokens + 2 * canvas, "the last block is in no cache"
+        noise = torch.arange(canvas)[None]
+        with torch.inference_mode():
+            after = logits_of(chat._turns.store, model, noise) - recomputed(model, held, noise)
+        assert float(after.abs().max()) < 1e-4
+    assert reply.prompt_tokens > 8 * window and max(worst) < 1e-4
+
+
+def test_a_conversation_is_its_prompts_alone(artifact, model, store):
+    """Each reply is what one call with the whole conversation gives."""
+    chat = Chat(model, artifact.tokenizer, artifact.generation, seed=3)
+    for number, said in enumerate(SAID[:3]):
+        asked = [*chat.messages, {"role": "user", "content": said}]
+        reply = chat.ask(said, max_new_tokens=128)
+        ids = artifact.tokenizer.chat(asked)
+        alone = engine.generate(model, [ids], artifact.generation, 128, 3, rows=[number])
+        assert alone.tokens == [reply.tokens] and alone.steps == [reply.steps]
+
+
+def test_what_was_written_anew_is_encoded_anew(artifact, model, store, worst):
+    chat = Chat(model, artifact.tokenizer, endless(artifact), system="Be brief.", seed=1)
+    for said in SAID[:2]:
+        chat.ask(said, max_new_tokens=200, steps=2)
+    chat.messages[1] = {"role": "user", "content": "Sort: zoo ant"}
+    reply = chat.ask(SAID[2], max_new_tokens=64, steps=2)
+    assert reply.encoded == reply.prompt_tokens, "the windows of so early a token are gone"
+    assert chat.ask(SAID[3], max_new_tokens=64, steps=2).encoded < reply.prompt_tokens
+    assert max(worst) < 1e-4
+
+
+def test_an_abandoned_turn_never_was(artifact, model, store, worst):
+    chat = Chat(model, artifact.tokenizer, endless(artifact), seed=1)
+    chat.ask(SAID[0], max_new_tokens=64, steps=2)
+    said = list(chat.messages)
+    events = chat.stream(SAID[1], max_new_tokens=256, steps=2, every_step=False)
+    next(events), next(events), next(events)
+    events.close()
+    assert chat.messages == said
+    chat.ask(SAID[2], max_new_tokens=64, steps=2)
+    assert max(worst) < 1e-4
+    with pytest.raises(InputError, match="exceed the context"):
+        chat.ask("wind " * 3000)
+    assert len(chat.messages) == 4
+    chat.ask(SAID[3], max_new_tokens=64, steps=2)
+    assert max(worst) < 1e-4
+
+
+def test_slots_grow_and_are_lent(artifact, model, monkeypatch, worst):
+    """A conversation takes its keys along when its slots get too few or it is asked for other steps; when another
+    batch has had them, it starts anew."""
+    monkeypatch.setattr(engine, "TurnOnCache", TurnOnSlots)
+    monkeypatch.setattr(turns, "ROOM", 128)
+    chat = Chat(model, artifact.tokenizer, endless(artifact), seed=2)
+    sizes, encoded = [], []
+    for said, steps in zip((*SAID[:2], *TEXTS[:2]), (1, 1, 1, 2), strict=True):
+        reply = chat.ask(said, max_new_tokens=64, steps=steps)
+        sizes.append(model.session.slots.capacity)
+        encoded.append(reply.prompt_tokens - reply.encoded)
+    assert len(set(sizes)) > 2 and sizes == sorted(sizes) and encoded == sorted(set(encoded))
+    with torch.inference_mode():
+        model.session.start([artifact.tokenizer.encode("Once upon a time")])
+    reply = chat.ask("And then?", max_new_tokens=64, steps=3)
+    assert reply.encoded == reply.prompt_tokens and max(worst) < 1e-4
+    model.session = None
+
+
+THINKS = (
+    "{{ bos_token }}{% if enable_thinking %}<|turn>system\n<|think|><turn|>\n{% endif %}"
+    "{% for m in messages %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}<turn|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|turn>model\n"
+    "{% if not enable_thinking %}<|channel>thought\n<channel|>{% endif %}{% endif %}"
+)
+
+
+def thinker(tmp_path: Path, template: str = THINKS) -> Tokenizer:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((TESTS / "golden" / "tinyA" / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(template)
+    return Tokenizer.from_dir(tmp_path)
+
+
+def test_thoughts_are_told_apart_and_not_told_again(tmp_path):
+    tokenizer = thinker(tmp_path)
+    said = [{"role": "user", "content": "the"}]
+    assert (
+        "think" in tokenizer.thinking(True).render(said) and "think" not in tokenizer.thinking(None).render(said)[:30]
+    )
+    assert tokenizer.thinking(False).render(said).endswith("<|channel>thought\n<channel|>")
+    for text, found in (
+        ("the quick", ("the quick", "")),
+        (" the  quick ", (" the  quick ", "")),
+        ("<|channel>thought\nthe quick\n<channel|>the fox", ("the fox", "the quick")),
+        ("<|channel>thought\n<channel|>the fox", ("the fox", "")),
+        ("<|channel>thought\nthe quick", ("", "the quick")),
+        ("the<|channel>thought\na<channel|> fox<|channel>thought\nb\n<channel|>", ("the fox", "a\n\nb")),
+        ("<channel|>the", ("the", "")),
+    ):
+        assert tokenizer.reply(tokenizer.encode(text)[1:]) == found
+    with pytest.raises(InputError, match="no enable_thinking"):
+        thinker(tmp_path, "{{ messages }}").thinking(True)
+
+
+def test_a_template_that_writes_turns_anew(tmp_path, artifact, model, store, worst, monkeypatch):
+    """With thoughts in the generation prompt that the next turn does not have, and in the reply."""
+    tokenizer = thinker(tmp_path)
+    monkeypatch.setattr(Tokenizer, "reply", lambda self, ids: ("the fox", "quick"))
+    chat = Chat(model, tokenizer, endless(artifact), thinking=False)
+    before = 0
+    for said in SAID:
+        reply = chat.ask(said, max_new_tokens=200, steps=2)
+        assert reply.prompt_tokens - reply.encoded >= before
+        before = len(tokenizer.chat(chat.messages[:-1], add_generation_prompt=False))
+    assert chat.messages[1] == {"role": "assistant", "content": "the fox", "reasoning_content": "quick"}
+    assert max(worst) < 1e-4
