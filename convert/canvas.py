@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from dgq.quant.errors import shown
+
 if TYPE_CHECKING:
     from dgq.runtime.engine import Step
     from dgq.runtime.tokenizer import Tokenizer
@@ -44,7 +46,7 @@ class CanvasView:
 
     def picture(self, step: Step) -> Text:
         """The committed text, the canvas, and a line of numbers."""
-        text = Text(self._tokenizer.decode(self._committed))
+        text = Text(shown(self._tokenizer.decode(self._committed)))
         accepted = step.accepted[0].tolist()
         start = 0
         while start < len(self._last):
@@ -53,8 +55,8 @@ class CanvasView:
                 stop += 1
             piece = self._last[start:stop]
             ended = next((i for i, token in enumerate(piece) if token in self._eos), None)
-            shown = self._tokenizer.decode(piece if ended is None else piece[:ended])
-            text.append(shown, style="bold" if accepted[start] else "dim cyan")
+            said = self._tokenizer.decode(piece if ended is None else piece[:ended])
+            text.append(shown(said), style="bold" if accepted[start] else "dim cyan")
             if ended is not None:
                 break
             start = stop

@@ -221,8 +221,11 @@ def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model", metavar="SRC|ARTIFACT")
-@click.argument("prompt")
-@click.option("--chat", is_flag=True, help="Put PROMPT through the chat template, as a user's turn.")
+@click.argument("prompt", required=False)
+@click.option(
+    "--chat", is_flag=True, help="Put PROMPT through the chat template; without one, converse, a line a turn."
+)
+@click.option("--thinking/--no-thinking", default=None, help="In a chat: think first. [default: the template's]")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="[default: the model's generation_config]")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps a canvas at most. [default: generation_config]")
 @click.option(
@@ -249,8 +252,9 @@ def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
 @JSON
 def run(
     model: str,
-    prompt: str,
+    prompt: str | None,
     chat: bool,
+    thinking: bool | None,
     max_new_tokens: int | None,
     steps: int | None,
     seed: int,
@@ -266,6 +270,18 @@ def run(
     from dgq.convert import show
     from dgq.convert.generate import generate_text
 
+    if thinking is not None and not chat:
+        raise InputError("--thinking: is a switch of the chat template; add --chat")
+    if prompt is None:
+        from dgq.convert.conversation import converse
+
+        if not chat:
+            raise click.MissingParameter(param_type="argument", param_hint="'PROMPT'")
+        converse(
+            model, revision=revision, thinking=thinking, max_new_tokens=max_new_tokens, steps=steps, seed=seed,
+            device=device, dtype=dtype, activations=activations, rng=rng, vram=vram, as_json=as_json,
+        )  # fmt: skip
+        return
     try:
         text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt
         text.encode()
@@ -274,6 +290,7 @@ def run(
     answer = generate_text(
         model, text, revision=revision, chat=chat, max_new_tokens=max_new_tokens, steps=steps, seed=seed, device=device,
         dtype=dtype, activations=activations, rng=rng, draw=not as_json and sys.stdout.isatty(), vram=vram,
+        thinking=thinking,
     )  # fmt: skip
     show.print_json(answer) if as_json else show.answer(answer)
 

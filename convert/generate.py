@@ -18,6 +18,8 @@ from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.quantization import quantization
 
 if TYPE_CHECKING:
+    import torch
+
     from dgq.runtime.engine import Rng
 
 
@@ -64,27 +66,26 @@ def generate_text(
     rng: Rng,
     draw: bool,
     vram: int | None = None,
+    thinking: bool | None = None,
 ) -> dict[str, Any]:
     """Answer one prompt: text, token ids, steps of each canvas, whether it stopped early, and times in seconds."""
-    import torch
-
     from dgq.runtime.engine import generate
 
     device = chosen_device(device)
-    if vram is not None and (device != "cuda" or dtype == "fp32" or activations or rng != "counter"):
-        raise InputError("--vram: is for bfloat16 on a GPU, with --rng counter and without --activations")
+    check_vram(vram, device, dtype, activations, rng)
     artifact = open_model(asked, revision)
-    tokenizer = artifact.tokenizer
+    tokenizer = artifact.tokenizer.thinking(thinking)
     ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
     began = time.perf_counter()
-    precision = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    model = artifact.load(device, precision, activations, vram)
+    model = artifact.load(device, precision(dtype), activations, vram)
     loaded = time.perf_counter()
-    with _drawing(tokenizer, artifact, draw) as on_step:
+    with drawing(tokenizer, artifact, draw) as on_step:
         result = generate(model, [ids], artifact.generation, max_new_tokens, seed, steps, on_step, rng=rng)
     ended = time.perf_counter()
+    text, thought = tokenizer.reply(result.tokens[0]) if chat else (tokenizer.decode(result.tokens[0]), "")
     return {
-        "text": tokenizer.decode(result.tokens[0]),
+        "text": text,
+        "thought": thought,
         "tokens": result.tokens[0],
         "prompt_tokens": len(ids),
         "steps": result.steps[0],
@@ -97,8 +98,22 @@ def generate_text(
     }
 
 
+def check_vram(vram: int | None, device: str, dtype: str, activations: str | None, rng: Rng) -> None:
+    """InputError if it is bounded where the runtime cannot bound it."""
+    if vram is not None and (device != "cuda" or dtype == "fp32" or activations or rng != "counter"):
+        raise InputError("--vram: is for bfloat16 on a GPU, with --rng counter and without --activations")
+
+
+def precision(dtype: str) -> torch.dtype | None:
+    """What --dtype says; None: as suits the device."""
+    import torch
+
+    return {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+
+
 @contextmanager
-def _drawing(tokenizer: Any, artifact: Artifact, draw: bool) -> Iterator[Any]:
+def drawing(tokenizer: Any, artifact: Artifact, draw: bool) -> Iterator[Any]:
+    """Who draws each step; None if nobody is to."""
     if not draw:
         yield None
         return

@@ -20,8 +20,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-from dgq.quant.errors import visible
+from dgq.quant.errors import shown, visible
 
 if TYPE_CHECKING:
     from dgq.convert.pipeline import Converted
@@ -256,8 +257,10 @@ def inspected(found: dict[str, Any]) -> None:
 
 
 def answer(result: dict[str, Any]) -> None:
-    """The text on stdout; on a terminal, how it came about on stderr."""
-    print(result["text"])
+    """The text on stdout; on a terminal, how it came about on stderr, and before it what the model thought."""
+    if result.get("thought"):
+        err.print(Text(shown(result["thought"]), style="dim italic"))
+    print(shown(result["text"]))
     if err.is_terminal:
         steps = sum(result["steps"])
         speed = len(result["tokens"]) / max(result["generate_s"], 1e-9)

@@ -4,6 +4,9 @@ engine = dgq.runtime.load("diffusiongemma-NVFP4")
 engine.generate("Once upon a time", max_new_tokens=512).text
 for event in engine.stream([{"role": "user", "content": "Why is the sky blue?"}]):
     ...    # Step: the canvas taking shape; Block: tokens that stay
+chat = engine.chat()
+chat.ask("Why is the sky blue?").text
+chat.ask("And at night?").text
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 import torch
 
 from dgq.runtime.artifact import Artifact, open_artifact
+from dgq.runtime.chat import Chat
 from dgq.runtime.engine import Block, Step, generate, stream
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -60,6 +64,11 @@ class Engine:
     def stream(self, *prompts: Prompt, **settings: Any) -> Iterator[Step | Block]:
         """Steps and committed blocks as they come. settings: also every_step=False, for blocks only."""
         return stream(self.model, [self.ids(prompt) for prompt in prompts], self.generation, **settings)
+
+    def chat(self, system: str | None = None, thinking: bool | None = None, **settings: Any) -> Chat:
+        """A conversation, whose turns keep their keys and values: see chat.Chat. As long as nothing else is generated
+        in between, that is: on a GPU this takes a conversation's memory, and the next turn encodes it anew."""
+        return Chat(self.model, self.tokenizer, self.generation, system=system, thinking=thinking, **settings)
 
     def text(self, event: Step | Block, row: int = 0) -> str:
         """What a step's canvas or a block says, up to its end-of-sequence token."""

@@ -148,8 +148,11 @@ class Cache:
         """Forget what comes after `length` tokens. windows: of that length, where sliding layers don't hold it now."""
         saved = iter(windows or ())
         for layer, keep in enumerate(self._keep):
-            self._held[layer] = max(0, length - (self.length - self._held[layer]))
-            if keep is not None and windows is not None:
+            if keep is None or not length:
+                self._held[layer] = length
+            elif windows is None:
+                self._held[layer] = length - (self.length - self._held[layer])
+            else:
                 window = next(saved)
                 self._held[layer] = window.shape[2]
                 self._buffers[layer][:, 0, :, : window.shape[2]] = window

@@ -130,7 +130,7 @@ def stream(
     """
     sampler = _sampler(generation, steps)
     wanted = generation.max_new_tokens if max_new_tokens is None else max_new_tokens
-    _check(model, prompt_ids, wanted, sampler.steps)
+    _check(model, prompt_ids, wanted, sampler.steps, turns)
     random = _random(model, len(prompt_ids), rng, seed, rows)
     blocks = -(-wanted // model.config.canvas)
     capacity = max(map(len, prompt_ids)) + blocks * model.config.canvas
@@ -188,11 +188,13 @@ def _random(model: Model, count: int, rng: Rng, seed: int | None, rows: Sequence
     return CounterRandom(seed, numbers, length, vocab, model.device)
 
 
-def _check(model: Model, prompts: Sequence[Sequence[int]], wanted: int, steps: int) -> None:
+def _check(model: Model, prompts: Sequence[Sequence[int]], wanted: int, steps: int, turns: Turns | None) -> None:
     if wanted < 1:
         raise InputError(f"max_new_tokens is {wanted}, expected 1 or more")
     if steps < 1:
         raise InputError(f"steps is {steps}, expected 1 or more")
+    if turns is not None and len(prompts) != 1:
+        raise InputError(f"a conversation has one prompt at a time, not {len(prompts)}")
     if not prompts or not all(prompts):
         raise InputError("the prompt is empty")
     worst = [token for prompt in prompts for token in prompt if not 0 <= token < model.config.vocab]

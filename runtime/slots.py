@@ -75,11 +75,13 @@ class Slots:
         self.holds(length)
 
     def take(self, other: Slots, length: int) -> None:
-        """A row's first `length` tokens from slots that are no larger than these."""
+        """What is in slots of one row that are no larger than these, its rings' tokens up to `length`."""
+        at = torch.arange(other.first, max(other.first, length), device=self.lengths.device)
         for one, mine, its in zip(self.config.layers, self.buffers, other.buffers, strict=True):
-            first = other.first if one.is_sliding else 0
-            at = torch.arange(first, length, device=mine.device)
-            mine[:, 0, :, at % mine.shape[3]] = its[:, 0, :, at % its.shape[3]]
+            if one.is_sliding:
+                mine[:, 0, :, at % mine.shape[3]] = its[:, 0, :, at % its.shape[3]]
+            else:
+                mine[:, :, :, : its.shape[3]] = its
         self.first = other.first
         self.holds(length)
 

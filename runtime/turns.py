@@ -70,11 +70,11 @@ class Turns:
         """Make the store hold just `ids`; it is another than before if somebody else took that one."""
         if store is not self.store:
             self.store, self.ids, self._saved = store, [], None
-        length, saved = common(self.ids, ids), self._saved
+        length, saved, broken = common(self.ids, ids), self._saved, not self.ids
         if saved is not None and common(saved.ids, ids) < len(saved.ids):
             saved = self._saved = None
         self.ids, windows = [], None
-        if store.first > max(0, length - window + 1):
+        if broken or store.first > max(0, length - window + 1):
             length, windows = (len(saved.ids), saved.windows) if saved else (0, None)
         store.rewind(length, windows)
         self.encoded = len(ids) - length

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from dgq.convert.cli import main
 from dgq.quant.errors import InputError
 from dgq.runtime import engine, turns
 from dgq.runtime.artifact import open_artifact
@@ -166,6 +168,29 @@ def test_an_abandoned_turn_never_was(artifact, model, store, worst):
     assert max(worst) < 1e-4
 
 
+def test_an_interrupted_turn_never_was(artifact, model, store, worst, monkeypatch):
+    """Whether it stops while its prompt is encoded or one of its blocks: keys that were half written are not used."""
+    chat = Chat(model, artifact.tokenizer, endless(artifact), system=TEXTS[0], seed=1)
+    chat.ask(SAID[0], max_new_tokens=64, steps=2)
+    append, calls = type(model).append, []
+    for stop in (1, 2, 4):
+
+        def stopping(self: Any, *args: Any, stop: int = stop) -> None:
+            calls.append(stop)
+            append(self, *args)
+            if calls.count(stop) == stop:
+                raise KeyboardInterrupt
+
+        said = list(chat.messages)
+        with monkeypatch.context() as patched:
+            patched.setattr(type(model), "append", stopping)
+            with pytest.raises(KeyboardInterrupt):
+                chat.ask(TEXTS[1], max_new_tokens=256, steps=1)
+        assert chat.messages == said
+        chat.ask(SAID[2], max_new_tokens=64, steps=2)
+    assert max(worst) < 1e-4
+
+
 def test_slots_grow_and_are_lent(artifact, model, monkeypatch, worst):
     """A conversation takes its keys along when its slots get too few or it is asked for other steps; when another
     batch has had them, it starts anew."""
@@ -183,6 +208,30 @@ def test_slots_grow_and_are_lent(artifact, model, monkeypatch, worst):
     reply = chat.ask("And then?", max_new_tokens=64, steps=3)
     assert reply.encoded == reply.prompt_tokens and max(worst) < 1e-4
     model.session = None
+
+
+def test_the_command(monkeypatch, artifact) -> None:
+    """Lines of standard input are turns; what a model writes cannot steer a terminal."""
+
+    def run(*arguments: str, said: bytes = b"Sort: wind apple king door\n\n  Reverse: dog cat sun \n") -> Any:
+        return CliRunner().invoke(main, ["run", "tiny", "--device", "cpu", "--chat", *arguments], input=said)
+
+    talk = run()
+    assert talk.exit_code == 0 and talk.stdout.splitlines() == ["apple door king wind", "sun cat dog"]
+    turns = [json.loads(line) for line in run("--json").stdout.splitlines()]
+    assert [turn["text"] for turn in turns] == ["apple door king wind", "sun cat dog"]
+    assert turns[1]["prompt_tokens"] - turns[1]["encoded"] == turns[0]["prompt_tokens"] == turns[0]["encoded"]
+    for arguments, said, problem in (
+        (("--thinking",), b"a\n", "has no enable_thinking"),
+        ((), b"a\n\xff\n", "line 2 of standard input is not valid UTF-8"),
+        (("--max-new-tokens", "4096"), b"a\n", "exceed the context of 2048"),
+    ):
+        failed = run(*arguments, said=said)
+        assert failed.exit_code == 2 and failed.stderr.count("\n") == 1 and problem in failed.stderr
+    assert CliRunner().invoke(main, ["run", "tiny"]).exit_code == 2
+    assert "add --chat" in CliRunner().invoke(main, ["run", "tiny", "--thinking", "a"]).stderr
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_: "a\x1b]0;x\x07\tb\x9b2J\r\nc\u202e👩\u200d👩 é")
+    assert run("a").stdout == "a\\x1b]0;x\\x07\tb\\x9b2J\nc\\u202e👩\u200d👩 é\n"
 
 
 THINKS = (

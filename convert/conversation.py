@@ -1,0 +1,87 @@
+"""`dgq run MODEL --chat` without a prompt: a conversation, a line a turn, from a terminal or a pipe.
+
+At a terminal, what is wrong with one line and Ctrl-C end that turn only; end of input ends the conversation. From a
+pipe, each line is a turn as well, and the first that cannot be answered ends everything, as with any other command.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from dgq.convert import show
+from dgq.convert.device import chosen_device
+from dgq.convert.generate import check_vram, drawing, open_model, precision
+from dgq.quant.errors import InputError
+
+if TYPE_CHECKING:
+    from dgq.runtime.engine import Rng
+
+
+def converse(
+    asked: str,
+    *,
+    revision: str | None,
+    thinking: bool | None,
+    max_new_tokens: int | None,
+    steps: int | None,
+    seed: int,
+    device: str,
+    dtype: str,
+    activations: str | None,
+    rng: Rng,
+    vram: int | None,
+    as_json: bool,
+) -> None:
+    """Answer line after line of standard input, on standard output; as JSON, one object a turn."""
+    from dgq.runtime.chat import Chat
+
+    device = chosen_device(device)
+    check_vram(vram, device, dtype, activations, rng)
+    artifact = open_model(asked, revision)
+    artifact.tokenizer.thinking(thinking).render([{"role": "user", "content": ""}])  # refuses now, not after loading
+    began = time.perf_counter()
+    model = artifact.load(device, precision(dtype), activations, vram)
+    loaded = round(time.perf_counter() - began, 3)
+    chat = Chat(model, artifact.tokenizer, artifact.generation, thinking=thinking, seed=seed, rng=rng)
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    draw = sys.stdout.isatty() and not as_json
+    for text in _typed() if terminal else _piped():
+        began = time.perf_counter()
+        try:
+            with drawing(artifact.tokenizer, artifact, draw) as on_step:
+                reply = chat.ask(text, on_step, max_new_tokens=max_new_tokens, steps=steps)
+        except (InputError, KeyboardInterrupt) as error:
+            if not terminal:
+                raise
+            show.note(str(error) or "stopped; it is as though you had not said that")
+            continue
+        found: dict[str, Any] = vars(reply) | {"seed": seed, "device": device, "load_s": loaded}
+        found["generate_s"] = round(time.perf_counter() - began, 3)
+        show.print_json(found) if as_json else show.answer(found)
+        sys.stdout.flush()
+
+
+def _typed() -> Iterator[str]:
+    import readline  # noqa: F401  # lines that can be edited, and fetched back
+
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if text:
+            yield text
+
+
+def _piped() -> Iterator[str]:
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            text = line.decode().strip()
+        except UnicodeError:
+            raise InputError(f"line {number} of standard input is not valid UTF-8") from None
+        if text:
+            yield text
