@@ -9,6 +9,7 @@ from dgq.convert.generate import is_artifact
 from dgq.convert.plan import tally
 from dgq.convert.provenance import FILE
 from dgq.convert.source import Source, open_source
+from dgq.convert.template import template_remarks
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_json
 from dgq.quant.schemes import stored_bits
@@ -47,7 +48,7 @@ def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
         },
         "sampler": vars(generation.sampler) | {"eos_ids": list(generation.eos_ids)},
         "provenance": _provenance(opened) if isinstance(opened, Artifact) else None,
-        "remarks": list(weights.remarks),
+        "remarks": [*weights.remarks, *template_remarks(opened)],
         "stored_tensors": sum(row[-1] for row in rows),
         "tensors": {row[0]: row[1] for row in rows},
     }

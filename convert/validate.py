@@ -32,6 +32,7 @@ from dgq.convert.reference import Reference, combined, read_reference
 from dgq.convert.sensitivity import parts
 from dgq.convert.source import Source
 from dgq.convert.stats import weights_digest
+from dgq.convert.template import template_remarks
 from dgq.convert.work import Work
 from dgq.quant.errors import InputError
 from dgq.runtime.artifact import Artifact
@@ -72,6 +73,10 @@ def _validate(
         raise InputError("--against SRC is needed, unless --reference names a file that is there")
     source = open_model(against, revision) if against else None
     artifacts = _open(asked, options)
+    remarks = {name: template_remarks(artifact, source) for name, artifact in artifacts.items()}
+    for name, lines in remarks.items():
+        for line in lines:
+            notice(f"{name}: {line}")
     kept = read_reference(file) if there and file is not None else None
     if kept is not None:
         _check_kept(kept, file, source, options)
@@ -86,6 +91,8 @@ def _validate(
     except InputError:
         work.remove_if_empty()
         raise
+    for one in report["artifacts"]:
+        one["remarks"] = list(remarks[one["name"]])
     if judges:
         _beside(report, reference, judges, source)
     if work.rank == 0 and out is not None:

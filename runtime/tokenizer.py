@@ -60,21 +60,10 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise InputError(f"{file}: not readable as a tokenizer: {error}") from None
         specials: dict[str, str] = {}
-        settings: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (path / name).is_file():
-                settings = read_json(path / name)
-                specials |= _named_tokens(settings)
-        template = settings.get("chat_template")
-        if isinstance(template, list):  # several named ones
-            named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
-            template = named[0].get("template") if named else None
-        if (path / "chat_template.jinja").is_file():
-            try:
-                template = (path / "chat_template.jinja").read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                raise InputError(f"{path / 'chat_template.jinja'}: is not UTF-8 text") from None
-        return cls(backend, specials, _template(template, str(path)), str(path))
+                specials |= _named_tokens(read_json(path / name))
+        return cls(backend, specials, template_of(path), str(path))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], source: str) -> Tokenizer:
@@ -151,11 +140,6 @@ class Tokenizer:
         text = "".join(self.decode(part) for thought, part in parts if not thought)
         return text.strip(), "\n\n".join(thought for thought in thoughts if thought)
 
-    @property
-    def template(self) -> str | None:
-        """The chat template as it is written; None if there is none."""
-        return self._template
-
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         """Text of the ids; control tokens (<bos>, <turn|>, …) only if keep_special."""
         return str(self._backend.decode(list(ids), skip_special_tokens=not keep_special))
@@ -209,6 +193,23 @@ def _rebuild(
     ]
     backend.add_tokens(added)
     return backend
+
+
+def template_of(path: Path) -> str | None:
+    """A directory's chat template: chat_template.jinja, or else what tokenizer_config.json has. InputError if it is
+    not readable."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{file}: is not UTF-8 text") from None
+    settings = read_json(path / "tokenizer_config.json") if (path / "tokenizer_config.json").is_file() else {}
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return _template(template, str(path))
 
 
 def _template(template: Any, source: str) -> str | None:

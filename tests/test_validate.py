@@ -182,6 +182,8 @@ def test_goes_on_after_a_kill(room: Path, whole: dict[str, Any], tmp_path: Path)
 
 def test_every_real_fault_is_caught_and_named(room: Path, tmp_path: Path) -> None:
     paths = [broken.write(room / "good", tmp_path, name) for name in broken.FAULTS]
+    with (paths[0] / "chat_template.jinja").open("a") as template:
+        template.write("{# of another day #}")
     found = validated(
         *paths, room / "good", "--against", "tiny", "--reference", room / "reference", "-o", tmp_path / "out", code=1
     )
@@ -191,6 +193,9 @@ def test_every_real_fault_is_caught_and_named(room: Path, tmp_path: Path) -> Non
         lines = [f"{line['limit']}: {line['said']}" for line in one["gate"] if line["ok"] is False]
         assert not one["ok"] and all(any(word in line for line in lines) for word in says), (name, lines)
     assert by_name["good"]["ok"], "and nothing else"
+    remarks = {name: one["remarks"] for name, one in by_name.items() if one["remarks"]}
+    assert list(remarks) == [paths[0].name] and "chat template" in remarks[paths[0].name][0]
+    assert f"{paths[0].name}</b>: its chat template" in (tmp_path / "out" / "report.html").read_text()
     result = dgq("validate", paths[0], "--reference", room / "reference", "-o", tmp_path / "again")
     assert result.exit_code == 1 and re.search(r"^nibbles-swapped: fixed\.\S+.*KL", result.stdout, re.MULTILINE)
 
