@@ -41,6 +41,7 @@ def verify_against(
     options = Options(_effort(file, document), None, threads)
     if document.get("imatrix") is not None or imatrix is not None:
         options = Options(options.effort, read_imatrix(_imatrix(file, document, imatrix)), threads)
+    _check_adapters(file, document, source)
     to, name = document.get("format"), document.get("recipe")
     if not (isinstance(to, str) and isinstance(name, str)):
         raise InputError(f"{file}: names no format and recipe; damaged")
@@ -81,6 +82,16 @@ def _imatrix(file: Path, document: dict[str, Any], imatrix: Path | None) -> Path
     if not imatrix.is_file() or describe(imatrix)["sha256"] != said.get("sha256"):
         raise InputError(f"--imatrix {imatrix}: is not the file whose SHA-256 {file} names")
     return imatrix
+
+
+def _check_adapters(file: Path, document: dict[str, Any], source: Source) -> None:
+    """InputError unless the source has just those adapters that dgq.json names, in their order."""
+    said, given = document.get("adapters") or [], [adapter.about for adapter in source.adapters]
+    if not isinstance(said, list) or not all(isinstance(one, dict) for one in said):
+        raise InputError(f"{file}: its adapters are no list of objects; damaged")
+    if [one.get("files") for one in said] != [one["files"] for one in given]:
+        names = " ".join(f"--adapter {one.get('name')}" for one in said) or "no --adapter"
+        raise InputError(f"{file}: made with {names}; the files given are not those that it names")
 
 
 def _source_differs(document: dict[str, Any], source: Source) -> Iterator[str]:

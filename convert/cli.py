@@ -18,7 +18,7 @@ from dgq.convert.bench_cli import bench
 from dgq.convert.cli_validate import validate
 from dgq.convert.cli_verify import verify
 from dgq.convert.one_line import OneLineErrors
-from dgq.convert.options import DEVICE, JSON, REVISION, stop
+from dgq.convert.options import ADAPTER, DEVICE, JSON, REVISION, stop
 from dgq.convert.sizes import Size
 from dgq.quant.errors import InputError
 
@@ -78,6 +78,7 @@ def plan(
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to create.")
 @_RECIPE
 @REVISION
+@ADAPTER
 @click.option("--imatrix", type=click.Path(path_type=Path), help="GGUF importance matrix to weigh the columns with.")
 @click.option(
     "--effort",
@@ -103,6 +104,7 @@ def convert(
     out: Path,
     recipe: str | None,
     revision: str | None,
+    adapters: tuple[Path, ...],
     imatrix: Path | None,
     effort: str | None,
     stats: Path | None,
@@ -140,8 +142,8 @@ def convert(
     device = chosen_device(device)
     policy = find_recipe(to, recipe)
     if is_hub_id(src):  # from headers: a recipe that does not fit is said before anything large is fetched
-        revision = make_plan(open_source(src, revision, weights=False), policy).source.where.revision
-    planned = make_plan(open_source(src, revision), policy)
+        revision = make_plan(open_source(src, revision, weights=False, adapters=adapters), policy).source.where.revision
+    planned = make_plan(open_source(src, revision, adapters=adapters), policy)
     if not as_json:
         show.notices(planned)
     budget = Budget(ram, vram)
@@ -171,6 +173,7 @@ def convert(
 )
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Write these statistics for llama-quantize, too.")
 @REVISION
+@ADAPTER
 @DEVICE
 @_RAM
 @_VRAM
@@ -183,6 +186,7 @@ def calibrate(
     rounds: int,
     imatrix: Path | None,
     revision: str | None,
+    adapters: tuple[Path, ...],
     device: str,
     ram: int | None,
     vram: int | None,
@@ -199,8 +203,8 @@ def calibrate(
         signal.signal(number, stop)
     with show.count_bar("calibrating") as advance:
         found = calibrated(
-            open_source(src, revision), out.expanduser(), prompts, seed, rounds, chosen_device(device), imatrix,
-            advance, show.note, Budget(ram, vram),
+            open_source(src, revision, adapters=adapters), out.expanduser(), prompts, seed, rounds,
+            chosen_device(device), imatrix, advance, show.note, Budget(ram, vram),
         )  # fmt: skip
     if found is not None:
         show.print_json(found) if as_json else show.calibrated(src, out, found)
@@ -249,6 +253,7 @@ def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
 )
 @click.option("--vram", type=Size(), help="Of the GPU, as 12GiB: experts beyond wait in host memory. [default: all]")
 @REVISION
+@ADAPTER
 @JSON
 def run(
     model: str,
@@ -264,6 +269,7 @@ def run(
     rng: Literal["counter", "torch"],
     vram: int | None,
     revision: str | None,
+    adapters: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """Write text from a prompt ("-" reads it from standard input) and watch the canvas take shape."""
@@ -279,7 +285,7 @@ def run(
             raise click.MissingParameter(param_type="argument", param_hint="'PROMPT'")
         converse(
             model, revision=revision, thinking=thinking, max_new_tokens=max_new_tokens, steps=steps, seed=seed,
-            device=device, dtype=dtype, activations=activations, rng=rng, vram=vram, as_json=as_json,
+            device=device, dtype=dtype, activations=activations, rng=rng, vram=vram, as_json=as_json, adapters=adapters,
         )  # fmt: skip
         return
     try:
@@ -290,7 +296,7 @@ def run(
     answer = generate_text(
         model, text, revision=revision, chat=chat, max_new_tokens=max_new_tokens, steps=steps, seed=seed, device=device,
         dtype=dtype, activations=activations, rng=rng, draw=not as_json and sys.stdout.isatty(), vram=vram,
-        thinking=thinking,
+        thinking=thinking, adapters=adapters,
     )  # fmt: skip
     show.print_json(answer) if as_json else show.answer(answer)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from dgq.convert.options import JSON, REVISION
+from dgq.convert.options import ADAPTER, JSON, REVISION
 
 
 @click.command()
@@ -20,6 +20,7 @@ from dgq.convert.options import JSON, REVISION
 @click.option("--recipe", help="A .toml that dgq does not ship, for --against.")
 @click.option("--imatrix", type=click.Path(path_type=Path), help="That the artifact was made with, for --against.")
 @REVISION
+@ADAPTER
 @JSON
 def verify(
     artifact: Path,
@@ -30,6 +31,7 @@ def verify(
     recipe: str | None,
     imatrix: Path | None,
     revision: str | None,
+    adapters: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """Check every byte of an artifact directory against its dgq.json. Exit code 1 if anything differs."""
@@ -43,6 +45,7 @@ def verify(
         from dgq.convert.against import verify_against
         from dgq.convert.source import open_source
 
-        found |= verify_against(artifact, open_source(against, revision), recipe, imatrix, sample, seed, threads)
+        source = open_source(against, revision, adapters=adapters)
+        found |= verify_against(artifact, source, recipe, imatrix, sample, seed, threads)
     show.print_json(found) if as_json else show.verified(str(artifact), found)
     sys.exit(0 if found["ok"] else 1)

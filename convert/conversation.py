@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgq.convert import show
@@ -34,13 +35,14 @@ def converse(
     rng: Rng,
     vram: int | None,
     as_json: bool,
+    adapters: Sequence[Path] = (),
 ) -> None:
     """Answer line after line of standard input, on standard output; as JSON, one object a turn."""
     from dgq.runtime.chat import Chat
 
     device = chosen_device(device)
     check_vram(vram, device, dtype, activations, rng)
-    artifact = open_model(asked, revision)
+    artifact = open_model(asked, revision, adapters)
     artifact.tokenizer.thinking(thinking).render([{"role": "user", "content": ""}])  # refuses now, not after loading
     began = time.perf_counter()
     model = artifact.load(device, precision(dtype), activations, vram)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +23,21 @@ if TYPE_CHECKING:
     from dgq.runtime.engine import Rng
 
 
-def open_model(asked: str, revision: str | None = None) -> Artifact:
+def open_model(asked: str, revision: str | None = None, adapters: Sequence[Path] = ()) -> Artifact:
     """An artifact (directory or .gguf), its remarks on stderr, or a BF16 source, checked as `convert` checks it."""
     if is_artifact(asked):
+        if adapters:
+            raise InputError(f"--adapter: {asked} is quantised already; convert its source with the adapter")
         artifact = open_artifact(asked)
         for line in artifact.weights.remarks:
             note(line)
         return artifact
     if is_hub_id(asked):  # what is wrong with it is said before all of it is fetched
-        revision = open_source(asked, revision, weights=False).where.revision
-    source = open_source(asked, revision)
+        revision = open_source(asked, revision, weights=False, adapters=adapters).where.revision
+    source = open_source(asked, revision, adapters=adapters)
     source.check_copies()
+    for adapter in source.adapters:
+        note(adapter.notice)
     return Artifact("safetensors", source.path, source.path, source.config, source.generation, source)
 
 
@@ -67,13 +71,14 @@ def generate_text(
     draw: bool,
     vram: int | None = None,
     thinking: bool | None = None,
+    adapters: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Answer one prompt: text, token ids, steps of each canvas, whether it stopped early, and times in seconds."""
     from dgq.runtime.engine import generate
 
     device = chosen_device(device)
     check_vram(vram, device, dtype, activations, rng)
-    artifact = open_model(asked, revision)
+    artifact = open_model(asked, revision, adapters)
     tokenizer = artifact.tokenizer.thinking(thinking)
     ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
     began = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
@@ -13,6 +14,13 @@ DEVICE = click.option(
     default="auto",
     show_default=True,
     help="[auto: a GPU if any]",
+)
+ADAPTER = click.option(
+    "--adapter",
+    "adapters",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Directory of a LoRA adapter (peft's) to merge into SRC; may be given several times, in order.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, and nothing for people.")
 

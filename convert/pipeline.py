@@ -232,6 +232,7 @@ def _identity(plan: Plan, options: Options) -> dict[str, Any]:
         "recipe": f"{plan.recipe.name} ({digest(plan.recipe.model_dump_json())})",
         "effort": options.effort,
         "imatrix": describe(Path(options.imatrix.file)) if options.imatrix else None,
+        "adapters": [adapter.about for adapter in source.adapters],
         "stats": options.stats.sha256 if options.stats else None,
         "input scale": options.input_scale if plan.recipe.activations else None,
         "source": f"{source.where.repo or source.where.name} {source.where.revision or ''}".strip(),

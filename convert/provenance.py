@@ -36,6 +36,7 @@ def document(
         "recipe": plan.recipe.name,
         "effort": effort,
         "source": {"name": where.name, "repository": where.repo, "revision": where.revision, "files": sources},
+        "adapters": [adapter.about for adapter in plan.source.adapters],
         "notices": list(plan.notices),
         "params": plan.params,
         "quantized_params": plan.quantized_params,

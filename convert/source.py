@@ -10,13 +10,14 @@ the encoder's text weights) that turn out byte-equal when they are compared, as 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dgq.convert.adapter import Adapter, MergedDir, open_adapter
 from dgq.convert.hub import Located, locate, remote_specs
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import FLOATS, HFDir, read_json
@@ -47,6 +48,7 @@ class Source(Weights):
     copies: dict[str, str]
     notices: tuple[str, ...]
     _dir: HFDir
+    adapters: tuple[Adapter, ...] = ()
 
     def __getitem__(self, name: str) -> Packed:
         if name not in self.text and name not in self.vision:
@@ -102,13 +104,17 @@ class Source(Weights):
         count = spec.shape[0] if spec.shape else 1
         step = max(1, COMPARE_BYTES * count // max(1, spec.stop - spec.start))
         for start in range(0, count, step):
-            yield self._dir.rows(name, start, min(start + step, count)).view(torch.uint8)
+            stored = HFDir.rows(self._dir, name, start, min(start + step, count))  # adapters change no copies
+            yield stored.view(torch.uint8)
 
 
-def open_source(asked: str, revision: str | None = None, *, weights: bool = True) -> Source:
+def open_source(
+    asked: str, revision: str | None = None, *, weights: bool = True, adapters: Sequence[Path] = ()
+) -> Source:
     """Locate and check SRC; reads headers only. InputError for anything that is wrong with it.
 
-    weights=False: of a Hub id, fetch only small files and headers. The result can be planned, not converted.
+    weights=False: of a Hub id, fetch only small files and headers. The result can be planned, not converted. adapters:
+    directories of LoRA adapters, merged into the weights as these are read.
     """
     where = locate(asked, revision, weights=weights)
     config_file = where.path / "config.json"
@@ -130,7 +136,8 @@ def open_source(asked: str, revision: str | None = None, *, weights: bool = True
     shapes = {name: spec.shape for name, spec in specs.items()}
     check_tensors(shapes, expected, str(where.path), file=lambda name: str(specs[name].file))
     _check_dtypes(specs)
-    notices = _notices(specs, copies, raw.get("text_config", {}))
+    found = tuple(open_adapter(path, {name: specs[name].shape for name in text}) for path in adapters)
+    notices = (*_notices(specs, copies, raw.get("text_config", {})), *(adapter.notice for adapter in found))
     return Source(
         where,
         config,
@@ -139,7 +146,8 @@ def open_source(asked: str, revision: str | None = None, *, weights: bool = True
         {n: specs[n] for n in vision},
         copies,
         notices,
-        directory,
+        MergedDir(directory, found) if found else directory,
+        found,
     )
 
 
