@@ -56,7 +56,8 @@ def _case(name: str, experts: int, rows: int, shared: bool = False) -> tuple[Ten
     g = torch.Generator().manual_seed(rows)
     levels, sub = GRIDS[name]
     mix = torch.randn(1 if shared else experts, sub + 32, sub + 32, generator=g) / 8 + torch.eye(sub + 32)
-    factor = torch.linalg.cholesky(mix @ mix.mT, upper=True).expand(experts, -1, -1)[:, 16:-16, 16:-16]
+    factor = torch.linalg.cholesky(mix.double() @ mix.double().mT, upper=True).float().to(DEVICE)
+    factor = factor.expand(experts, -1, -1)[:, 16:-16, 16:-16]
     x = (torch.randn(experts, rows, sub + 32, generator=g) * 0.02)[..., 16:-16]
     x[:, 1], x[:, 3] = 0, 0.01
     step = (x.amax(-1) - x.amin(-1)) / (levels[-1] - levels[0])
@@ -149,3 +150,23 @@ def test_under_the_interpreter() -> None:
     )
     print(done.stdout[-1500:])
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not CUDA, reason="CUDA graphs want a GPU")
+@pytest.mark.parametrize("name", GRIDS)
+def test_recorded_columns_are_the_same(name: str) -> None:
+    """The first weight of a shape is rounded kernel by kernel, the second recorded, the rest replayed."""
+    from dgq.quant.feedback import DAMP, _Columns
+    from dgq.quant.grids import grid_of
+    from dgq.quant.schemes import SCHEMES
+
+    g = torch.Generator().manual_seed(7)
+    x = torch.randn(4, 2048, 512, generator=g).to(DEVICE)
+    whole = (torch.randn(4, 96, 512, generator=g) * 0.02).to(DEVICE)
+    grid = grid_of(SCHEMES[name], whole)
+    columns = _Columns(x.mT @ x, grid, DAMP, 4)
+    for rows in (whole[:, :32], whole[:, 32:64], whole[:, 64:], whole[:, :7], whole[:, 32:64], whole[:, 7:14] * 3):
+        found, wanted = columns.rounded(rows), columns._rounded(rows)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[suffix].view(torch.uint8), wanted[suffix].view(torch.uint8)) for suffix in found)
+    assert [one is not None for one in columns._recorded.values()] == [True, True]
