@@ -1,4 +1,4 @@
-"""The kernel that rounds the columns of a scale group, against the torch loop it stands in for.
+"""The kernels of error feedback, rounding a scale group's columns and ggml's searches, against torch's loops.
 
 On a GPU where there is one; else under Triton's interpreter, which must be on before triton is imported and so gets a
 process of its own.
@@ -135,6 +135,31 @@ def test_levels_it_cannot_do() -> None:
 
     with pytest.raises(ValueError, match="32 levels that are not uniform"):
         round_columns(x, scale, low, factor, levels * 2)
+
+
+@here
+@pytest.mark.parametrize("kind", ["qx", "qkx"])
+def test_searches_find_what_ggml_finds(kind: str) -> None:
+    from dgq.quant import ggml_search, search_kernel
+
+    g = torch.Generator().manual_seed(3)
+    positions, blocks = (16 if kind == "qx" else 32), (100_000 if CUDA else 70)
+    x = torch.randn(positions, blocks, generator=g) * torch.rand(blocks, generator=g)
+    x[:, 1], x[:, 2], x[:, 3], x[:, 4], x[3, 5] = 0, 0.5, x[:, 3].abs() + 0.1, -x[:, 4].abs(), 20
+    weight = torch.rand(positions, blocks, generator=g).square() + 0.01
+    x, weight = x.to(DEVICE), weight.to(DEVICE)
+    arguments = (32, x, weight) if kind == "qx" else (15, x, weight, -0.9, 0.05, 36)
+    found = getattr(search_kernel, f"make_{kind}_quants")(*arguments)
+    wanted = getattr(ggml_search, f"make_{kind}_quants")(*arguments)[: len(found)]
+    same = torch.stack([torch.isclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, wanted, strict=True)]).all(0)
+    assert bool(same[:6].all()) and float(same.float().mean()) > 0.985
+
+    def loss(scale: Tensor, rest: Tensor | float = 0.0) -> Tensor:
+        low, high = (-32, 31) if kind == "qx" else (0, 15)
+        level = ((x + rest) * torch.where(scale != 0, 1 / scale, 0)).round().clamp(low, high)
+        return ((level * scale - rest - x).square() * weight).sum(0)
+
+    assert float(loss(*found).sum()) < 1.0005 * float(loss(*wanted).sum())
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernel itself is tested")
