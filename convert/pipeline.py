@@ -85,6 +85,8 @@ def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice:
     if options.stats is not None and (careful := [tensor for tensor in plan.tensors if refinable(tensor)]):
         check_memory(plan, careful, options)
     keys = metadata(plan, version, options.imatrix) if gguf else {}  # before the weights: it may refuse the tokenizer
+    if gguf and "tokenizer.ggml.mask_token_id" not in keys:
+        notice(f"{source.path}: its tokenizer names no mask token; llama.cpp's llama-diffusion-cli stops without one")
     file = f"{source.where.name}-{plan.recipe.label}.gguf" if gguf else ""
     seconds: dict[str, float] = {}
     with _staged(plan, out, identity, notice) as (partial, log), _hashers() as hashers:

@@ -73,7 +73,7 @@ def key_problems(keys: Mapping[str, tuple[str, Any]]) -> list[str]:
     problems = [f"{key}: missing" for key in wanted if key not in keys]
     types = wanted | {f"diffusion.{key}": kind for key, (kind, _) in SAMPLER.items()}
     problems += [f"{k}: {keys[k][0]}, read as {kind}" for k, kind in types.items() if k in keys and keys[k][0] != kind]
-    if problems:
+    if problems:  # before their values are looked at
         return problems
     layers = keys[f"{ARCH}.block_count"][1]
     for key in ("attention.sliding_window_pattern", "attention.head_count_kv"):

@@ -12,6 +12,7 @@ import contract_llamacpp as llamacpp
 import contract_vllm as vllm
 import gguf
 import pytest
+import torch
 from click.testing import CliRunner
 from contract_vllm import configs, headers, towers
 from micro import micro_config, write_micro
@@ -174,6 +175,18 @@ def test_vllm_and_the_26b(real: Path, recipe: str, tmp_path: Path) -> None:
     assert vllm.sampler_problems(json.loads((REAL / "generation_config.json").read_text())) == []
 
 
+def test_vllm_s_vision_tower_is_transformers_(real: Path) -> None:
+    """vLLM makes the tower from vision_config by transformers' AutoModel and loads it by name."""
+    import transformers
+
+    with torch.device("meta"):
+        tower = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(REAL).vision_config)
+    wanted = {f"vision_tower.{name}": tuple(part.shape) for name, part in tower.state_dict().items()}
+    entries = {vllm.mapped(t.name): t.shape for t in planned(real, "nvfp4").tensors}
+    assert {name: shape for name, shape in entries.items() if name.startswith("vision_tower.")} == wanted
+    assert len(wanted) == 355
+
+
 def test_how_many_gpus_vllm_can_split_an_expert_over() -> None:
     """A rank's share of an expert's rows must hold whole groups of 16 (vllm-project/vllm issue 49949)."""
     inner = json.loads((REAL / "config.json").read_text())["text_config"]["moe_intermediate_size"]
@@ -219,6 +232,20 @@ def test_llama_cpp_loads_what_we_write(micro_gguf: Path) -> None:
     assert gguf_problems(micro_gguf, micro_gguf.parent / "generation_config.json") == []
     keys = llamacpp.fields(gguf.GGUFReader(micro_gguf))
     assert keys["diffusion.canvas_length"][1] == 24 and keys["diffusion.eb_max_steps"][1] == 7
+
+
+def test_a_missing_mask_token_is_said(tmp_path: Path) -> None:
+    """llama-diffusion-cli stops without one (diffusion-cli.cpp), dgq and the loader do not."""
+    source = write_micro(tmp_path / "source")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        tokens = json.loads((source / name).read_text())
+        del tokens["mask_token"]
+        (source / name).write_text(json.dumps(tokens))
+    result = CliRunner().invoke(main, ["convert", str(source), "--to", "gguf", "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0 and "no mask token" in result.stderr
+    file = next((tmp_path / "out").glob("*.gguf"))
+    wrong = gguf_problems(file, source / "generation_config.json")
+    assert wrong == ["tokenizer.ggml.mask_token_id: missing"]
 
 
 def test_llama_cpp_and_the_26b(real: Path) -> None:
