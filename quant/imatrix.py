@@ -13,6 +13,7 @@ one count a tensor, all experts' columns in a row. Source: llama.cpp, common/ima
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -114,31 +115,32 @@ def _gguf_entries(path: Path, reader: GGUFReader) -> Entries:
 
 
 def _binary(path: Path) -> tuple[tuple[str, ...], int, Entries]:
-    data, at = path.read_bytes(), 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = 0
 
-    def number(least: int, most: int) -> int:
-        nonlocal at
-        at += 4
-        found = int(struct.unpack_from("<i", data, at - 4)[0]) if at <= len(data) else -1
-        if not least <= found <= most:
-            raise InputError(
-                f"{path}: neither a GGUF nor a whole binary imatrix (at byte {at - 4}); truncated or damaged"
-            )
-        return found
+        def number(least: int, most: int) -> int:
+            nonlocal at
+            at += 4
+            found = int(struct.unpack_from("<i", data, at - 4)[0]) if at <= len(data) else -1
+            if not least <= found <= most:
+                raise InputError(
+                    f"{path}: neither a GGUF nor a whole binary imatrix (byte {at - 4}); truncated or damaged"
+                )
+            return found
 
-    def text() -> str:
-        nonlocal at
-        length = number(0, len(data) - at - 4)
-        at += length
-        return data[at - length : at].decode("utf-8", "replace").rstrip("\0")
+        def text(least: int) -> str:
+            nonlocal at
+            length = number(least, len(data) - at - 4)
+            at += length
+            return data[at - length : at].decode("utf-8", "replace").rstrip("\0")
 
-    found = []
-    for _ in range(number(1, len(data))):
-        name, calls, values = text(), number(-(1 << 31), (1 << 31) - 1), number(1, (len(data) - at) // 4)
-        sums = torch.frombuffer(bytearray(data[at : at + 4 * values]), dtype=torch.float32).unsqueeze(0)
-        at += 4 * values
-        found.append((name, sums, torch.full((1, 1), max(calls, 1), dtype=torch.float32)))
-    chunks, dataset = (number(0, 1 << 30), text()) if at < len(data) else (0, "")
+        found = []
+        for _ in range(number(1, len(data))):
+            name, calls, values = text(1), number(-(1 << 31), (1 << 31) - 1), number(1, (len(data) - at - 4) // 4)
+            sums = torch.frombuffer(bytearray(data[at : at + 4 * values]), dtype=torch.float32).unsqueeze(0)
+            at += 4 * values
+            found.append((name, sums, torch.full((1, 1), max(calls, 1), dtype=torch.float32)))
+        chunks, dataset = (number(0, 1 << 30), text(0)) if at < len(data) else (0, "")
     return (dataset,) if dataset else (), chunks, iter(found)
 
 

@@ -247,8 +247,12 @@ def test_every_cut_of_an_older_file_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="truncated or damaged"):
             read_imatrix(tmp_path / "cut")
     (tmp_path / "cut").write_text("hello, this is no imatrix")
-    with pytest.raises(InputError, match="neither a GGUF nor a whole binary imatrix"):
-        read_imatrix(tmp_path / "cut")
+    for other in (tmp_path / "cut", TINY_A / "model.safetensors"):
+        with pytest.raises(InputError, match="neither a GGUF nor a whole binary imatrix"):
+            read_imatrix(other)
+    for missing in (tmp_path / "none", tmp_path):
+        with pytest.raises(InputError):
+            read_imatrix(missing)
 
 
 @pytest.mark.parametrize(
