@@ -129,8 +129,8 @@ class Plan:
             lines.append(f"{len(rounded)} of them are stored as BF16, rounded ({rounded[0]}, …)")
         if self.recipe.format == "nvfp4" and (unsaid := self.source.unsaid):
             lines.append(
-                f"generation_config.json does not say {', '.join(unsaid)}: dgq takes the released model's there, vLLM"
-                " refuses to start; add them to the source first"
+                f"not said by the source: {', '.join(unsaid)}; dgq takes the released model's, vLLM does not start; add"
+                " them to the source first"
             )
         return tuple(lines)
 

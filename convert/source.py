@@ -29,6 +29,7 @@ from dgq.runtime.vision import expected_vision
 from dgq.runtime.weights import Stored, Weights
 
 COMPARE_BYTES = 1 << 24
+ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
 SAMPLER_KEYS = ("t_min", "t_max", "stability_threshold", "confidence_threshold", "sampler_config._cls_name",
                 "sampler_config.entropy_bound")  # fmt: skip
 
@@ -67,12 +68,15 @@ class Source(Weights):
 
     @property
     def unsaid(self) -> list[str]:
-        """What generation_config.json does not say of the sampler, and vLLM has no default for."""
+        """What config.json does not say of the architecture and generation_config.json of the sampler, and vLLM has no
+        default for."""
         file = self.path / "generation_config.json"
         said = read_json(file) if file.is_file() else {}
         sampler = said.get("sampler_config") or {}
         said |= {f"sampler_config.{key}": value for key, value in sampler.items()}
-        return [key for key in SAMPLER_KEYS if said.get(key) is None]
+        named = ARCHITECTURE in str(read_json(self.path / "config.json").get("architectures"))
+        missing = [f"{file.name}: {key}" for key in SAMPLER_KEYS if said.get(key) is None]
+        return missing if named else [f"config.json: architectures [{ARCHITECTURE}]", *missing]
 
     def dtype(self, name: str) -> str:
         """The safetensors dtype of a tensor."""

@@ -27,6 +27,7 @@ from safetensors import safe_open
 
 Tensor = tuple[str, tuple[int, ...]]  # a safetensors dtype and a shape
 
+ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"  # its registry's name of D's class
 PREFIXES = {  # D, hf_to_vllm_mapper; the first that fits
     "model.decoder.self_conditioning.": "self_conditioning.",
     "model.decoder.": "model.",
@@ -182,6 +183,8 @@ def config_problems(config: Mapping[str, Any], hf_quant: Mapping[str, Any], visi
     if not isinstance(said, dict) or not isinstance(older, dict):
         return ["no quantization_config, or no quantization: loaded as if it were BF16"]
     problems = [f"hf_quant_config.json lacks {field}" for field in HF_QUANT_FIELDS if field not in older]
+    if ARCHITECTURE not in (config.get("architectures") or ()) or not config.get("canvas_length", 0) > 0:
+        problems.append("config.json names another architecture, or no canvas_length")
     if said.get("quant_method") != "modelopt":
         problems.append(f"quant_method {said.get('quant_method')}: not modelopt's")
     cache = said.get("kv_cache_scheme")

@@ -127,6 +127,13 @@ def test_vllm_would_misread(directory: Path, damage: str) -> None:
     assert wrong and any(expected in line for line in wrong), wrong
 
 
+@pytest.mark.parametrize("change", [{"architectures": ["Gemma4ForCausalLM"]}, {"canvas_length": None}])
+def test_vllm_would_take_another_model(change: dict[str, Any], directory: Path) -> None:
+    config, older = configs(directory)
+    config = {key: value for key, value in (config | change).items() if value is not None}
+    assert vllm.config_problems(config, older, []) == ["config.json names another architecture, or no canvas_length"]
+
+
 def test_vllm_refuses_half_a_fused_layer() -> None:
     with pytest.raises(ValueError, match="some but not all"):
         vllm.excluded("model.layers.0.mlp.gate_up_proj", vllm.patterns(["model.decoder.layers.0.mlp.up_proj"]))
@@ -150,6 +157,14 @@ def test_a_sampler_vllm_refuses_is_said_before_converting(key: str, tmp_path: Pa
     for to, said in (("nvfp4", True), ("gguf", False)):
         notices = planned(source, to).notices
         assert any(key in line and "vLLM" in line for line in notices) == said
+
+
+def test_an_architecture_vllm_does_not_find_is_said_before_converting(tmp_path: Path) -> None:
+    config = micro_config()
+    assert not planned(write_micro(tmp_path / "named", config), "nvfp4").notices
+    del config["architectures"]
+    notices = planned(write_micro(tmp_path / "unnamed", config), "nvfp4").notices
+    assert len(notices) == 1 and "architectures [DiffusionGemmaForBlockDiffusion]" in notices[0]
 
 
 @pytest.fixture(scope="module")
