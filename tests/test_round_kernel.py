@@ -145,14 +145,14 @@ def test_searches_find_what_ggml_finds(kind: str) -> None:
     g = torch.Generator().manual_seed(3)
     positions, blocks = (16 if kind == "qx" else 32), (100_000 if CUDA else 70)
     x = torch.randn(positions, blocks, generator=g) * torch.rand(blocks, generator=g)
-    x[:, 1], x[:, 2], x[:, 3], x[:, 4], x[3, 5] = 0, 0.5, x[:, 3].abs() + 0.1, -x[:, 4].abs(), 20
+    x[:, 1], x[:, 2], x[:, 3], x[3, 4] = 0, x[:, 2].abs() + 0.1, -x[:, 3].abs(), 20
     weight = torch.rand(positions, blocks, generator=g).square() + 0.01
     x, weight = x.to(DEVICE), weight.to(DEVICE)
     arguments = (32, x, weight) if kind == "qx" else (15, x, weight, -0.9, 0.05, 36)
     found = getattr(search_kernel, f"make_{kind}_quants")(*arguments)
     wanted = getattr(ggml_search, f"make_{kind}_quants")(*arguments)[: len(found)]
     same = torch.stack([torch.isclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, wanted, strict=True)]).all(0)
-    assert bool(same[:6].all()) and float(same.float().mean()) > 0.985
+    assert bool(same[:5].all()) and float(same.float().mean()) > 0.985
 
     def loss(scale: Tensor, rest: Tensor | float = 0.0) -> Tensor:
         low, high = (-32, 31) if kind == "qx" else (0, 15)
