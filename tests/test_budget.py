@@ -298,9 +298,8 @@ def test_trips_of_the_26b(real: Plan, device: str, room: int) -> None:
             own = sum(sums[name].own * (part.stop - part.start) for name, part in trip.items())
             assert sum(shared.values()) + own <= room
         whole = sum(sums[name].shared + sums[name].own * count for name, count in shapes.items())
-        assert (len(found) == 1) == (whole <= room) and len(found) <= 2 + whole // (
-            room - sum(shared.values()) - 1.25 * GIB
-        )
+        fewest = whole // (room - sum(shared.values()) - 1.25 * GIB)
+        assert (len(found) == 1) == (whole <= room) and len(found) <= 2 + fewest
 
 
 def test_floors_of_the_26b(real: Plan) -> None:
