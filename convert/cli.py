@@ -15,10 +15,11 @@ from typing import Literal
 import click
 
 from dgq.convert.bench_cli import bench
+from dgq.convert.cli_calibrate import calibrate
 from dgq.convert.cli_validate import validate
 from dgq.convert.cli_verify import verify
 from dgq.convert.one_line import OneLineErrors
-from dgq.convert.options import ADAPTER, DEVICE, JSON, REVISION, stop
+from dgq.convert.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM, stop
 from dgq.convert.sizes import Size
 from dgq.quant.errors import InputError
 
@@ -36,19 +37,14 @@ def main() -> None:
     """
 
 
-_SOURCE = click.argument("src")
 _TO = click.option(
     "--to", "to", type=click.Choice(["nvfp4", "bnb4", "gguf"]), required=True, help="Format of the artifact."
 )
 _RECIPE = click.option("--recipe", help="Recipe name or .toml file. [default: nvfp4, bnb4, q4_k_m]")
-_RAM = click.option(
-    "--ram", type=Size(), help="RAM to keep below, like 8GiB; takes longer, same bytes. [default: 80 % of what is free]"
-)
-_VRAM = click.option("--vram", type=Size(), help="The same for the GPU's memory.")
 
 
 @main.command()
-@_SOURCE
+@SOURCE
 @_TO
 @_RECIPE
 @REVISION
@@ -73,13 +69,17 @@ def plan(
 
 
 @main.command()
-@_SOURCE
+@SOURCE
 @_TO
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to create.")
 @_RECIPE
 @REVISION
 @ADAPTER
-@click.option("--imatrix", type=click.Path(path_type=Path), help="GGUF importance matrix to weigh the columns with.")
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    help="llama.cpp's importance matrix to weigh a GGUF's columns with, of llama-imatrix or `dgq calibrate`.",
+)
 @click.option(
     "--effort",
     type=click.Choice(["stock", "fast", "standard", "max"]),
@@ -95,8 +95,8 @@ def plan(
 )
 @DEVICE
 @click.option("--threads", type=click.IntRange(1, 1024), help="Slices quantised at once. [default: CPU cores]")
-@_RAM
-@_VRAM
+@RAM
+@VRAM
 @JSON
 def convert(
     src: str,
@@ -157,57 +157,6 @@ def convert(
         done = pipeline.convert(planned, out, options, advance, show.note)
     about = {"output": str(done.file), "seconds": done.seconds, "resumed_weights": done.resumed}
     show.print_json({**about, **done.document}) if as_json else show.converted(planned, done)
-
-
-@main.command()
-@_SOURCE
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="File to create.")
-@click.option("--prompts", type=click.Path(path_type=Path), help=".jsonl of {text} or {messages}, or .txt.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
-@click.option(
-    "--rounds",
-    type=click.IntRange(1, 1000),
-    default=4,
-    show_default=True,
-    help="Through the documents; up to four times as many while an expert has seen too few tokens.",
-)
-@click.option("--imatrix", type=click.Path(path_type=Path), help="Write these statistics for llama-quantize, too.")
-@REVISION
-@ADAPTER
-@DEVICE
-@_RAM
-@_VRAM
-@JSON
-def calibrate(
-    src: str,
-    out: Path,
-    prompts: Path | None,
-    seed: int,
-    rounds: int,
-    imatrix: Path | None,
-    revision: str | None,
-    adapters: tuple[Path, ...],
-    device: str,
-    ram: int | None,
-    vram: int | None,
-    as_json: bool,
-) -> None:
-    """Find out what goes through each weight of SRC, for `convert --stats`. Goes on where it broke off."""
-    from dgq.convert import show
-    from dgq.convert.budget import Budget
-    from dgq.convert.device import chosen_device
-    from dgq.convert.source import open_source
-    from dgq.convert.survey import calibrated
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
-    with show.count_bar("calibrating") as advance:
-        found = calibrated(
-            open_source(src, revision, adapters=adapters), out.expanduser(), prompts, seed, rounds,
-            chosen_device(device), imatrix, advance, show.note, Budget(ram, vram),
-        )  # fmt: skip
-    if found is not None:
-        show.print_json(found) if as_json else show.calibrated(src, out, found)
 
 
 @main.command()
@@ -302,6 +251,7 @@ def run(
 
 
 main.add_command(bench)
+main.add_command(calibrate)
 main.add_command(validate)
 main.add_command(verify)
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import click
 
+from dgq.convert.sizes import Size
+
+SOURCE = click.argument("src")
 REVISION = click.option("--revision", help="Branch, tag or commit of a Hub source. [default: its main branch]")
 DEVICE = click.option(
     "--device",
@@ -22,6 +25,10 @@ ADAPTER = click.option(
     multiple=True,
     help="Directory of a LoRA adapter (peft's) to merge into SRC; may be given several times, in order.",
 )
+RAM = click.option(
+    "--ram", type=Size(), help="RAM to keep below, like 8GiB; takes longer, same bytes. [default: 80 % of what is free]"
+)
+VRAM = click.option("--vram", type=Size(), help="The same for the GPU's memory.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, and nothing for people.")
 
 

@@ -1,0 +1,66 @@
+"""`dgq calibrate`. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import click
+
+from dgq.convert.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM, stop
+
+
+@click.command()
+@SOURCE
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="File to create.")
+@click.option("--prompts", type=click.Path(path_type=Path), help=".jsonl of {text} or {messages}, or .txt.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, 1000),
+    default=4,
+    show_default=True,
+    help="Through the documents; up to four times as many while an expert has seen too few tokens.",
+)
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    help="Write an importance matrix for llama-quantize, too (GGUF). llama-imatrix's counts clean text that the encoder"
+    " reads; this one adds the decoder's noised canvases, self-conditioning and embedding.",
+)
+@REVISION
+@ADAPTER
+@DEVICE
+@RAM
+@VRAM
+@JSON
+def calibrate(
+    src: str,
+    out: Path,
+    prompts: Path | None,
+    seed: int,
+    rounds: int,
+    imatrix: Path | None,
+    revision: str | None,
+    adapters: tuple[Path, ...],
+    device: str,
+    ram: int | None,
+    vram: int | None,
+    as_json: bool,
+) -> None:
+    """Find out what goes through each weight of SRC, for `convert --stats`. Goes on where it broke off."""
+    from dgq.convert import show
+    from dgq.convert.budget import Budget
+    from dgq.convert.device import chosen_device
+    from dgq.convert.source import open_source
+    from dgq.convert.survey import calibrated
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    with show.count_bar("calibrating") as advance:
+        found = calibrated(
+            open_source(src, revision, adapters=adapters), out.expanduser(), prompts, seed, rounds,
+            chosen_device(device), imatrix, advance, show.note, Budget(ram, vram),
+        )  # fmt: skip
+    if found is not None:
+        show.print_json(found) if as_json else show.calibrated(src, out, found)
