@@ -84,6 +84,7 @@ def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice:
     options.budget.enforce()
     if options.stats is not None and (careful := [tensor for tensor in plan.tensors if refinable(tensor)]):
         check_memory(plan, careful, options)
+    source.check_vocabulary()
     keys = metadata(plan, version, options.imatrix) if gguf else {}  # before the weights: it may refuse the tokenizer
     if gguf and "tokenizer.ggml.mask_token_id" not in keys:
         notice(f"{source.path}: its tokenizer names no mask token; llama.cpp's llama-diffusion-cli stops without one")

@@ -101,6 +101,23 @@ class Source(Weights):
                     " this is no plain fine-tune of DiffusionGemma"
                 )
 
+    def check_vocabulary(self) -> None:
+        """InputError if tokenizer.json, which may be another model's, has a token that the embedding has no row for. A
+        row without a token is no fault: embeddings are padded."""
+        file = self.path / "tokenizer.json"
+        if not file.is_file():
+            return
+        raw = read_json(file)
+        model, added = raw.get("model"), raw.get("added_tokens")
+        vocab = model.get("vocab") if isinstance(model, dict) else None
+        tokens = dict(vocab) if isinstance(vocab, dict) else {}
+        tokens |= {str(one.get("content")): one.get("id") for one in added or () if isinstance(one, dict)}
+        for token, number in tokens.items():
+            if type(number) is not int or not 0 <= number < self.config.vocab:
+                raise InputError(
+                    f"{file}: token {token!r} has id {number}, outside the vocabulary of {self.config.vocab}"
+                )
+
     def _pieces(self, name: str) -> Iterator[torch.Tensor]:
         """A tensor's bytes, some rows at a time, read and not mapped."""
         spec = self._dir.specs[name]

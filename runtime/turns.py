@@ -99,7 +99,7 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
     return next(differing, min(len(one), len(other)))
 
 
-class _CacheStore:
+class CacheStore:
     """A growing cache."""
 
     def __init__(self, model: Model, capacity: int) -> None:
@@ -121,7 +121,7 @@ class _CacheStore:
             self._model.encode(part[None], self.cache)
 
 
-class _SessionStore:
+class SessionStore:
     """The row of a session, which stays a conversation's while nobody else starts one on this model."""
 
     def __init__(self, session: Session) -> None:
@@ -154,7 +154,7 @@ class TurnOnCache(Reference):
         turns: Turns,
     ) -> None:
         self._model, self._sampler, self._random, self._turns = model, sampler, random, turns
-        store = turns.store if isinstance(turns.store, _CacheStore) else _CacheStore(model, capacity)
+        store = turns.store if isinstance(turns.store, CacheStore) else CacheStore(model, capacity)
         self._cache, self.keep = store.cache, store.cache.keep
         self._cache.as_stacked(False)
         turns.begin(store, ids, model.config.window)
@@ -189,13 +189,13 @@ class TurnOnSlots(OnSlots):
             self._session.slots.reach(length)
 
 
-def _own(model: Model, capacity: int, sampler: SamplerConfig, turns: Turns) -> _SessionStore:
+def _own(model: Model, capacity: int, sampler: SamplerConfig, turns: Turns) -> SessionStore:
     """The conversation's session, moved to a larger one if it must be; or one without what was kept."""
     store, session = turns.store, model.session
-    if not isinstance(store, _SessionStore) or store.session is not session or session.tenant is not turns:
+    if not isinstance(store, SessionStore) or store.session is not session or session.tenant is not turns:
         session = session_for(model, 1, max(capacity, min(ROOM, model.config.context)), sampler)
         session.tenant = turns
-        return _SessionStore(session)
+        return SessionStore(session)
     if session.fits(1, capacity, sampler):
         return store
     slots, room = session.slots, session.slots.capacity

@@ -18,6 +18,7 @@ from dgq.runtime.plain import Plain
 from dgq.runtime.rng import CounterRandom
 from dgq.runtime.session import Passes, Session
 from dgq.runtime.settings import SamplerConfig
+from dgq.runtime.turns import SessionStore, Turns
 
 fast = pytest.importorskip("dgq.runtime.fast", reason="needs Triton", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,3 +66,35 @@ def test_logits_are_the_references() -> None:
         capped = config.softcap * torch.tanh(ours / config.softcap)
         errors = (capped - theirs).norm(dim=-1) / theirs.norm(dim=-1)
         assert float(errors.median()) < 0.03, "of most tokens; a near-tie in a router may fall the other way"
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes the interpreter two minutes; see test_chat")
+def test_a_conversation_keeps_what_it_has() -> None:
+    """A turn written anew in the middle of a reply, on rings that went around: logits as of a new session."""
+    config, weights = small()
+    model = Model(config, weights, DEVICE, torch.bfloat16, kernels=True)
+    passes, sampler = fast.Fast(model), SamplerConfig(steps=2)
+    session, turns = Session(passes, 1, 192, sampler), Turns()
+    store = SessionStore(session)
+    said = [(7 * i) % 120 + 3 for i in range(150)]
+
+    def logits(here: Session) -> torch.Tensor:
+        here.state.begin(CounterRandom(1, [0], config.canvas, config.vocab, passes.device), rows, 0)
+        return passes.decode(here.state, here._view()).float().cpu()
+
+    rows = torch.zeros(1, dtype=torch.int64, device=passes.device)
+    with torch.inference_mode():
+        for first, settled in ((said[:70], 66), (said[:68] + said[100:120], 84), (said[:68] + said[100:150], 110)):
+            turns.settled = settled
+            turns.begin(store, first, config.window)
+            fresh = Session(passes, 1, 192, sampler)
+            fresh.start([first])
+            torch.testing.assert_close(logits(session), logits(fresh), atol=0.03, rtol=0.03)
+            for _ in range(2):  # a reply of three blocks, of which two are committed
+                canvas = torch.arange(16, device=passes.device)[None] + 3
+                for one in (session, fresh):
+                    one.commit(canvas)
+                session.slots.reach(len(turns.ids) + 16)
+                turns.ids += canvas[0].tolist()
+            torch.testing.assert_close(logits(session), logits(fresh), atol=0.03, rtol=0.03)
+    assert session.slots.first > 0 and turns.encoded < 118 - 68
