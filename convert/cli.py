@@ -223,6 +223,13 @@ def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
 @click.argument("model", metavar="SRC|ARTIFACT")
 @click.argument("prompt")
 @click.option("--chat", is_flag=True, help="Put PROMPT through the chat template, as a user's turn.")
+@click.option(
+    "--image",
+    "images",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Picture for the model to see, before PROMPT or where it says <|image|>; may be given several times.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(1), help="[default: the model's generation_config]")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps a canvas at most. [default: generation_config]")
 @click.option(
@@ -251,6 +258,7 @@ def run(
     model: str,
     prompt: str,
     chat: bool,
+    images: tuple[Path, ...],
     max_new_tokens: int | None,
     steps: int | None,
     seed: int,
@@ -272,8 +280,9 @@ def run(
     except UnicodeError:
         raise InputError("PROMPT is not valid UTF-8") from None
     answer = generate_text(
-        model, text, revision=revision, chat=chat, max_new_tokens=max_new_tokens, steps=steps, seed=seed, device=device,
-        dtype=dtype, activations=activations, rng=rng, draw=not as_json and sys.stdout.isatty(), vram=vram,
+        model, text, images=images, revision=revision, chat=chat, max_new_tokens=max_new_tokens, steps=steps, seed=seed,
+        device=device, dtype=dtype, activations=activations, rng=rng, vram=vram,
+        draw=not as_json and sys.stdout.isatty(),
     )  # fmt: skip
     show.print_json(answer) if as_json else show.answer(answer)
 

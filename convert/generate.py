@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.quantization import quantization
 
 if TYPE_CHECKING:
+    import torch
+
     from dgq.runtime.engine import Rng
 
 
@@ -53,6 +55,7 @@ def generate_text(
     asked: str,
     prompt: str,
     *,
+    images: Sequence[Path] = (),
     revision: str | None,
     chat: bool,
     max_new_tokens: int | None,
@@ -65,19 +68,26 @@ def generate_text(
     draw: bool,
     vram: int | None = None,
 ) -> dict[str, Any]:
-    """Answer one prompt: text, token ids, steps of each canvas, whether it stopped early, and times in seconds."""
+    """Answer one prompt: text, token ids, steps of each canvas, whether it stopped early, and times in seconds.
+
+    images: what they become is computed first, so that the vision tower is gone before the model is loaded.
+    """
     import torch
 
     from dgq.runtime.engine import generate
+    from dgq.runtime.images import placed
+    from dgq.runtime.model import default_dtype
 
     device = chosen_device(device)
     if vram is not None and (device != "cuda" or dtype == "fp32" or activations or rng != "counter"):
         raise InputError("--vram: is for bfloat16 on a GPU, with --rng counter and without --activations")
     artifact = open_model(asked, revision)
     tokenizer = artifact.tokenizer
-    ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    precision = {"auto": default_dtype(device), "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     began = time.perf_counter()
-    precision = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    said = [{"role": "user", "content": prompt}] if chat else prompt
+    ids = _seen(artifact, *placed(tokenizer, said, images), device, precision)
+    seen = time.perf_counter()
     model = artifact.load(device, precision, activations, vram)
     loaded = time.perf_counter()
     with _drawing(tokenizer, artifact, draw) as on_step:
@@ -87,14 +97,25 @@ def generate_text(
         "text": tokenizer.decode(result.tokens[0]),
         "tokens": result.tokens[0],
         "prompt_tokens": len(ids),
+        "images": len(images),
         "steps": result.steps[0],
         "stopped_early": result.stopped_early[0],
         "ended": result.ended[0],
         "seed": seed,
         "device": device,
-        "load_s": round(loaded - began, 3),
+        "images_s": round(seen - began, 3),
+        "load_s": round(loaded - seen, 3),
         "generate_s": round(ended - loaded, 3),
     }
+
+
+def _seen(
+    artifact: Artifact, ids: list[int], images: list[Any], front: int | None, device: str, dtype: torch.dtype
+) -> Sequence[int]:
+    """The prompt with its images, if it has any: see images.placed()."""
+    if not images:
+        return ids
+    return artifact.vision.prompt(ids, images, artifact.vision.tower(device, dtype), front)
 
 
 @contextmanager
