@@ -94,6 +94,5 @@ _SOUND: dict[str, Callable[[dict[str, Any]], bool]] = {
     "source": lambda said: not said.get("repository") or "revision" in said,
     "imatrix": lambda said: isinstance(said.get("name"), str),
     "input_scales": _is_scales,
-    "dropped": lambda said: not said or _holds(said, int),
     "files": lambda said: True,
 }

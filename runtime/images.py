@@ -81,18 +81,23 @@ class Vision:
 
         sizes = {key: self.config.get(key, own) for key, own in (("patch_size", 16), ("pooling_kernel_size", 3))}
         if self._folder is None or not any((self._folder / name).is_file() for name in SETTINGS):
-            return Gemma4ImageProcessorPil(**sizes)
-        try:
-            found = Gemma4ImageProcessorPil.from_pretrained(str(self._folder), local_files_only=True)
-        except Exception as error:  # whatever a broken file leads the library into
-            what = f"{type(error).__name__}: {error}"
-            raise InputError(f"{self._folder}: the image processor's settings are not usable ({what})") from None
+            most = {"max_soft_tokens": self.config["max_soft_tokens"]} if "max_soft_tokens" in self.config else {}
+            return self._checked(lambda: Gemma4ImageProcessorPil(**sizes, **most))
+        folder = str(self._folder)
+        found = self._checked(lambda: Gemma4ImageProcessorPil.from_pretrained(folder, local_files_only=True))
         for key, own in sizes.items():
             if getattr(found, key) != own:
                 raise InputError(
-                    f"{self._folder}: the image processor's {key} is {getattr(found, key)}, the tower's {own}"
+                    f"{self._source}: the image processor's {key} is {getattr(found, key)}, the tower's {own}"
                 )
         return found
+
+    def _checked(self, make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except Exception as error:  # whatever odd settings lead the library into
+            what = f"{type(error).__name__}: {error}"
+            raise InputError(f"{self._source}: the image processor's settings are not usable ({what})") from None
 
     def patches(self, image: Path | str | PIL.Image.Image) -> Patches:
         """An image file's, or an image's. InputError if it is none, is damaged or too large."""

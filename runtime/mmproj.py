@@ -29,7 +29,7 @@ from dgq.runtime.vision import EMBED, TOWER, expected_vision
 ARCH, PROJECTOR = "clip", "gemma4v"
 KEYS = "clip.vision."
 THETA = 100.0
-POOLING = 3  # where projector.scale_factor is not said
+POOLING, SOFT_TOKENS = 3, 280  # where projector.scale_factor and image_max_pixels are not said
 
 PATCHES = TOWER + "patch_embedder.input_proj.weight"
 _OTHER = {
@@ -103,7 +103,8 @@ def only_mmproj(folder: Path, model: Path) -> Path:
 
 
 class Mmproj:
-    """An opened mmproj file, checked from its header. config: as config.json's vision_config says it."""
+    """An opened mmproj file, checked from its header. config: as config.json's vision_config says it; shapes: of
+    its tensors, by canonical name."""
 
     def __init__(self, path: Path, text_hidden: int) -> None:
         """InputError if it is no Gemma 4 vision tower, not for a text model of this width, or incomplete."""
@@ -121,11 +122,13 @@ class Mmproj:
                 f"{path}: is for a text model {width} wide, and this one is {text_hidden}: another model's"
             )
         self.config = self._config(said)
-        self._shapes = expected_vision({"vision_config": self.config}, text_hidden, str(path))
-        own = {mmproj_name(name): stored_shape(name, shape) for name, shape in self._shapes.items()}
+        self.shapes = expected_vision({"vision_config": self.config}, text_hidden, str(path))
+        own = {mmproj_name(name): stored_shape(name, shape) for name, shape in self.shapes.items()}
         check_tensors({name: reader.shape(name) for name in reader}, own, str(path))
 
     def _config(self, said: Fields) -> dict[str, Any]:
+        patch, pooling = said.count("patch_size"), said.count("projector.scale_factor", POOLING)
+        pixels = said.count("image_max_pixels", SOFT_TOKENS * (patch * pooling) ** 2)
         heads, hidden = said.count("attention.head_count"), said.count("embedding_length")
         table = _OTHER[TOWER + "patch_embedder.position_embedding_table"]
         if table not in self.reader:
@@ -140,8 +143,9 @@ class Mmproj:
             "head_dim": hidden // heads,
             "hidden_activation": "gelu_pytorch_tanh",
             "rms_norm_eps": said.positive("attention.layer_norm_epsilon"),
-            "patch_size": said.count("patch_size"),
-            "pooling_kernel_size": said.count("projector.scale_factor", POOLING),
+            "patch_size": patch,
+            "pooling_kernel_size": pooling,
+            "max_soft_tokens": pixels // (patch * pooling) ** 2,  # the image processor's, where no file says it
             "position_embedding_size": self.reader.shape(table)[-2],
             "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
             "standardize": _OTHER[TOWER + "std_bias"] in self.reader,
@@ -153,4 +157,4 @@ class Mmproj:
         values = self.reader[mmproj_name(name)].dequantize()
         if name == PATCHES:
             values = values.permute(0, 2, 3, 1)
-        return values.reshape(self._shapes[name])
+        return values.reshape(self.shapes[name])

@@ -23,8 +23,8 @@ from dgq.quant.gguf_guests import Guest, stays_packed
 from dgq.quant.hf_dir import FLOATS, HFDir
 from dgq.quant.types import Entry, Layout, Packed
 from dgq.runtime.config import ModelConfig
-from dgq.runtime.mmproj import Mmproj
-from dgq.runtime.names import ROPE_FREQS, check_tensors, expected_tensors, gguf_name, hf_name
+from dgq.runtime.mmproj import Mmproj, mmproj_name
+from dgq.runtime.names import ROPE_FREQS, VISION, check_tensors, expected_tensors, gguf_name, hf_name
 
 MIB = 1 << 20
 
@@ -44,7 +44,7 @@ class Weights(Mapping[str, Packed]):
 
     @abstractmethod
     def everything(self) -> dict[str, Stored]:
-        """Every weight of the files by canonical name (an mmproj file's by its own), the vision part's too."""
+        """Every weight of the files by canonical name, the vision part's too."""
 
     @property
     @abstractmethod
@@ -96,7 +96,7 @@ class GGUFWeights(Weights):
     def everything(self) -> dict[str, Stored]:
         found = {name: self._stored(self.reader, own) for name, own in self._names.items()}
         if self.mmproj is not None:
-            found |= {own: self._stored(self.mmproj.reader, own) for own in self.mmproj.reader}
+            found |= {name: self._stored(self.mmproj.reader, mmproj_name(name)) for name in self.mmproj.shapes}
         return found
 
     @staticmethod
@@ -126,7 +126,7 @@ class GGUFWeights(Weights):
         )
 
     def own_name(self, name: str) -> str:
-        return self._names.get(name) or gguf_name(name) or name
+        return self._names.get(name) or (mmproj_name(name) if name.startswith(VISION) else gguf_name(name) or name)
 
     @property
     def files(self) -> list[Path]:
