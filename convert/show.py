@@ -241,6 +241,12 @@ def inspected(found: dict[str, Any]) -> None:
     out.print(f"{found['stored_tensors']:,} tensors, {found['bytes'] / MIB:,.1f} MiB, {share}")
     out.print("model    " + "  ".join(f"{key} {value}" for key, value in model.items()))
     out.print("sampler  " + "  ".join(f"{key} {value}" for key, value in sampler.items()))
+    if vision := found["vision"]:
+        out.print(f"images   yes: a vision tower of {_count(vision['params'])} parameters, {_size(vision['bytes'])}")
+    elif found["path"].endswith(".gguf"):
+        out.print("images   none in this file; with its vision tower, an mmproj*.gguf, beside it")
+    else:
+        out.print("images   no: it has no vision tower")
     if origin is None and found["kind"] == "safetensors":
         out.print("origin   a checkpoint, not an artifact: there is no dgq.json")
     elif origin is None:

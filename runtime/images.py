@@ -129,7 +129,8 @@ class Vision:
         if front is not None and image not in ids:
             ids[front:front] = [image] * len(images)
         if (places := ids.count(image)) != len(images):
-            raise InputError(f"the prompt has {places} {MARKER} for {len(images)} images; give one for each, or none")
+            given = f"{len(images)} image{'' if len(images) == 1 else 's'}"
+            raise InputError(f"the prompt has {places} {MARKER} for {given}: it needs one for each")
         cut = [self.patches(one) for one in images]
         counts, tokens = iter(cut), self.tokens
         whole: list[int] = []
@@ -154,21 +155,23 @@ def open_image(image: Path | str | PIL.Image.Image) -> tuple[str, PIL.Image.Imag
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # the limit below is ours
             try:
                 opened = PIL.Image.open(image)
-            except PIL.Image.DecompressionBombError:
-                raise _too_large(name, "far more") from None
+            except PIL.Image.DecompressionBombError as error:
+                raise _too_large(name, str(error)) from None
             except Exception as error:  # mostly UnidentifiedImageError; a broken header may be anything
                 what = "" if isinstance(error, PIL.UnidentifiedImageError) else f" ({error})"
                 raise InputError(f"{name}: is no image that Pillow opens, such as PNG, JPEG or WebP{what}") from None
     if (pixels := opened.width * opened.height) > LARGEST:
-        raise _too_large(name, f"{opened.width} x {opened.height}, {pixels / 1e6:,.0f} million")
+        raise _too_large(name, f"{opened.width} x {opened.height} pixels, {pixels / 1e6:,.0f} million")
     try:
         return name, PIL.ImageOps.exif_transpose(opened).convert("RGB")
     except Exception as error:  # a damaged file may raise anything while it is decoded
         raise InputError(f"{name}: cannot be decoded ({error}); truncated or damaged") from None
 
 
-def _too_large(name: str, pixels: str) -> InputError:
-    return InputError(f"{name}: {pixels} pixels, and dgq takes {LARGEST / 1e6:,.0f} million at most; scale it down")
+def _too_large(name: str, size: str) -> InputError:
+    return InputError(
+        f"{name}: too large ({size}); dgq takes {LARGEST / 1e6:,.0f} million pixels at most: scale it down"
+    )
 
 
 def placed(

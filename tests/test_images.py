@@ -5,6 +5,10 @@ tiny's vision tower is random; its text model is trained. An image of 70 soft to
 
 from __future__ import annotations
 
+import json
+import shutil
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from click.testing import CliRunner
+from micro import write_micro
 from transformers import AutoTokenizer, DiffusionGemmaForBlockDiffusion, DynamicCache
 from transformers.image_utils import load_image
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
@@ -19,6 +25,7 @@ from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImagePr
 from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 
 import dgq.runtime
+from dgq.convert.cli import main
 from dgq.runtime import batch, engine
 from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.batch import OnSlots
@@ -248,3 +255,77 @@ def test_engine_and_chats(artifact: Artifact, tower: Any, processor: Any, pictur
     assert own.generate("what", [tall], max_new_tokens=64, steps=3, seed=1).tokens == answers[0].tokens
     blocks = list(own.stream("what", images=[[tall]], max_new_tokens=64, steps=3, seed=1, every_step=False))
     assert blocks[0].canvas[0].tolist()[: len(answers[0].tokens)] == answers[0].tokens
+
+
+def fails(*arguments: Any, code: int = 2) -> str:
+    result = CliRunner().invoke(main, ["run", *map(str, arguments)])
+    assert result.exit_code == code and not result.stdout, result.output
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def png(width: int, height: int) -> bytes:
+    """One that says it is this large, and holds ten bytes."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"0" * 10)))
+    body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_files_that_are_no_images(tmp_path: Path, pictures_of: dict[str, Path]) -> None:
+    whole = pictures_of["wide.png"].read_bytes()
+    cases = {
+        "text.png": (b"hello", "is no image that Pillow opens"),
+        "empty.jpg": (b"", "is no image that Pillow opens"),
+        "cut.png": (whole[:200], "cannot be decoded"),
+        "large.png": (png(12_000, 12_000), "too large (12000 x 12000 pixels, 144 million); dgq takes 134 million"),
+        "huge.png": (png(60_000, 60_000), "too large (Image size (3600000000 pixels)"),
+    }
+    for name, (content, said) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        line = fails(TINY, "what", "--image", tmp_path / name)
+        assert f"{tmp_path / name}: " in line and said in line
+    assert "no such file" in fails(TINY, "what", "--image", tmp_path / "none.png")
+    assert "is no file" in fails(TINY, "what", "--image", tmp_path)
+    PIL.Image.new("RGB", (3000, 20)).save(tmp_path / "strip.png")
+    line = fails(TINY, "what", "--image", tmp_path / "strip.png")
+    assert "strip.png: is 210 patches long and narrow, the tower has places for 64" in line
+
+
+def test_prompts_that_do_not_fit(tmp_path: Path, pictures_of: dict[str, Path]) -> None:
+    wide = pictures_of["wide.png"]
+    line = fails(TINY, "<|image|> and <|image|>", "--image", wide)
+    assert "the prompt has 2 <|image|> for 1 image" in line
+    many = [argument for _ in range(28) for argument in ("--image", wide)]
+    assert "the prompt's 2019 tokens and 64 new ones" in fails(TINY, "what", *many, "--max-new-tokens", 4)
+    blind = shutil.copytree(TINY, tmp_path / "blind")
+    (blind / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.role }}{% endfor %}")
+    assert "the prompt has 0 <|image|> for 1 image" in fails(blind, "what", "--chat", "--image", wide)
+    settings = json.loads((TINY / "processor_config.json").read_text())
+    settings["image_processor"]["max_soft_tokens"] = 71
+    (blind / "processor_config.json").write_text(json.dumps(settings))
+    assert "the image processor's settings are not usable" in fails(blind, "what", "--image", wide)
+    settings["image_processor"] |= {"max_soft_tokens": 70, "patch_size": 14}
+    (blind / "processor_config.json").write_text(json.dumps(settings))
+    assert "the image processor's patch_size is 14, the tower's 16" in fails(blind, "what", "--image", wide)
+    assert "has no vision tower, which images need" in fails(write_micro(tmp_path / "text"), "what", "--image", wide)
+
+
+def test_run_takes_images(pictures_of: dict[str, Path], tmp_path: Path) -> None:
+    """What the engine gives; as BF16 and W4A4, where the image is rounded nowhere but in the experts."""
+    out = tmp_path / "nvfp4"
+    made = CliRunner().invoke(main, ["convert", "tiny", "--to", "nvfp4", "--input-scale", "0.02", "-o", str(out)])
+    assert made.exit_code == 0, made.output
+    images = [pictures_of["wide.png"], pictures_of["tall.jpg"]]
+    arguments = ["Sort: wind apple", "--chat", "--max-new-tokens", "64", "--steps", "4", "--seed", "3", "--json"]
+    found = {}
+    for more in ((), ("--activations", "nvfp4"), ("--rng", "torch")):
+        given = [argument for image in images for argument in ("--image", str(image))]
+        result = CliRunner().invoke(main, ["run", str(out), *arguments, *given, *more])
+        assert result.exit_code == 0, result.output
+        found[more] = json.loads(result.stdout)
+        assert found[more]["images"] == 2 and found[more]["prompt_tokens"] > 130
+    own = dgq.runtime.load(out, "cpu")
+    chat = [{"role": "user", "content": "Sort: wind apple"}]
+    answer = own.generate(chat, images, max_new_tokens=64, steps=4, seed=3)
+    assert found[()]["tokens"] == answer.tokens
+    assert answer.tokens != own.generate(chat, images[:1], max_new_tokens=64, steps=4, seed=3).tokens
