@@ -41,12 +41,13 @@ def verify_against(
     file = path / provenance.FILE
     document = read_json(file)
     options = Options(_effort(file, document), None, threads)
-    if document.get("imatrix") is not None or imatrix is not None:
-        options = Options(options.effort, read_imatrix(_imatrix(file, document, imatrix)), threads)
     to, name = document.get("format"), document.get("recipe")
     if not (isinstance(to, str) and isinstance(name, str)):
         raise InputError(f"{file}: names no format and recipe; damaged")
     plan = make_plan(source, find_recipe(to, recipe or name))
+    if document.get("imatrix") is not None or imatrix is not None:
+        matrix = read_imatrix(_imatrix(file, document, imatrix)).fitted({t.name: t.shape for t in plan.tensors})
+        options = Options(options.effort, matrix, threads)
     problems = [*_source_differs(document, source)]
     said = document.get("tensors")
     if said != (made := {tensor.name: tensor.scheme.name for tensor in plan.tensors}):

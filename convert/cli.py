@@ -78,7 +78,11 @@ def plan(
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to create.")
 @_RECIPE
 @REVISION
-@click.option("--imatrix", type=click.Path(path_type=Path), help="GGUF importance matrix to weigh the columns with.")
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    help="llama.cpp's importance matrix to weigh a GGUF's columns with, of llama-imatrix or `dgq calibrate`.",
+)
 @click.option(
     "--effort",
     type=click.Choice(["stock", "fast", "standard", "max"]),
@@ -169,7 +173,12 @@ def convert(
     show_default=True,
     help="Through the documents; up to four times as many while an expert has seen too few tokens.",
 )
-@click.option("--imatrix", type=click.Path(path_type=Path), help="Write these statistics for llama-quantize, too.")
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    help="Write an importance matrix for llama-quantize, too (GGUF). llama-imatrix's counts clean text that the encoder"
+    " reads; this one adds the decoder's noised canvases, self-conditioning and embedding.",
+)
 @REVISION
 @DEVICE
 @_RAM

@@ -37,12 +37,12 @@ def metadata(plan: Plan, version: str, imatrix: Imatrix | None) -> dict[str, KV]
     keys["general.file_type"] = KV(plan.recipe.file_type, "uint32")
     keys["dgq.version"] = KV(version, "string")
     if imatrix is not None:
-        keys |= {
-            "quantize.imatrix.file": KV(imatrix.file, "string"),
-            "quantize.imatrix.dataset": KV(imatrix.datasets[0] if imatrix.datasets else "", "string"),
-            "quantize.imatrix.entries_count": KV(len(imatrix.weights), "uint32"),
-            "quantize.imatrix.chunks_count": KV(imatrix.chunks, "uint32"),
-        }
+        keys["quantize.imatrix.file"] = KV(imatrix.file, "string")
+        if imatrix.datasets:
+            keys["quantize.imatrix.dataset"] = KV(imatrix.datasets[0], "string")
+        keys["quantize.imatrix.entries_count"] = KV(len(imatrix.weights), "uint32")
+        if imatrix.chunks:
+            keys["quantize.imatrix.chunks_count"] = KV(imatrix.chunks, "uint32")
     return keys
 
 

@@ -33,8 +33,8 @@ from dgq.runtime.config import ModelConfig
 from dgq.runtime.names import DECODER, EMBEDDING
 from dgq.runtime.stream import FEED_TOKENS, HEAD_TOKENS
 
-GROUP = 1 << 27  # elements of the Hessians that are inverted at once
-EXPERTS = 1 << 26  # elements of experts quantised at once
+GROUP = {"cpu": 1 << 27, "cuda": 1 << 28}  # elements of the Hessians that are inverted at once
+EXPERTS = {"cpu": 1 << 26, "cuda": 1 << 27}  # of experts quantised at once: on a GPU each kernel has little to do
 ROWS = {"cpu": 1 << 25, "cuda": 1 << 26}  # of a matrix whose rows are quantised each for itself
 JOINED = "down_proj"  # of experts, whose results are added up: one G for all
 WIDEST = 1 << 14  # rows of a weight of which G is made
@@ -123,7 +123,8 @@ def at_once(tensor: PlannedTensor, device: str) -> int:
     """How many experts, or rows of a matrix, are quantised together. G goes over all of a matrix' rows."""
     columns = tensor.shape[-1]
     if len(tensor.shape) == 3:
-        return max(1, min(EXPERTS // (tensor.shape[-2] * columns), GROUP // columns**2, tensor.shape[0]))
+        fit = EXPERTS[device] // (tensor.shape[-2] * columns), GROUP[device] // columns**2
+        return max(1, min(*fit, tensor.shape[0]))
     return tensor.shape[0] if Hessian.of(tensor).outputs else min(tensor.shape[0], max(1, ROWS[device] // columns))
 
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,14 @@ def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice:
     source, version, identity = plan.source, dgq_version(), _identity(plan, options)
     gguf = plan.recipe.format == "gguf"
     if options.imatrix is not None:
-        _check_imatrix(plan, options.imatrix)
+        options = replace(options, imatrix=_fitted(plan, options.imatrix, notice))
     options.budget.enforce()
     if options.stats is not None and (careful := [tensor for tensor in plan.tensors if refinable(tensor)]):
         check_memory(plan, careful, options)
     keys = metadata(plan, version, options.imatrix) if gguf else {}  # before the weights: it may refuse the tokenizer
     tower_keys = vision_metadata(source, version) if plan.mmproj else {}
+    if gguf and "tokenizer.ggml.mask_token_id" not in keys:
+        notice(f"{source.path}: its tokenizer names no mask token; llama.cpp's llama-diffusion-cli stops without one")
     file = plan.files[0] if gguf else ""
     seconds: dict[str, float] = {}
     with _staged(plan, out, identity, notice) as (partial, log), _hashers() as hashers:
@@ -204,18 +206,18 @@ def _hashes(pool: ThreadPoolExecutor, files: list[Path]) -> dict[str, Future[dic
     return {file.name: pool.submit(describe, file) for file in files}
 
 
-def _check_imatrix(plan: Plan, imatrix: Imatrix) -> None:
+def _fitted(plan: Plan, imatrix: Imatrix, notice: Callable[[str], None]) -> Imatrix:
     if plan.recipe.format != "gguf":
         raise InputError(f"--imatrix {imatrix.file}: weighs GGUF quantisers, and recipe {plan.recipe.name} has none")
-    shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
-    for name, weights in imatrix.weights.items():
-        shape = shapes.get(name)
-        if shape is None:
-            raise InputError(f"{imatrix.file}: has an entry for {name}, which this model does not have")
-        if tuple(weights.shape) != (shape[-1:] if weights.dim() == 1 else (shape[0], shape[-1])):
-            raise InputError(
-                f"{imatrix.file}: {name} has importance {list(weights.shape)} for a weight of {list(shape)}"
-            )
+    found = imatrix.fitted({tensor.name: tensor.shape for tensor in plan.tensors})
+    quantised = [tensor.name for tensor in plan.tensors if tensor.scheme.bits < 16]
+    without = [name for name in quantised if name not in found.weights]
+    if without:
+        notice(f"{imatrix.file}: no entry for {len(without)} of {len(quantised)} quantised weights ({without[0]}, …):"
+               " quantised unweighed")  # fmt: skip
+    if found.unseen:
+        notice(f"{imatrix.file}: {found.unseen} experts or weights saw no token: their columns weigh the same")
+    return found
 
 
 def check_target(out: Path) -> None:

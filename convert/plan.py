@@ -140,9 +140,15 @@ class Plan:
         """What the user should know: of the source, and of what the artifact makes of it."""
         kept = {tensor.name: tensor.source for tensor in self.weights if tensor.scheme.name == "bf16"}
         rounded = [name for name, source in kept.items() if source and self.source.dtype(source) != "BF16"]
-        if not rounded:
-            return self.source.notices
-        return (*self.source.notices, f"{len(rounded)} of them are stored as BF16, rounded ({rounded[0]}, …)")
+        lines = list(self.source.notices)
+        if rounded:
+            lines.append(f"{len(rounded)} of them are stored as BF16, rounded ({rounded[0]}, …)")
+        if self.recipe.format == "nvfp4" and (unsaid := self.source.unsaid):
+            lines.append(
+                f"not said by the source: {', '.join(unsaid)}; dgq takes the released model's, vLLM does not start; add"
+                " them to the source first"
+            )
+        return tuple(lines)
 
     def by_scheme(self) -> dict[str, dict[str, int]]:
         """scheme -> tensors, params, bytes; largest first."""

@@ -29,6 +29,9 @@ from dgq.runtime.vision import expected_vision
 from dgq.runtime.weights import Stored, Weights
 
 COMPARE_BYTES = 1 << 24
+ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
+SAMPLER_KEYS = ("t_min", "t_max", "stability_threshold", "confidence_threshold", "sampler_config._cls_name",
+                "sampler_config.entropy_bound")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,18 @@ class Source(Weights):
         step = max(1, COMPARE_BYTES * count // max(1, spec.stop - spec.start))
         for start in range(0, count, step):
             yield self._dir.rows(name, start, min(start + step, count)).view(torch.uint8)
+
+    @property
+    def unsaid(self) -> list[str]:
+        """What config.json does not say of the architecture and generation_config.json of the sampler, and vLLM has no
+        default for."""
+        file = self.path / "generation_config.json"
+        said = read_json(file) if file.is_file() else {}
+        sampler = said.get("sampler_config") or {}
+        said |= {f"sampler_config.{key}": value for key, value in sampler.items()}
+        named = ARCHITECTURE in str(read_json(self.path / "config.json").get("architectures"))
+        missing = [f"{file.name}: {key}" for key in SAMPLER_KEYS if said.get(key) is None]
+        return missing if named else [f"config.json: architectures [{ARCHITECTURE}]", *missing]
 
 
 def open_source(asked: str, revision: str | None = None, *, weights: bool = True) -> Source:

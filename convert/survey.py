@@ -41,6 +41,7 @@ from dgq.convert.stats import (
     weights_digest,
 )
 from dgq.quant.errors import InputError
+from dgq.quant.imatrix import write_imatrix
 from dgq.runtime.chunk import Chunk
 from dgq.runtime.names import gguf_name
 from dgq.runtime.stream import Stream
@@ -65,7 +66,7 @@ def calibrated(
             check_target(imatrix)
         found = survey(source, out, prompts, seed, rounds, device, dtype, progress, notice, budget)
         if imatrix is not None and (not several or dist.get_rank() == 0):
-            write_imatrix(imatrix, source, out, found)
+            export_imatrix(imatrix, source, out, found)
         return found if not several or dist.get_rank() == 0 else None
     finally:
         if several:
@@ -91,7 +92,8 @@ class Survey:
         sides = torch.stack((kinds == 0, kinds != 0))  # (2, rows)
         sums = sides.double() @ x.double().square()
         amax = (sides * x.abs().amax(-1).float()).amax(-1)
-        count = torch.bincount(kinds, minlength=KINDS)
+        numbers = torch.arange(KINDS, device=kinds.device).unsqueeze(1)
+        count = (kinds == numbers).sum(1)  # bincount() waits for the GPU
         if name + ".sum2" not in self.found:
             lead = () if expert is None else (self._experts,)
             self.found[name + ".sum2"] = sums.new_zeros(*lead, *sums.shape)
@@ -194,28 +196,16 @@ def _round(
     return tensors
 
 
-def write_imatrix(path: Path, source: Source, stats: Path, about: dict[str, Any]) -> None:
-    """The sums as a GGUF importance matrix, under the names of a .gguf; layout: quant/imatrix.py."""
-    import gguf
-
-    partial = path.with_name(f".{path.name}.partial")
-    writer = gguf.GGUFWriter(partial, "diffusion-gemma")
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", [about["data"]["name"]])
-    writer.add_uint32("imatrix.chunk_count", about["rounds"])
-    writer.add_uint32("imatrix.chunk_size", about["tokens"] // about["rounds"])
-    for name, (sums, count) in imatrix_entries(load_file(stats)).items():
+def export_imatrix(path: Path, source: Source, stats: Path, about: dict[str, Any]) -> None:
+    """The sums as llama.cpp's importance matrix, under the names of a .gguf: of prompts and canvases together."""
+    entries = {}
+    for name, found in imatrix_entries(load_file(stats)).items():
         kind = name.removesuffix(".weight").rpartition(".")[2]
         for reader in (kind, *READERS.get(kind, ())):
             same = name.replace(kind, reader)
             if same in source.text and (known := gguf_name(same)) is not None:
-                writer.add_tensor(f"{known}.in_sum2", sums.numpy())
-                writer.add_tensor(f"{known}.counts", count.unsqueeze(-1).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    partial.replace(path)
+                entries[known] = found
+    write_imatrix(path, entries, about["data"]["name"], about["rounds"], about["tokens"] // about["rounds"])
 
 
 def _add(total: dict[str, Tensor], more: dict[str, Tensor]) -> None:

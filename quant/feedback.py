@@ -102,9 +102,20 @@ class _Columns:
         self._order, self._factor = (t.expand(count, *t.shape[1:]) for t in (order, factor))
         self._cost = factor.diagonal(dim1=-2, dim2=-1).pow(-2).unsqueeze(1)
         self._grid = grid
+        self._recorded: dict[torch.Size, _Recorded | None] = {}
 
     def rounded(self, weight: Tensor) -> dict[str, Tensor]:
-        """weight (B, rows, in) -> parts."""
+        """weight (B, rows, in) -> parts. On a GPU the first weight of a shape compiles what there is to compile, the
+        second is recorded: these are thousands of small kernels, and starting them takes longer than they do."""
+        if not weight.is_cuda or weight.shape not in self._recorded:
+            self._recorded[weight.shape] = None
+            return self._rounded(weight)
+        recorded = self._recorded[weight.shape]
+        if recorded is None:
+            recorded = self._recorded[weight.shape] = _Recorded(self._rounded, weight)
+        return recorded(weight)
+
+    def _rounded(self, weight: Tensor) -> dict[str, Tensor]:
         grid, factor = self._grid, self._factor
         w = weight.gather(-1, self._order.unsqueeze(1).expand_as(weight))
         chosen: list[_Rounded] = []
@@ -118,6 +129,20 @@ class _Columns:
                 w[..., rest].baddbmm_(found.error, factor[:, own, rest], alpha=-1)
         codes = torch.cat([found.codes for found in chosen], -1)
         return _packed(grid, codes, [found.notes for found in chosen], self._order)
+
+
+class _Recorded:
+    """work, which waits for nothing, as one CUDA graph for weights of a shape."""
+
+    def __init__(self, work: Callable[[Tensor], dict[str, Tensor]], weight: Tensor) -> None:
+        self._given, self._graph = torch.empty_like(weight), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self._parts = work(self._given)
+
+    def __call__(self, weight: Tensor) -> dict[str, Tensor]:
+        self._given.copy_(weight)
+        self._graph.replay()
+        return {suffix: part.clone() for suffix, part in self._parts.items()}
 
 
 def search(weight: Tensor, importance: Tensor | None, scheme: Scheme) -> dict[str, Tensor]:

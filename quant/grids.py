@@ -23,9 +23,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dgq.quant import nf4, nvfp4
+from dgq.quant import ggml_search, nf4, nvfp4
 from dgq.quant.ggml_encode import pack_q4_k, pack_q5_0, pack_q6_k
-from dgq.quant.ggml_search import make_qkx_quants, make_qx_quants
 from dgq.quant.types import Scheme
 
 
@@ -159,7 +158,7 @@ class Q6KGrid:
     def open(self, x: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
         """d (B, rows), and what ggml would make of each 16 as it is now: codes (B, rows, 16)."""
         flat, weights = (v.reshape(-1, 16).t().contiguous() for v in (x, cost.expand_as(x)))
-        best = make_qx_quants(32, flat, weights)[0].view(*x.shape[:-1], 16)
+        best = _search(x).make_qx_quants(32, flat, weights)[0].view(*x.shape[:-1], 16)
         largest = best.gather(-1, best.abs().argmax(-1, keepdim=True)).squeeze(-1)
         d = (largest / -128).half().float()
         return d, (best * _inverse(d).unsqueeze(-1)).round()
@@ -187,7 +186,7 @@ class Q4KGrid:
     def open(self, x: Tensor, cost: Tensor) -> tuple[Tensor, ...]:
         """d and dmin (B, rows), and what ggml would make of each 32 as it is now: scales and mins (B, rows, 8)."""
         flat, weights = (v.reshape(-1, 32).t().contiguous() for v in (x, cost.expand_as(x)))
-        found = make_qkx_quants(15, flat, weights, -0.9, 0.05, 36)[:2]
+        found = _search(x).make_qkx_quants(15, flat, weights, -0.9, 0.05, 36)[:2]
         scale, low = (v.view(*x.shape[:-1], 8) for v in found)
         d, dmin = ((v.amax(-1).clamp(min=0) / 63).half().float() for v in (scale, low))
         near = ((v * _inverse(by).unsqueeze(-1)).round() for v, by in ((scale, d), (low, dmin)))
@@ -217,6 +216,15 @@ _GRIDS: dict[str, Callable[[Tensor], Grid]] = {
     "q6_k": Q6KGrid,
     "q4_k": Q4KGrid,
 }
+
+
+def _search(x: Tensor) -> Any:
+    """ggml's searches: of two thousand operations, or on a GPU in one kernel, whose sums are not ggml's to the bit."""
+    if not x.is_cuda:
+        return ggml_search
+    from dgq.quant import search_kernel  # Triton is where CUDA is
+
+    return search_kernel
 
 
 def _column(values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -29,6 +30,7 @@ from dgq.quant.types import Packed, Spec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_PIECE, _READERS = 1 << 26, 4  # bytes read by one of so many threads
 MAX_HEADER = 100_000_000  # the safetensors library's own limit
 MAX_JSON = 40_000_000  # bytes; twice the index of 184,320 expert tensors. Lists in a list take 21 times as much memory
 DTYPES = {
@@ -201,13 +203,22 @@ class HFDir(Mapping[str, Packed]):
         shape = spec.shape or (1,)
         row = (spec.stop - spec.start) // shape[0]
         raw = torch.empty((stop - start) * row, dtype=torch.uint8)
-        view, at = raw.numpy().data, spec.start + start * row
+        at = spec.start + start * row
+        pieces = range(0, len(raw), _PIECE)
+        if len(pieces) > 1:  # memory that is new is slow to touch: by several threads, less so
+            with ThreadPoolExecutor(_READERS) as pool:
+                list(pool.map(lambda first: self._fill(spec, name, raw[first : first + _PIECE], at + first), pieces))
+        else:
+            self._fill(spec, name, raw, at)
+        return raw.view(DTYPES[spec.dtype]).view(stop - start, *shape[1:])
+
+    def _fill(self, spec: Spec, name: str, raw: torch.Tensor, at: int) -> None:
+        view = raw.numpy().data
         while view:
             count = os.preadv(self._reader(spec.file), [view], at)
             if not count:
                 raise InputError(f"{spec.file}: ends at byte {at}, inside {name}; it changed while it was read")
             view, at = view[count:], at + count
-        return raw.view(DTYPES[spec.dtype]).view(stop - start, *shape[1:])
 
     def _reader(self, file: Path) -> int:
         with self._lock:

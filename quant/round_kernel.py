@@ -1,9 +1,8 @@
-"""Rounding the columns of a scale group with error feedback, for every candidate scale, in one launch (Triton).
+"""Rounding the columns of a scale group with error feedback, for every candidate scale, in two launches (Triton).
 
 The torch loop of feedback.py launches some ten kernels a column and writes all candidates' columns each time. Here
-each program takes ROWS rows of one matrix, a row a thread, and goes through the candidates one after the other; the
-columns stay in registers, and only the loss of the best candidate is remembered. A last pass does the best one again
-and stores its codes and errors.
+each program takes ROWS rows of one matrix, a row a thread, and one candidate; the columns stay in registers, and only
+the candidate's loss is kept. A second launch does each row's best again and stores its codes and errors.
 
 Columns are held as tiles (TILE, ROWS) and rounded by a loop over the columns of the first tile that is left, which
 picks its column by a masked sum and takes its error off that tile and those after it. (Unrolled, this compiles for
@@ -40,11 +39,18 @@ def round_columns(
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     error = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     best = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device)
-    inputs = (x.mT, scale, low, factor[:1] if shared else factor, levels)
-    _kernel[triton.cdiv(rows, ROWS), experts](
-        *(value.contiguous() for value in inputs), codes, error, best, rows, len(scale), 0 if shared else sub * sub,
-        SUB=sub, LEVELS=len(levels), UNIFORM=uniform, ROWS=ROWS, TILE=TILE, num_warps=WARPS, maxnreg=REGISTERS,
-    )  # fmt: skip
+    loss = torch.empty_like(scale, memory_format=torch.contiguous_format)
+    inputs = tuple(v.contiguous() for v in (x.mT, scale, low, factor[:1] if shared else factor, levels))
+
+    def launch(programs: int, store: bool) -> None:
+        _kernel[triton.cdiv(rows, ROWS), experts, programs](
+            *inputs, codes, error, best, loss, rows, 0 if shared else sub * sub, STORE=store,
+            SUB=sub, LEVELS=len(levels), UNIFORM=uniform, ROWS=ROWS, TILE=TILE, num_warps=WARPS, maxnreg=REGISTERS,
+        )  # fmt: skip
+
+    launch(len(scale), False)
+    torch.argmin(loss, 0, out=best)
+    launch(1, True)
     return codes, error, best
 
 
@@ -64,9 +70,9 @@ def _nearest(v, levels, bounds, lowest, highest, UNIFORM: tl.constexpr):
     return level, code
 
 
-@triton.jit(do_not_specialize=["rows", "count"])
+@triton.jit(do_not_specialize=["rows"])
 def _kernel(
-    x, scale, low, factor, levels, codes, error, best, rows, count, factor_stride,
+    x, scale, low, factor, levels, codes, error, best, losses, rows, factor_stride, STORE: tl.constexpr,
     SUB: tl.constexpr, LEVELS: tl.constexpr, UNIFORM: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -76,40 +82,39 @@ def _kernel(
     k = tl.arange(0, TILE)[:, None]
     x += matrix * SUB * rows
     factor += matrix * factor_stride
-    start = ()
+    left = ()
     for t in tl.static_range(SUB // TILE):
-        start = start + (tl.load(x + (t * TILE + k) * rows + row[None, :], real[None, :], 0.0),)
+        left = left + (tl.load(x + (t * TILE + k) * rows + row[None, :], real[None, :], 0.0),)
     lowest, highest = tl.load(levels), tl.load(levels + LEVELS - 1)
     bounds = ()
     if not UNIFORM:
         for n in tl.static_range(LEVELS - 1):
             bounds = bounds + ((tl.load(levels + n) + tl.load(levels + n + 1)) * 0.5,)
-    least = tl.full((ROWS,), float("inf"), tl.float32)
-    chosen = tl.zeros((ROWS,), tl.int32)
-    for c in range(count + 1):
-        last = real & (tl.zeros((ROWS,), tl.int32) + c == count)
-        at = tl.where(c == count, chosen, c).to(tl.int64) * (tl.num_programs(1) * rows) + own
-        s, base = tl.load(scale + at, real, 0.0), tl.load(low + at, real, 0.0)
-        inverse = tl.where(s != 0, tl.math.div_rn(1.0, s), 0.0)
-        loss = tl.zeros((ROWS,), tl.float32)
-        left = start
-        for g in tl.static_range(SUB // TILE):
-            for i in tl.range(TILE):
-                j = g * TILE + i
-                through = ()
-                for t in tl.static_range(g, SUB // TILE):
-                    through = through + (tl.load(factor + j * SUB + t * TILE + k),)
-                column = tl.sum(tl.where(k == i, left[0], 0.0), 0)
-                level, code = _nearest((column - base) * inverse, levels, bounds, lowest, highest, UNIFORM)
-                lost = (column - (level * s + base)) / tl.load(factor + j * SUB + j)
-                loss += lost * lost
-                tl.store(codes + own * SUB + j, code.to(tl.uint8), last)
-                tl.store(error + own * SUB + j, lost, last)
-                after = ()
-                for t in tl.static_range(SUB // TILE - g):
-                    after = after + (left[t] - lost[None, :] * through[t],)
-                left = after
-            left = left[1:]
-        better = ((loss < least) | ((loss != loss) & (least == least))) & (c < count)  # a NaN first, as argmin has it
-        least, chosen = tl.where(better, loss, least), tl.where(better, c, chosen)
-    tl.store(best + own, chosen.to(tl.int64), real)
+    if STORE:
+        candidate = tl.load(best + own, real, 0)
+    else:
+        candidate = tl.program_id(2).to(tl.int64)
+    at = candidate * (tl.num_programs(1) * rows) + own
+    s, base = tl.load(scale + at, real, 0.0), tl.load(low + at, real, 0.0)
+    inverse = tl.where(s != 0, tl.math.div_rn(1.0, s), 0.0)
+    loss = tl.zeros((ROWS,), tl.float32)
+    for g in tl.static_range(SUB // TILE):
+        for i in tl.range(TILE):
+            j = g * TILE + i
+            through = ()
+            for t in tl.static_range(g, SUB // TILE):
+                through = through + (tl.load(factor + j * SUB + t * TILE + k),)
+            column = tl.sum(tl.where(k == i, left[0], 0.0), 0)
+            level, code = _nearest((column - base) * inverse, levels, bounds, lowest, highest, UNIFORM)
+            lost = (column - (level * s + base)) / tl.load(factor + j * SUB + j)
+            loss += lost * lost
+            if STORE:
+                tl.store(codes + own * SUB + j, code.to(tl.uint8), real)
+                tl.store(error + own * SUB + j, lost, real)
+            after = ()
+            for t in tl.static_range(SUB // TILE - g):
+                after = after + (left[t] - lost[None, :] * through[t],)
+            left = after
+        left = left[1:]
+    if not STORE:
+        tl.store(losses + at, loss, real)

@@ -13,13 +13,18 @@ One row of the sequence while a canvas is denoised (window 4; P padding, t token
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dgq.runtime.config import LayerConfig, ModelConfig
 from dgq.runtime.pictured import Pictures
+
+# Not cuDNN's: it makes a plan, which takes a third of a second, for every other length.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def rope_frequencies(config: ModelConfig, layer: LayerConfig) -> Tensor:
@@ -103,5 +108,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, starts: Sequenc
     folded = q.transpose(1, 2).reshape(rows, k.shape[1], group * tokens, dim)
     if mask is not None:
         mask = mask.expand(-1, -1, tokens, -1).repeat(1, 1, group, 1)
-    out = functional.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=1.0)
+    with sdpa_kernel(_KERNELS) if q.is_cuda else nullcontext():
+        out = functional.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=1.0)
     return out.reshape(rows, heads, tokens, dim).transpose(1, 2).reshape(rows, tokens, heads * dim)

@@ -86,9 +86,11 @@ def main() -> None:
             lambda done, total: marks.append(clock(options.device)), print, budget,
         )  # fmt: skip
         assert about is not None
+        took = [round(b - a, 2) for a, b in zip([began, *marks], marks, strict=False)]
+        layer = sum(took[options.layers - 1 :: options.layers])  # the last layer's: the first compiles kernels
         report["calibrate"] = {
             "tokens": about["tokens"], "rounds": about["rounds"], "seconds": round(clock(options.device) - began, 1),
-            "steps": [round(b - a, 2) for a, b in zip([began, *marks], marks, strict=False)],
+            "steps": took, "layer_s": round(layer, 2), "projected_26b_s": round(LAYERS * layer),
             "peak_gib": peak(options.device),
             "counted_gib": counted(Needs(source, options.device, Sizes.most(source.config)), 0),
             "least": min(min(n) for n in about["coverage"].values()),
@@ -118,9 +120,11 @@ def main() -> None:
                 last = now
             ends = [*(at for _, at in steps[1:]), clock(options.device)]
             stages = [(what, round(end - at, 2)) for (what, at), end in zip(steps, ends, strict=True)]
-            passes = sum(s for what, s in stages if what.endswith("pass")) / options.layers
+            count = options.layers
+            passes = stages[count - 1][1] + stages[2 * count][1]  # the last layer's: the first has what comes once
             layer = sum(s for what, s in stages if re.match("samples, back to 0($|,)", what))
             once = sum(s for what, s in stages if what in ("samples, back to enter", "samples, back to leave"))
+            once += max(0.0, sum(s for what, s in stages if what.endswith("pass")) - count * passes)
             row: dict[str, Any] = {
                 "stages": stages, "passes_layer_s": round(passes, 2), "layer_s": layer, "once_s": round(once, 2),
                 "peak_gib": peak(options.device), "counted_gib": counted(needs, room),

@@ -274,7 +274,7 @@ def test_hessians_of_the_26b_by_hand(real: Plan) -> None:
     assert gate_up.own == gate_up.shared == 4 * (2816**2 + 1408**2)
     assert (down.own, down.shared) == (4 * 704**2, 4 * (704**2 + 2816**2))
     assert Hessian.of(by_name["self_attn.o_proj.weight"]).own == 4 * (8192**2 + 2816**2)
-    assert at_once(by_name["experts.gate_up_proj"], "cuda") == 16 and at_once(by_name["experts.down_proj"], "cpu") == 33
+    assert at_once(by_name["experts.gate_up_proj"], "cuda") == 33 and at_once(by_name["experts.down_proj"], "cpu") == 33
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -298,13 +298,14 @@ def test_trips_of_the_26b(real: Plan, device: str, room: int) -> None:
             own = sum(sums[name].own * (part.stop - part.start) for name, part in trip.items())
             assert sum(shared.values()) + own <= room
         whole = sum(sums[name].shared + sums[name].own * count for name, count in shapes.items())
-        assert (len(found) == 1) == (whole <= room) and len(found) <= 2 + whole // (room - sum(shared.values()) - GIB)
+        fewest = whole // (room - sum(shared.values()) - 1.25 * GIB)
+        assert (len(found) == 1) == (whole <= room) and len(found) <= 2 + fewest
 
 
 def test_floors_of_the_26b(real: Plan) -> None:
     """What README says: a GPU of 12 GB, and 8 GiB of RAM, hold them."""
     todo = [tensor for tensor in real.tensors if refinable(tensor)]
-    for device, most in (("cpu", 5.0), ("cuda", 7.5)):
+    for device, most in (("cpu", 5.0), ("cuda", 8.0)):
         needs = Needs(real.source, device, Sizes.most(real.source.config), todo)
         floor = max(sum(parts.values()) for parts in needs.moments().values())
         assert 4 < floor / GIB < most

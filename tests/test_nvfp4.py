@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import contract_vllm
 import pytest
 import torch
 from click.testing import CliRunner
@@ -104,6 +105,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def without_minus_zero(packed: torch.Tensor) -> torch.Tensor:
     low, high = packed & 15, packed >> 4
     return torch.where(low == 8, 0, low) | torch.where(high == 8, 0, high) << 4
+
+
+def test_both_hold_vllm_s_contract(pair: Pair) -> None:
+    assert contract_vllm.weight_problems(pair.theirs) == [] == contract_vllm.weight_problems(pair.ours)
 
 
 def test_names_dtypes_and_shapes(pair: Pair) -> None:

@@ -1,4 +1,4 @@
-"""The kernel that rounds the columns of a scale group, against the torch loop it stands in for.
+"""The kernels of error feedback, rounding a scale group's columns and ggml's searches, against torch's loops.
 
 On a GPU where there is one; else under Triton's interpreter, which must be on before triton is imported and so gets a
 process of its own.
@@ -56,7 +56,8 @@ def _case(name: str, experts: int, rows: int, shared: bool = False) -> tuple[Ten
     g = torch.Generator().manual_seed(rows)
     levels, sub = GRIDS[name]
     mix = torch.randn(1 if shared else experts, sub + 32, sub + 32, generator=g) / 8 + torch.eye(sub + 32)
-    factor = torch.linalg.cholesky(mix @ mix.mT, upper=True).expand(experts, -1, -1)[:, 16:-16, 16:-16]
+    factor = torch.linalg.cholesky(mix.double() @ mix.double().mT, upper=True).float().to(DEVICE)
+    factor = factor.expand(experts, -1, -1)[:, 16:-16, 16:-16]
     x = (torch.randn(experts, rows, sub + 32, generator=g) * 0.02)[..., 16:-16]
     x[:, 1], x[:, 3] = 0, 0.01
     step = (x.amax(-1) - x.amin(-1)) / (levels[-1] - levels[0])
@@ -136,6 +137,31 @@ def test_levels_it_cannot_do() -> None:
         round_columns(x, scale, low, factor, levels * 2)
 
 
+@here
+@pytest.mark.parametrize("kind", ["qx", "qkx"])
+def test_searches_find_what_ggml_finds(kind: str) -> None:
+    from dgq.quant import ggml_search, search_kernel
+
+    g = torch.Generator().manual_seed(3)
+    positions, blocks = (16 if kind == "qx" else 32), (100_000 if CUDA else 70)
+    x = torch.randn(positions, blocks, generator=g) * torch.rand(blocks, generator=g)
+    x[:, 1], x[:, 2], x[:, 3], x[3, 4] = 0, x[:, 2].abs() + 0.1, -x[:, 3].abs(), 20
+    weight = torch.rand(positions, blocks, generator=g).square() + 0.01
+    x, weight = x.to(DEVICE), weight.to(DEVICE)
+    arguments = (32, x, weight) if kind == "qx" else (15, x, weight, -0.9, 0.05, 36)
+    found = getattr(search_kernel, f"make_{kind}_quants")(*arguments)
+    wanted = getattr(ggml_search, f"make_{kind}_quants")(*arguments)[: len(found)]
+    same = torch.stack([torch.isclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, wanted, strict=True)]).all(0)
+    assert bool(same[:5].all()) and float(same.float().mean()) > 0.985
+
+    def loss(scale: Tensor, rest: Tensor | float = 0.0) -> Tensor:
+        low, high = (-32, 31) if kind == "qx" else (0, 15)
+        level = ((x + rest) * torch.where(scale != 0, 1 / scale, 0)).round().clamp(low, high)
+        return ((level * scale - rest - x).square() * weight).sum(0)
+
+    assert float(loss(*found).sum()) < 1.0005 * float(loss(*wanted).sum())
+
+
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernel itself is tested")
 @pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) >= "2.4.0", reason="Triton 3.6 interprets with numpy < 2.4")
 def test_under_the_interpreter() -> None:
@@ -149,3 +175,23 @@ def test_under_the_interpreter() -> None:
     )
     print(done.stdout[-1500:])
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not CUDA, reason="CUDA graphs want a GPU")
+@pytest.mark.parametrize("name", GRIDS)
+def test_recorded_columns_are_the_same(name: str) -> None:
+    """The first weight of a shape is rounded kernel by kernel, the second recorded, the rest replayed."""
+    from dgq.quant.feedback import DAMP, _Columns
+    from dgq.quant.grids import grid_of
+    from dgq.quant.schemes import SCHEMES
+
+    g = torch.Generator().manual_seed(7)
+    x = torch.randn(4, 2048, 512, generator=g).to(DEVICE)
+    whole = (torch.randn(4, 96, 512, generator=g) * 0.02).to(DEVICE)
+    grid = grid_of(SCHEMES[name], whole)
+    columns = _Columns(x.mT @ x, grid, DAMP, 4)
+    for rows in (whole[:, :32], whole[:, 32:64], whole[:, 64:], whole[:, :7], whole[:, 32:64], whole[:, 7:14] * 3):
+        found, wanted = columns.rounded(rows), columns._rounded(rows)
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[suffix].view(torch.uint8), wanted[suffix].view(torch.uint8)) for suffix in found)
+    assert [one is not None for one in columns._recorded.values()] == [True, True]
