@@ -9,6 +9,7 @@ STATS made cannot be made again without them. Input scales come from calibration
 from __future__ import annotations
 
 import random
+from collections import ChainMap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ from dgq.quant.errors import InputError, printable
 from dgq.quant.gguf_file import GGUFReader
 from dgq.quant.hf_dir import HFDir, read_json
 from dgq.quant.imatrix import read_imatrix
+from dgq.quant.types import Packed
 
 NOT_COMPARED = ".input_scale"
 
@@ -122,7 +124,7 @@ def _drawn(plan: Plan, sample: int, seed: int) -> list[PlannedTensor]:
 def _differing(plan: Plan, path: Path, drawn: list[PlannedTensor], options: Options) -> Iterator[str]:
     """Names of stored tensors that are not the requantised bytes; one for each weight."""
     gguf = plan.recipe.format == "gguf"
-    stored = GGUFReader(min(path.glob("*.gguf"))) if gguf else HFDir(path)
+    stored = _Files(path) if gguf else HFDir(path)
     scales = InputScales({t.name: 1.0 for t in drawn}, {}) if plan.recipe.activations else None
     # one OpenMP thread each: double quantisation's own sums depend on their number
     with ThreadPoolExecutor(options.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -147,6 +149,13 @@ def _differing(plan: Plan, path: Path, drawn: list[PlannedTensor], options: Opti
                 if _bytes(there) != b"".join(map(_bytes, made)):
                     yield entry
                     break
+
+
+class _Files(ChainMap[str, Packed]):
+    """The tensors of an artifact's .gguf files."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(*(GGUFReader(file) for file in sorted(path.glob("*.gguf"))))  # type: ignore[arg-type]
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

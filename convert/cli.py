@@ -179,6 +179,13 @@ def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
     "--chat", is_flag=True, help="Put PROMPT through the chat template; without one, converse, a line a turn."
 )
 @click.option("--thinking/--no-thinking", default=None, help="In a chat: think first. [default: the template's]")
+@click.option(
+    "--image",
+    "images",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Picture for the model to see, before PROMPT or where it says <|image|>; may be given several times.",
+)
 @click.option("--max-new-tokens", type=click.IntRange(1), help="[default: the model's generation_config]")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps a canvas at most. [default: generation_config]")
 @click.option(
@@ -209,6 +216,7 @@ def run(
     prompt: str | None,
     chat: bool,
     thinking: bool | None,
+    images: tuple[Path, ...],
     max_new_tokens: int | None,
     steps: int | None,
     seed: int,
@@ -232,6 +240,8 @@ def run(
 
         if not chat:
             raise click.MissingParameter(param_type="argument", param_hint="'PROMPT'")
+        if images:
+            raise InputError("--image: goes with a PROMPT; a conversation is text alone")
         converse(
             model, revision=revision, thinking=thinking, max_new_tokens=max_new_tokens, steps=steps, seed=seed,
             device=device, dtype=dtype, activations=activations, rng=rng, vram=vram, as_json=as_json, adapters=adapters,
@@ -243,8 +253,9 @@ def run(
     except UnicodeError:
         raise InputError("PROMPT is not valid UTF-8") from None
     answer = generate_text(
-        model, text, revision=revision, chat=chat, max_new_tokens=max_new_tokens, steps=steps, seed=seed, device=device,
-        dtype=dtype, activations=activations, rng=rng, draw=not as_json and sys.stdout.isatty(), vram=vram,
+        model, text, images=images, revision=revision, chat=chat, max_new_tokens=max_new_tokens, steps=steps, seed=seed,
+        device=device, dtype=dtype, activations=activations, rng=rng, vram=vram,
+        draw=not as_json and sys.stdout.isatty(),
         thinking=thinking, adapters=adapters,
     )  # fmt: skip
     show.print_json(answer) if as_json else show.answer(answer)

@@ -45,7 +45,7 @@ def converse(
     artifact = open_model(asked, revision, adapters)
     artifact.tokenizer.thinking(thinking).render([{"role": "user", "content": ""}])  # refuses now, not after loading
     began = time.perf_counter()
-    model = artifact.load(device, precision(dtype), activations, vram)
+    model = artifact.load(device, precision(dtype, device), activations, vram)
     loaded = round(time.perf_counter() - began, 3)
     chat = Chat(model, artifact.tokenizer, artifact.generation, thinking=thinking, seed=seed, rng=rng)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()

@@ -59,6 +59,7 @@ def generate_text(
     asked: str,
     prompt: str,
     *,
+    images: Sequence[Path] = (),
     revision: str | None,
     chat: bool,
     max_new_tokens: int | None,
@@ -73,16 +74,23 @@ def generate_text(
     thinking: bool | None = None,
     adapters: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Answer one prompt: text, token ids, steps of each canvas, whether it stopped early, and times in seconds."""
+    """Answer one prompt: text, token ids, steps of each canvas, whether it stopped early, and times in seconds.
+
+    images: what they become is computed first, so that the vision tower is gone before the model is loaded.
+    """
     from dgq.runtime.engine import generate
+    from dgq.runtime.images import placed
 
     device = chosen_device(device)
     check_vram(vram, device, dtype, activations, rng)
     artifact = open_model(asked, revision, adapters)
     tokenizer = artifact.tokenizer.thinking(thinking)
-    ids = tokenizer.chat([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+    kind = precision(dtype, device)
     began = time.perf_counter()
-    model = artifact.load(device, precision(dtype), activations, vram)
+    said = [{"role": "user", "content": prompt}] if chat else prompt
+    ids = _seen(artifact, *placed(tokenizer, said, images), device, kind)
+    seen = time.perf_counter()
+    model = artifact.load(device, kind, activations, vram)
     loaded = time.perf_counter()
     with drawing(tokenizer, artifact, draw) as on_step:
         result = generate(model, [ids], artifact.generation, max_new_tokens, seed, steps, on_step, rng=rng)
@@ -93,12 +101,14 @@ def generate_text(
         "thought": thought,
         "tokens": result.tokens[0],
         "prompt_tokens": len(ids),
+        "images": len(images),
         "steps": result.steps[0],
         "stopped_early": result.stopped_early[0],
         "ended": result.ended[0],
         "seed": seed,
         "device": device,
-        "load_s": round(loaded - began, 3),
+        "images_s": round(seen - began, 3),
+        "load_s": round(loaded - seen, 3),
         "generate_s": round(ended - loaded, 3),
     }
 
@@ -109,11 +119,22 @@ def check_vram(vram: int | None, device: str, dtype: str, activations: str | Non
         raise InputError("--vram: is for bfloat16 on a GPU, with --rng counter and without --activations")
 
 
-def precision(dtype: str) -> torch.dtype | None:
-    """What --dtype says; None: as suits the device."""
+def precision(dtype: str, device: str) -> torch.dtype:
+    """What --dtype says."""
     import torch
 
-    return {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    from dgq.runtime.model import default_dtype
+
+    return {"auto": default_dtype(device), "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+
+
+def _seen(
+    artifact: Artifact, ids: list[int], images: list[Any], front: int | None, device: str, dtype: torch.dtype
+) -> Sequence[int]:
+    """The prompt with its images, if it has any: see images.placed()."""
+    if not images:
+        return ids
+    return artifact.vision.prompt(ids, images, artifact.vision.tower(device, dtype), front)
 
 
 @contextmanager

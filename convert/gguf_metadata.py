@@ -50,8 +50,8 @@ def _size_label(plan: Plan) -> str:
     import gguf
 
     experts = plan.source.config.experts
-    fused = [tensor for tensor in plan.tensors if "_exps." in tensor.name and len(tensor.shape) == 3]
-    total, routed = sum(tensor.numel for tensor in plan.tensors), sum(tensor.numel for tensor in fused)
+    fused = [tensor for tensor in plan.text if "_exps." in tensor.name and len(tensor.shape) == 3]
+    total, routed = sum(tensor.numel for tensor in plan.text), sum(tensor.numel for tensor in fused)
     return str(gguf.size_label(total, total - routed, routed // experts, experts))
 
 

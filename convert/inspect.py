@@ -14,6 +14,7 @@ from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_json
 from dgq.quant.schemes import stored_bits
 from dgq.runtime.artifact import Artifact, open_artifact
+from dgq.runtime.names import VISION
 from dgq.runtime.weights import Weights
 
 
@@ -49,9 +50,18 @@ def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
         "sampler": vars(generation.sampler) | {"eos_ids": list(generation.eos_ids)},
         "provenance": _provenance(opened) if isinstance(opened, Artifact) else None,
         "remarks": [*weights.remarks, *template_remarks(opened)],
+        "vision": _vision(weights),
         "stored_tensors": sum(row[-1] for row in rows),
         "tensors": {row[0]: row[1] for row in rows},
     }
+
+
+def _vision(weights: Weights) -> dict[str, int] | None:
+    """Parameters and bytes of the vision tower; None without one."""
+    found = [stored for name, stored in weights.everything().items() if name.startswith(VISION)]
+    if not found:
+        return None
+    return {"params": sum(one.numel for one in found), "bytes": sum(one.nbytes for one in found)}
 
 
 Row = tuple[str, str, int, int, int]  # name in the file, scheme, elements, bytes, tensors
@@ -95,6 +105,5 @@ _SOUND: dict[str, Callable[[dict[str, Any]], bool]] = {
     "source": lambda said: not said.get("repository") or "revision" in said,
     "imatrix": lambda said: isinstance(said.get("name"), str),
     "input_scales": _is_scales,
-    "dropped": lambda said: not said or _holds(said, int),
     "files": lambda said: True,
 }

@@ -6,6 +6,7 @@ Memory on the GPU is what the engine allocates for one answer in bfloat16 (runti
     keys, values  sliding layers a window and a canvas, full layers every token
     canvas        logits, what the sampler makes of them
     activations   a part of a prompt on its way through a layer, cuBLAS
+    vision        the tower in bfloat16 and one image in it; only where images are given
 
 tests/test_plan_needs.py holds these against what runs allocate.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from dgq.convert import mmproj
 from dgq.convert.calibrate import BATCH, CHATS, DRAFTS, TEXTS
 from dgq.convert.memory import Needs, Sizes
 from dgq.convert.pipeline import HEADER_ALLOWANCE
@@ -25,7 +27,8 @@ from dgq.runtime import layers
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.loading import TABLES, decodes, layer_of
 from dgq.runtime.memory import CONTEXT, SHORT, WORKSPACE, canvas_bytes, kv_bytes, layer_bytes, widest, working_bytes
-from dgq.runtime.names import EMBEDDING, VISION
+from dgq.runtime.mmproj import POOLING
+from dgq.runtime.names import EMBEDDING
 
 CONTEXTS = (4096, 32768, 131072, 262144)
 CARDS = (12, 16, 24, 32, 48, 80)  # GB as they are sold: GiB on the card
@@ -55,6 +58,7 @@ def needs(plan: Plan, threads: int) -> dict[str, Any]:
     small = [card for card in CARDS if card not in by_context[contexts[0]]["fits"]]
     return {
         "vram_by_context": by_context,
+        "vision": vision(plan),
         "offloaded": {card: away for card in small if (away := runtime.offloaded(card << 30)) is not None},
         "ram": ram(plan, threads),
         "disk": disk(plan),
@@ -71,8 +75,7 @@ class Runtime:
 
     @classmethod
     def of(cls, plan: Plan) -> Runtime:
-        text = [t for t in plan.weights if not str(t.source).startswith(VISION)]
-        return cls(plan.source.config, text)
+        return cls(plan.source.config, [t for t in plan.text if t.source])
 
     def vram(self, context: int, rows: int = 1) -> dict[str, Any]:
         """Bytes on the GPU for answers of `context` tokens each, prompt and canvas included.
@@ -140,6 +143,18 @@ class Runtime:
             "copied": copied,
             "ms": {link: 1e3 * copied / speed for link, speed in HOST_LINKS.items()},
         }
+
+
+def vision(plan: Plan) -> dict[str, int] | None:
+    """Bytes of the vision tower in bfloat16 and of a picture in it, where images are given; None without a tower. `dgq
+    run` has it in memory before the model, programs beside it. An image is counted at its widest, in an MLP."""
+    tower = [tensor for tensor in plan.weights if tensor.vision]
+    if not tower:
+        return None
+    said = mmproj.described(plan.source)
+    patches = mmproj.soft_tokens(plan.source) * said.count("pooling_kernel_size", POOLING) ** 2
+    image = WIDTH * patches * (3 * said.count("intermediate_size") + 6 * said.count("hidden_size"))
+    return {"weights": sum(WIDTH * tensor.numel for tensor in tower), "image": image}
 
 
 def ram(plan: Plan, threads: int) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """Carries a plan out: read a slice, quantise it, write it to its place.
 
     source rows (read, not mapped)  --threads-->  quantised slices  --in order-->  <name>-Q4_K_M.gguf, or *.safetensors
+                                                                                   mmproj-<name>-BF16.gguf
     source files                    --hash---->   dgq.json  <--hash--  the artifact's files
 
 With a GPU each thread copies its slices there, quantises them on a stream of its own and copies them back, so that
@@ -31,6 +32,7 @@ from dgq.convert.hashes import describe, dgq_version, digest
 from dgq.convert.hf_artifact import DirWriter, write_configs
 from dgq.convert.input_scales import scales_of
 from dgq.convert.journal import Journal
+from dgq.convert.mmproj import metadata as vision_metadata
 from dgq.convert.plan import Plan
 from dgq.convert.refine import check_memory, check_scratch, refinable, refined
 from dgq.convert.slices import InputScales, Options, ordered, slices
@@ -38,6 +40,7 @@ from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFWriter
 from dgq.quant.imatrix import Imatrix
 from dgq.quant.places import sync_path
+from dgq.runtime import mmproj
 from dgq.runtime.config import GGUF_ARCH
 
 GPU_THREADS = 4  # slices on a GPU at once
@@ -86,9 +89,10 @@ def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice:
         check_memory(plan, careful, options)
     source.check_vocabulary()
     keys = metadata(plan, version, options.imatrix) if gguf else {}  # before the weights: it may refuse the tokenizer
+    tower_keys = vision_metadata(source, version) if plan.mmproj else {}
     if gguf and "tokenizer.ggml.mask_token_id" not in keys:
         notice(f"{source.path}: its tokenizer names no mask token; llama.cpp's llama-diffusion-cli stops without one")
-    file = f"{source.where.name}-{plan.recipe.label}.gguf" if gguf else ""
+    file = plan.files[0] if gguf else ""
     seconds: dict[str, float] = {}
     with _staged(plan, out, identity, notice) as (partial, log), _hashers() as hashers:
         hashes = _hashes(hashers, source.files)
@@ -98,7 +102,10 @@ def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice:
             scales = _scales(plan, options, log)
         writer: GGUFWriter | DirWriter
         if gguf:
-            writer = GGUFWriter(partial / file, GGUF_ARCH, keys, {t.name: (t.shape, t.scheme) for t in plan.tensors})
+            writer = GGUFWriter(partial / file, GGUF_ARCH, keys, {t.name: (t.shape, t.scheme) for t in plan.text})
+            if plan.mmproj:
+                tower = {t.name: (t.shape, t.scheme) for t in plan.mmproj}
+                GGUFWriter(partial / plan.files[1], mmproj.ARCH, tower_keys, tower, writer.places)
         else:
             writer = DirWriter(plan, partial)
         resumed = len(log.done)

@@ -4,7 +4,7 @@
 
 A planned tensor is one weight. In a .gguf it is one tensor under another name; in a safetensors directory it keeps
 its name, and a quantised one becomes several tensors, as the format's layout says. The GGUF order is llama-quantize's:
-tensors outside the layers alphabetically, then layer by layer alphabetically.
+tensors outside the layers alphabetically, then layer by layer alphabetically; then those of the mmproj file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dgq.convert import mmproj
 from dgq.convert.source import Source
 from dgq.quant.bnb import BitsAndBytes
 from dgq.quant.errors import InputError
@@ -48,9 +49,14 @@ class PlannedTensor:
         return sum(map(entry_bytes, self.entries.values())) if self.entries else self.scheme.nbytes(self.shape)
 
     @property
+    def vision(self) -> bool:
+        """Whether it is the vision part's; in a GGUF, the mmproj file's."""
+        return self.source is not None and self.source.startswith(VISION)
+
+    @property
     def part(self) -> str:
         """Which part of the model the tensor belongs to, for tables."""
-        if self.name.startswith(VISION):
+        if self.vision:
             return "vision"
         known = gguf_name(self.name) or self.name
         return next((part for pattern, part in PARTS if pattern in known), "norms and scalars")
@@ -95,6 +101,12 @@ class Plan:
         return sum(tensor.numel for tensor in self.weights)
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """Of a GGUF: the text model's file, and its vision tower's if it has one."""
+        name = self.source.where.name
+        return (f"{name}-{self.recipe.label}.gguf", *([f"mmproj-{name}-BF16.gguf"] if self.mmproj else []))
+
+    @property
     def quantized_params(self) -> int:
         return sum(tensor.numel for tensor in self.weights if tensor.scheme.bits < 16)
 
@@ -114,10 +126,14 @@ class Plan:
         return sum(max(1, len(tensor.entries)) for tensor in self.tensors)
 
     @property
-    def dropped(self) -> dict[str, int]:
-        """Parameters of the source that the artifact's format has no place for."""
-        vision = sum(spec.numel for spec in self.source.vision.values())
-        return {"vision": vision} if vision and self.recipe.format == "gguf" else {}
+    def text(self) -> list[PlannedTensor]:
+        """All but the vision part: of a GGUF, the text model's file."""
+        return [tensor for tensor in self.tensors if not tensor.vision]
+
+    @property
+    def mmproj(self) -> list[PlannedTensor]:
+        """Of a GGUF, the vision tower's file; [] if there is none."""
+        return [tensor for tensor in self.tensors if tensor.vision] if self.recipe.format == "gguf" else []
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -153,7 +169,6 @@ class Plan:
             "quantized_share": round(self.quantized_share, 6),
             "bits_per_weight": round(8 * self.nbytes / self.params, 4),
             "stored_tensors": self.stored,
-            "dropped": self.dropped,
             "by_scheme": self.by_scheme(),
             "by_part": self.by_part(),
             "notices": list(self.notices),
@@ -195,10 +210,12 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     plan = Plan(source, recipe, tensors)
     if recipe.format != "gguf" and not plan.quantized_params:
         raise InputError(f"recipe {recipe.name}: quantises nothing; its {recipe.format} directory would open nowhere")
-    if plan.quantized_share < 1 - recipe.max_16bit_share:
-        worst = max((t for t in plan.weights if t.scheme.bits >= 16), key=lambda t: t.numel)
+    asked = [t for t in plan.weights if not (t.vision and recipe.format == "gguf")]  # no recipe decides mmproj's
+    wide = [t for t in asked if t.scheme.bits >= 16]
+    if (share := sum(t.numel for t in wide) / sum(t.numel for t in asked)) > recipe.max_16bit_share:
+        worst = max(wide, key=lambda t: t.numel)
         raise InputError(
-            f"{source.path}: recipe {recipe.name} would leave {1 - plan.quantized_share:.1%} of the parameters in"
+            f"{source.path}: recipe {recipe.name} would leave {share:.1%} of the parameters in"
             f" 16 bits or more ({worst.name} the largest), and allows {recipe.max_16bit_share:.1%}"
         )
     return plan
@@ -212,7 +229,8 @@ def _gguf_tensors(source: Source, recipe: Recipe) -> tuple[PlannedTensor, ...]:
     shapes[ROPE_FREQS] = (rope_freqs_length(config),)
     ordered = sorted(sources, key=lambda name: (-1 if (layer := layer_of(name)) is None else layer, name))
     schemes = recipe.assign({name: shapes[name] for name in ordered}, len(config.layers))
-    return tuple(PlannedTensor(name, sources[name], shapes[name], schemes[name]) for name in ordered)
+    text = (PlannedTensor(name, sources[name], shapes[name], schemes[name]) for name in ordered)
+    return (*text, *(PlannedTensor(name, *one) for name, one in mmproj.planned(source).items()))
 
 
 def _directory_tensors(source: Source, recipe: Recipe) -> tuple[PlannedTensor, ...]:

@@ -44,7 +44,10 @@ def probe(plan: Plan, threads: int) -> dict[str, Any]:
     source = {str(file): file.stat().st_size for file in files if file.is_file()}
     largest = max(source, key=lambda file: source[file], default=None)
     nbytes = sum(stored.nbytes for stored in plan.source.everything().values())
-    shards = 1 if plan.recipe.format == "gguf" else math.ceil(plan.nbytes / MAX_SHARD)
+    if plan.recipe.format == "gguf":
+        longest = sum(tensor.nbytes for tensor in plan.text)  # a file, which one thread hashes
+    else:
+        longest = plan.nbytes // min(cores, math.ceil(plan.nbytes / MAX_SHARD), HASHERS)
     kept = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -54,7 +57,7 @@ def probe(plan: Plan, threads: int) -> dict[str, Any]:
         torch.set_num_threads(kept)
     read = _scaled(_read(largest, source[largest]) if largest else None, nbytes)
     write = _scaled(_write(), plan.nbytes)
-    hashing = _hash() * (nbytes / cores + plan.nbytes / min(cores, shards, HASHERS))
+    hashing = _hash() * (nbytes / cores + longest)
     total = max(encoding + hashing, read or 0.0, write or 0.0) + (calibrate or 0.0)
     times = {"encode_s": encoding, "read_s": read, "write_s": write, "hash_s": hashing}
     times |= {"calibrate_s": calibrate, "total_s": total}

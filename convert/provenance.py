@@ -41,7 +41,6 @@ def document(
         "params": plan.params,
         "quantized_params": plan.quantized_params,
         "quantized_share": round(plan.quantized_share, 6),
-        "dropped": plan.dropped,
         "imatrix": None,
         "input_scales": input_scales,
         "calibration": stats.describe() if stats else None,

@@ -87,8 +87,6 @@ def note(line: str) -> None:
 def notices(plan: Plan) -> None:
     for line in plan.notices:
         note(line)
-    for part, params in plan.dropped.items():
-        note(f"a {plan.recipe.label} file has no place for {part}: {_count(params)} parameters are dropped")
 
 
 def plan(plan: Plan, recipe: str | None, found: dict[str, Any]) -> None:
@@ -103,6 +101,9 @@ def plan(plan: Plan, recipe: str | None, found: dict[str, Any]) -> None:
         f" {8 * plan.nbytes / plan.params:.2f} bits a weight;"
         f" {plan.quantized_share:.2%} of {_count(plan.params)} parameters quantised"
     )
+    if plan.mmproj:
+        size = sum(tensor.nbytes for tensor in plan.mmproj)
+        out.print(f"of them {len(plan.mmproj)} tensors, {_size(size)}, the vision tower, in {plan.files[1]}")
     fallbacks = sum(t.numel for t in plan.weights if t.scheme.name in plan.recipe.fallback.values())
     if fallbacks:
         out.print(
@@ -110,6 +111,11 @@ def plan(plan: Plan, recipe: str | None, found: dict[str, Any]) -> None:
             f" ({', '.join(f'{a} -> {b}' for a, b in plan.recipe.fallback.items())})"
         )
     out.print(_vram(plan, found["vram_by_context"]))
+    if vision := found["vision"]:
+        out.print(
+            f"images {_size(vision['weights'])} more for the vision tower, {_size(vision['image'])} for an image in it,"
+            " only if one is given; dgq run is done with them before it loads the model"
+        )
     for card, away in found["offloaded"].items():
         times = ", ".join(f"{ms:,.0f} ms a step over {link}" for link, ms in away["ms"].items())
         out.print(
@@ -236,6 +242,12 @@ def inspected(found: dict[str, Any]) -> None:
     out.print(f"{found['stored_tensors']:,} tensors, {found['bytes'] / MIB:,.1f} MiB, {share}")
     out.print("model    " + "  ".join(f"{key} {value}" for key, value in model.items()))
     out.print("sampler  " + "  ".join(f"{key} {value}" for key, value in sampler.items()))
+    if vision := found["vision"]:
+        out.print(f"images   yes: a vision tower of {_count(vision['params'])} parameters, {_size(vision['bytes'])}")
+    elif found["path"].endswith(".gguf"):
+        out.print("images   none in this file; with its vision tower, an mmproj*.gguf, beside it")
+    else:
+        out.print("images   no: it has no vision tower")
     if origin is None and found["kind"] == "safetensors":
         out.print("origin   a checkpoint, not an artifact: there is no dgq.json")
     elif origin is None:
@@ -249,8 +261,6 @@ def inspected(found: dict[str, Any]) -> None:
         )
         if origin["input_scales"]:
             out.print(f"scales   {origin['input_scales']['method']}: {_scales(origin['input_scales'])}")
-        for part, params in (origin["dropped"] or {}).items():
-            out.print(f"dropped  {part}, {_count(params)} parameters")
     for line in found["remarks"]:
         out.print(f"note     {line}")
     _next(f"dgq run {shlex.quote(found['path'])} --chat 'Sort: wind apple king door'")

@@ -23,6 +23,7 @@ from dgq.quant.errors import InputError
 from dgq.quant.feedback import by_matrix, search
 from dgq.quant.imatrix import Imatrix
 from dgq.quant.types import Packed, Scheme
+from dgq.runtime import mmproj
 
 SEARCHED = ("nvfp4", "nf4")  # by effort fast; ggml's own search leaves nothing to gain without data
 CALIBRATED = ("standard", "max")  # efforts that take STATS
@@ -82,6 +83,8 @@ class Slice:
         """Read, checked and made into parts by `quantise`; on the CPU."""
         name = str(self.tensor.source)
         values = self.plan.source.rows(name, self.part.start, self.part.stop).to(self.device)
+        if self.tensor.vision and self.plan.recipe.format == "gguf":
+            values = mmproj.stored(name, values)
         where = f"{self.plan.source.file(name)}: {name}"
         self._check(values, where)
         packed = Packed(self.scheme, tuple(values.shape), quantise(values))

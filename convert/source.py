@@ -68,6 +68,9 @@ class Source(Weights):
     def path(self) -> Path:
         return self.where.path
 
+    def vision_tensor(self, name: str) -> torch.Tensor:
+        return self._dir.tensor(name)
+
     def dtype(self, name: str) -> str:
         """The safetensors dtype of a tensor."""
         return self._dir.specs[name].dtype

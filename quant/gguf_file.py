@@ -41,10 +41,16 @@ class GGUFWriter:
     """Writes one GGUF file: metadata and all tensors' places first, then their bytes."""
 
     def __init__(
-        self, path: Path, arch: str, metadata: Mapping[str, KV], plan: Mapping[str, tuple[tuple[int, ...], Scheme]]
+        self,
+        path: Path,
+        arch: str,
+        metadata: Mapping[str, KV],
+        plan: Mapping[str, tuple[tuple[int, ...], Scheme]],
+        places: Places | None = None,
     ) -> None:
-        """plan: name -> shape and scheme, in the file's order. Of a file that is there already the tensors stay."""
-        self.places = Places()
+        """plan: name -> shape and scheme, in the file's order. Of a file that is there already the tensors stay.
+        places: of another file, written by the same hand."""
+        self.places = Places() if places is None else places
         header = _header(arch, metadata, plan)
         spans: dict[str, tuple[int, int]] = {}
         end = len(header)

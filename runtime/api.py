@@ -7,6 +7,7 @@ for event in engine.stream([{"role": "user", "content": "Why is the sky blue?"}]
 chat = engine.chat()
 chat.ask("Why is the sky blue?").text
 chat.ask("And at night?").text
+engine.generate([{"role": "user", "content": "What is this?"}], images=["cat.png"]).text
 """
 
 from __future__ import annotations
@@ -14,17 +15,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dgq.quant.errors import InputError
 from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.chat import Chat
 from dgq.runtime.engine import Block, Step, generate, stream
+from dgq.runtime.images import placed
+
+if TYPE_CHECKING:
+    from dgq.runtime.tower import Tower
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text as it is, token ids, or the messages of a chat."""
+"""Text as it is, token ids, or the messages of a chat, whose content may be parts: see images.placed()."""
+
+Images = Sequence[Any]
+"""Of one prompt: files (a path) or PIL images."""
 
 
 @dataclass(frozen=True)
@@ -38,32 +48,48 @@ class Answer:
 
 
 class Engine:
-    """An opened artifact on a device; one batch at a time."""
+    """An opened artifact on a device; one batch at a time. The first image loads its vision tower, which then stays; on
+    the CPU if `vram` bounds the GPU's memory."""
 
     def __init__(self, artifact: Artifact, device: str, dtype: torch.dtype | None, vram: int | None) -> None:
         self.artifact, self.tokenizer, self.generation = artifact, artifact.tokenizer, artifact.generation
         self.model = artifact.load(device, dtype, vram=vram)
+        self._tower_device = self.model.device if vram is None else torch.device("cpu")
 
-    def ids(self, prompt: Prompt) -> list[int]:
-        """A prompt's tokens."""
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
-        return self.tokenizer.chat(messages) if messages else [int(token) for token in prompt]  # type: ignore[arg-type]
+    @cached_property
+    def tower(self) -> Tower:
+        """The vision tower, in the model's dtype. InputError if the artifact has none."""
+        return self.artifact.vision.tower(self._tower_device, self.model.dtype)
 
-    def generate(self, prompt: Prompt, **settings: Any) -> Answer:
+    def ids(self, prompt: Prompt, images: Images = ()) -> Sequence[int]:
+        """A prompt's tokens; with images, what engine.generate() takes for such a prompt."""
+        ids, images, front = placed(self.tokenizer, prompt, images)
+        return self.artifact.vision.prompt(ids, images, self.tower, front) if images else ids
+
+    def generate(self, prompt: Prompt, images: Images = (), **settings: Any) -> Answer:
         """The answer to one prompt. settings: max_new_tokens, steps, seed, on_step; see engine.generate()."""
-        return self.generate_batch([prompt], **settings)[0]
+        return self.generate_batch([prompt], [images], **settings)[0]
 
-    def generate_batch(self, prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:
-        """Answers to several prompts, computed together; each is what it would be alone with rows=[its number]."""
-        found = generate(self.model, [self.ids(prompt) for prompt in prompts], self.generation, **settings)
+    def generate_batch(
+        self, prompts: Sequence[Prompt], images: Sequence[Images] | None = None, **settings: Any
+    ) -> list[Answer]:
+        """Answers to several prompts, each with its images, computed together; each is what it would be alone with
+        rows=[its number]."""
+        found = generate(self.model, self._all_ids(prompts, images), self.generation, **settings)
         texts = map(self.tokenizer.decode, found.tokens)
         return [Answer(*one) for one in zip(texts, found.tokens, found.ended, found.steps, strict=True)]
 
-    def stream(self, *prompts: Prompt, **settings: Any) -> Iterator[Step | Block]:
+    def stream(
+        self, *prompts: Prompt, images: Sequence[Images] | None = None, **settings: Any
+    ) -> Iterator[Step | Block]:
         """Steps and committed blocks as they come. settings: also every_step=False, for blocks only."""
-        return stream(self.model, [self.ids(prompt) for prompt in prompts], self.generation, **settings)
+        return stream(self.model, self._all_ids(prompts, images), self.generation, **settings)
+
+    def _all_ids(self, prompts: Sequence[Prompt], images: Sequence[Images] | None) -> list[Sequence[int]]:
+        given = [()] * len(prompts) if images is None else images
+        if len(given) != len(prompts):
+            raise InputError(f"images of {len(given)} prompts for {len(prompts)}: give a list for each prompt")
+        return [self.ids(prompt, own) for prompt, own in zip(prompts, given, strict=True)]
 
     def chat(self, system: str | None = None, thinking: bool | None = None, **settings: Any) -> Chat:
         """A conversation, whose turns keep their keys and values: see chat.Chat. As long as nothing else is generated

@@ -5,18 +5,20 @@
     DIR/config.json, one *.gguf, tokenizer        kind "gguf"            the same, weights from the .gguf
     file.gguf                                     kind "gguf"            everything from its metadata
 
-A .gguf beside safetensors is opened by its own name. Opening reads headers only: configs are parsed and a .gguf's
-tensors are held against them, by name and shape. Bytes are read when `load()` builds the model.
+A .gguf beside safetensors is opened by its own name. A .gguf's vision tower is the mmproj*.gguf beside it, opened with
+its directory, or with the bare file when an image is given. Opening reads headers only: configs are parsed and a
+.gguf's tensors are held against them, by name and shape. Bytes are read when `load()` builds the model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +27,7 @@ from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFReader
 from dgq.quant.hf_dir import HFDir, read_json
 from dgq.runtime.config import ModelConfig
+from dgq.runtime.mmproj import ARCH, Mmproj, find_mmproj, is_mmproj, only_mmproj
 from dgq.runtime.quantization import quantization
 from dgq.runtime.settings import GenerationConfig
 from dgq.runtime.tied import TiedDir
@@ -32,6 +35,7 @@ from dgq.runtime.vision import expected_vision
 from dgq.runtime.weights import DirWeights, GGUFWeights, Weights
 
 if TYPE_CHECKING:
+    from dgq.runtime.images import Tokens, Vision
     from dgq.runtime.model import Model
     from dgq.runtime.tokenizer import Tokenizer
 
@@ -56,6 +60,34 @@ class Artifact:
             return Tokenizer.from_dir(self.path)
         assert isinstance(self.weights, GGUFWeights)
         return Tokenizer.from_gguf(self.weights.reader.metadata, str(self.path))
+
+    @cached_property
+    def vision(self) -> Vision:
+        """How it sees; nothing is loaded. InputError if it cannot, or if what is there does not fit together."""
+        from dgq.runtime.images import Vision
+
+        folder = self.path if self.path.is_dir() else None
+        raw = read_json(self.path / "config.json") if folder else {}
+        config, read, weights = raw.get("vision_config"), self.weights.vision_tensor, self.weights
+        if isinstance(weights, GGUFWeights):
+            mmproj = weights.mmproj or Mmproj(only_mmproj(self.file.parent, self.file), self.config.hidden)
+            config, read = mmproj.config, mmproj.tensor
+        if not config:
+            raise InputError(f"{self.path}: has no vision tower, which images need")
+        return Vision(config, self.config.hidden, read, self._image_tokens(raw), folder, str(self.path))
+
+    def _image_tokens(self, raw: Mapping[str, Any]) -> Tokens:
+        """config.json's, or else those that Gemma 4's tokenizer calls so."""
+        from dgq.runtime.images import Tokens
+
+        ids = []
+        for key, token in (("boi", "<|image>"), ("image", "<|image|>"), ("eoi", "<image|>")):
+            found = raw.get(f"{key}_token_id")
+            found = self.tokenizer.token_id(token) if found is None else found
+            if type(found) is not int or not 0 <= found < self.config.vocab:
+                raise InputError(f"{self.path}: {key}_token_id is {found!r}, no token to put an image between")
+            ids.append(found)
+        return Tokens(*ids)
 
     def load(
         self,
@@ -83,7 +115,7 @@ def open_artifact(path: Path | str) -> Artifact:
         if path.suffix != ".gguf":
             raise InputError(f"{path}: expected a directory or a .gguf file")
         return _open_gguf(path)
-    ggufs = sorted(path.glob("*.gguf"))
+    ggufs = sorted(file for file in path.glob("*.gguf") if not is_mmproj(file))
     if len(ggufs) == 1 and not (path / "config.json").is_file():
         raise InputError(
             f"{path}: has no config.json; name the file, {ggufs[0].name}, to open it without its directory"
@@ -99,17 +131,43 @@ def open_artifact(path: Path | str) -> Artifact:
     if not shards:
         reader = GGUFReader(ggufs[0])
         _check_agreement(config, ModelConfig.from_gguf(reader.metadata, str(ggufs[0])), path, ggufs[0])
-        return Artifact("gguf", path, ggufs[0], config, generation, GGUFWeights(reader, config))
+        weights = GGUFWeights(reader, config, _mmproj(path, raw, config))
+        return Artifact("gguf", path, ggufs[0], config, generation, weights)
     said = quantization(path, raw)
     layout = None if said is None else said.layout()
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
     directory = TiedDir(path) if isinstance(layout, CompressedTensors) else HFDir(path)
-    weights = DirWeights(directory, config, layout, vision)
-    return Artifact("safetensors" if said is None else said.kind, path, path, config, generation, weights)
+    return Artifact(
+        "safetensors" if said is None else said.kind,
+        path,
+        path,
+        config,
+        generation,
+        DirWeights(directory, config, layout, vision),
+    )
+
+
+def _mmproj(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> Mmproj | None:
+    """The directory's only one, in agreement with config.json; of several, whoever gives an image has to choose."""
+    files = find_mmproj(path)
+    if len(files) != 1:
+        return None
+    found = Mmproj(files[0], config.hidden)
+    said = raw.get("vision_config")
+    if not isinstance(said, dict):
+        return found
+    for key, value in found.config.items():
+        told = said.get(key, value)
+        same = math.isclose(told, value, rel_tol=1e-6) if isinstance(told, float) else told == value
+        if not same and key != "rope_parameters":
+            raise InputError(f"{path / 'config.json'}: vision_config.{key} is {told}, but {files[0].name} says {value}")
+    return found
 
 
 def _open_gguf(path: Path) -> Artifact:
     reader = GGUFReader(path)
+    if reader.metadata.get("general.architecture") == ARCH:
+        raise InputError(f"{path}: is a vision tower (mmproj); name the text model's .gguf, it is found beside that")
     config = ModelConfig.from_gguf(reader.metadata, str(path))
     generation = GenerationConfig.from_gguf(reader.metadata, config, str(path))
     return Artifact("gguf", path, path, config, generation, GGUFWeights(reader, config))

@@ -19,10 +19,11 @@ from dgq.runtime.sample_kernels import LOG2E, exp2
 
 @triton.jit
 def _attended(
-    queries, keys, values, places, value_places, key, first, last, position, window, top, total, sums,
+    queries, keys, values, places, value_places, key, first, last, since, until, top, total, sums,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys more. MASKED: some are not seen by all, and what lies in empty slots may be no number."""
+    """One block of keys more. MASKED: some are not seen by all, and what lies in empty slots may be no number. CAUSAL:
+    a query sees keys `since` to `until`."""
     k = tl.load(keys + places)
     if INTERPRETED:
         k = k.to(tl.float32)
@@ -31,7 +32,7 @@ def _attended(
         seen = (key >= first) & (key < last)
         visible = seen[None, :]
         if CAUSAL:
-            visible &= (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - window)
+            visible &= (key[None, :] >= since[:, None]) & (key[None, :] <= until[:, None])
         scores = tl.where(visible, scores, -1e30)
         v = tl.load(values + value_places, seen[:, None], other=0.0)
     else:
@@ -50,14 +51,15 @@ def _attended(
 
 @triton.jit
 def attend(
-    q, keys, values, pages, length, start, out, weights, tokens, group, page_stride, head_stride, slot_stride, table,
-    size, window, splits,
+    q, keys, values, pages, length, start, reach, out, weights, tokens, group, page_stride, head_stride, slot_stride,
+    table, size, window, splits,
     D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
     CAUSAL: tl.constexpr, PAGED: tl.constexpr, ORDERED: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of a key head's group, folded (group, tokens), over one of some parts of the keys they see,
     and WIDTH of the values' columns (a narrower result leaves room for more queries, but its scores are computed for
-    every piece anew). APART: first the blocks of keys that all of them see whole, then those at the edges."""
+    every piece anew). APART: first the blocks of keys that all of them see whole, then those at the edges. reach: what
+    queries of an image see beside the window and the tokens up to themselves."""
     head, piece, split = tl.program_id(1) // (D // WIDTH), tl.program_id(1) % (D // WIDTH), tl.program_id(2) % splits
     row, rows, kv_heads = tl.program_id(2) // splits, tl.num_programs(2) // splits, tl.num_programs(1) // (D // WIDTH)
     held = tl.load(length + row)
@@ -65,11 +67,16 @@ def attend(
     last = held + tokens
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     real = m < group * tokens
-    position = held + m % tokens
+    until = held + m % tokens
+    since = until - window + 1
+    if reach is not None:
+        since = tl.minimum(since, until - tl.load(reach + m % tokens))
+        until += tl.load(reach + tokens + m % tokens)
     if CAUSAL:
-        least, most = tl.min(tl.where(real, position, last)), tl.max(tl.where(real, position, 0))
-        whole_from, whole_to = tl.maximum(first, most - window + 1), least + 1
-        first, last = tl.maximum(first, least - window + 1), most + 1
+        whole_from = tl.maximum(first, tl.max(tl.where(real, since, -(1 << 30))))
+        whole_to = tl.min(tl.where(real, until, last)) + 1
+        first = tl.maximum(first, tl.min(tl.where(real, since, last)))
+        last = tl.max(tl.where(real, until, 0)) + 1
     else:
         first = tl.maximum(first, held - window + 1)
         whole_from, whole_to = first, last
@@ -96,8 +103,8 @@ def attend(
             page, slot = slot_of(pages, row, block * BLOCK_N, table, size, PAGED)
             at = page * page_stride + head.to(tl.int64) * head_stride + slot.to(tl.int64) * slot_stride
             top, total, sums = _attended(
-                queries, keys + at, values + at, places, value_places, block * BLOCK_N + n, first, last, position,
-                window, top, total, sums, CAUSAL, False,
+                queries, keys + at, values + at, places, value_places, block * BLOCK_N + n, first, last, since,
+                until, top, total, sums, CAUSAL, False,
             )  # fmt: skip
     before = inner - tl.minimum(end, begin)
     for i in tl.range(before + end - outer, num_stages=STAGES):
@@ -105,7 +112,7 @@ def attend(
         page, slot = slot_of(pages, row, block * BLOCK_N, table, size, PAGED)
         at = page * page_stride + head.to(tl.int64) * head_stride + slot.to(tl.int64) * slot_stride
         top, total, sums = _attended(
-            queries, keys + at, values + at, places, value_places, block * BLOCK_N + n, first, last, position, window,
+            queries, keys + at, values + at, places, value_places, block * BLOCK_N + n, first, last, since, until,
             top, total, sums, CAUSAL, True,
         )  # fmt: skip
     sums /= tl.where(total > 0, total, 1.0)[:, None]

@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dgq.runtime.config import LayerConfig, ModelConfig
+from dgq.runtime.pictured import Pictures
 
 # Not cuDNN's: it makes a plan, which takes a third of a second, for every other length.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -53,22 +54,30 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def encoder_mask(
-    length: int, new: int, held: int, window: int | None, real: Tensor | None, device: torch.device
+    length: int,
+    new: int,
+    held: int,
+    window: int | None,
+    real: Tensor | None,
+    device: torch.device,
+    images: Pictures | None = None,
 ) -> Tensor:
     """Which key each newly encoded token sees, bool (rows or 1, 1, new, held + new).
 
     `length` tokens are cached, of which this layer holds the last `held`; window None = full attention. real
     (rows, length + new) is False on padding, None = there is none. A padding query sees itself, so that its row is
-    a number (nobody reads it); every key it could spoil is masked for the others.
+    a number (nobody reads it); every key it could spoil is masked for the others. images: among the new tokens.
     """
     query = torch.arange(length, length + new, device=device).unsqueeze(1)
     key = torch.arange(length - held, length + new, device=device).unsqueeze(0)
-    seen = key <= query
+    after = key - query if images is None else key - query - images.ahead[..., None]  # (rows, new, keys) with images
+    seen = after <= 0
     if window is not None:
-        seen &= query - key < window
-    if real is None:
-        return seen[None, None]
-    return (seen & real[:, None, length - held :] | (key == query))[:, None]
+        past = query - key < window
+        seen = seen & (past if images is None else past | (query - key <= images.behind[..., None]))
+    if real is not None:
+        seen = seen & real[:, None, length - held :] | (key == query)
+    return seen[:, None] if seen.dim() == 3 else seen[None, None]
 
 
 def decoder_mask(length: int, canvas: int, held: int, real: Tensor | None) -> Tensor | None:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from dgq.runtime.cache import Cache
 from dgq.runtime.model import Model
+from dgq.runtime.pictured import pictures, pieces
 from dgq.runtime.plain import Plain
 from dgq.runtime.rng import CounterRandom, Random
 from dgq.runtime.sampler import Stopper, decide
 from dgq.runtime.session import Passes, Session
 from dgq.runtime.settings import SamplerConfig
 
-# Prompt tokens encoded at once: bounds the attention scores and masks of a long prompt.
+# Prompt tokens encoded at once, if no image is longer: bounds the attention scores and masks of a long prompt.
 PREFILL = 512
 
 
@@ -158,12 +159,12 @@ def _prefill(model: Model, prompts: Sequence[Sequence[int]], pad_id: int, capaci
     ids = torch.full((len(prompts), longest), pad_id)
     padding = torch.ones_like(ids, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt[:])
         padding[row, longest - len(prompt) :] = False
     ids, padding = ids.to(model.device), padding.to(model.device)
     padded = bool(padding.any())
     cache = model.new_cache(len(prompts), capacity)
-    for start in range(0, longest, PREFILL):
-        part = slice(start, start + PREFILL)
-        model.encode(ids[:, part], cache, padding=padding[:, part] if padded else None)
+    for part in pieces(prompts, PREFILL):
+        images = pictures(prompts, part, model.device)
+        model.encode(ids[:, part], cache, padding=padding[:, part] if padded else None, images=images)
     return cache

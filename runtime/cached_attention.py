@@ -55,6 +55,7 @@ def attend(
     out: Tensor | None = None,
     blocks: Blocks | None = None,
     splits: int | None = None,
+    reach: Tensor | None = None,
 ) -> Tensor:
     """softmax(q k^T) v, unscaled: place()'s queries over the tokens in the cache -> bfloat16 (rows, tokens, heads *
     head_dim).
@@ -63,7 +64,8 @@ def attend(
     to themselves. window: only the last window - 1 of the length[row], or, causal, of those before the query. start
     int32 (rows,): no token before that. keys, values, pages: as place() has them; size is a multiple of 64, and at
     least window - 1 + tokens, or whatever length + tokens will be. ordered: a token's columns as repack.in_order puts
-    them.
+    them. reach int32 (2, tokens), of a causal single row: each query also sees so many of the row's tokens before it,
+    window or not, and so many of its own ones behind it (those of its image: pictured.py).
     """
     rows, heads, tokens, dim = q.shape
     _, kv_heads, size, _ = keys.shape
@@ -71,6 +73,7 @@ def attend(
     cut = blocks_for(dim, q.device) if blocks is None else blocks
     assert q.is_contiguous() and keys.stride() == values.stride() and size % cut.keys == 0
     assert not ordered or heads * dim % COLUMNS == 0
+    assert reach is None or (causal and rows == 1 and reach.shape == (2, tokens) and reach.is_contiguous())
     row_blocks, heads_and_pieces = triton.cdiv(group * tokens, cut.queries), kv_heads * cut.pieces
     splits = _splits(row_blocks * heads_and_pieces * rows, q.device) if splits is None else splits
     out = torch.empty(rows, tokens, heads * dim, dtype=torch.bfloat16, device=q.device) if out is None else out
@@ -80,7 +83,7 @@ def attend(
         weights = torch.empty(splits, *q.shape[:3], dtype=torch.float32, device=q.device)
     table = 0 if pages is None else pages.stride(0)
     attend_kernels.attend[(row_blocks, heads_and_pieces, rows * splits)](
-        q, keys, values, pages, length, start, parts, weights, tokens, group, *keys.stride()[:3], table, size,
+        q, keys, values, pages, length, start, reach, parts, weights, tokens, group, *keys.stride()[:3], table, size,
         1 << 30 if window is None else window, splits, D=dim, WIDTH=dim // cut.pieces, BLOCK_M=cut.queries,
         BLOCK_N=cut.keys, SPLIT=splits > 1, CAUSAL=causal, PAGED=pages is not None, ORDERED=ordered, APART=cut.apart,
         STAGES=cut.stages, num_warps=cut.warps,

@@ -21,6 +21,7 @@ from dgq.runtime.config import ModelConfig
 from dgq.runtime.memory import PREFILL
 from dgq.runtime.model import Model
 from dgq.runtime.names import DECODER
+from dgq.runtime.pictured import Pictures
 from dgq.runtime.rng import CounterRandom
 from dgq.runtime.settings import SamplerConfig
 from dgq.runtime.slots import Canvas, Prompt
@@ -66,13 +67,20 @@ class Fast:
     def encode(self, ids: Tensor, view: View) -> None:
         self._run(self._embed(ids), view, self._model.encoder_scalars, causal=True)
 
-    encode_prompt = encode
+    def encode_prompt(self, ids: Tensor, view: Prompt, images: Pictures | None) -> None:
+        x, reach = self._embed(ids), None
+        if images is not None:
+            images.put_into(x)
+            reach = torch.cat((images.behind, images.ahead))
+        self._run(x, view, self._model.encoder_scalars, causal=True, reach=reach)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self._table.rows(ids.flatten(), self.config.hidden**0.5)
 
-    def _run(self, x: Tensor, view: View, scalars: Sequence[Tensor], causal: bool) -> Tensor:
-        """x (rows * tokens, hidden), overwritten, through all layers -> normed for the head."""
+    def _run(
+        self, x: Tensor, view: View, scalars: Sequence[Tensor], causal: bool, reach: Tensor | None = None
+    ) -> Tensor:
+        """x (rows * tokens, hidden), overwritten, through all layers -> normed for the head. reach: see attend()."""
         tokens = len(x) // len(view.lengths)
         turns = {s: fused.rotations(view.lengths, f, tokens) for s, f in self._model.frequencies.items()}
         first, eps = self._layers[0], self.config.norm_eps
@@ -82,7 +90,7 @@ class Fast:
             if layer.index + 1 < len(self._layers):
                 following = self._layers[layer.index + 1]
                 after, ordered = following.norm("input_layernorm"), following.ordered
-            normed = layer(x, normed, turns[layer.sliding], view, scalar, after, ordered, causal)
+            normed = layer(x, normed, turns[layer.sliding], view, scalar, after, ordered, causal, reach)
         return normed
 
 
@@ -128,9 +136,10 @@ class FastLayer:
         after: Tensor,
         ordered: bool,
         causal: bool,
+        reach: Tensor | None,
     ) -> Tensor:
         eps = self._config.norm_eps
-        seen = self._attention(normed, turns, view, causal)
+        seen = self._attention(normed, turns, view, causal, reach)
         feed = fused.mixed(
             x, seen, self.norm("post_attention_layernorm"), self.norm("pre_feedforward_layernorm"),
             self.norm("pre_feedforward_layernorm_2"), self._router_scale, eps,
@@ -167,7 +176,9 @@ class FastLayer:
         self._offload.leave(self.index)
         return parts
 
-    def _attention(self, x: Tensor, turns: tuple[Tensor, Tensor], view: View, causal: bool) -> Tensor:
+    def _attention(
+        self, x: Tensor, turns: tuple[Tensor, Tensor], view: View, causal: bool, reach: Tensor | None
+    ) -> Tensor:
         shape, config = self._shape, self._config
         queries, keys_too = config.heads * shape.head_dim, (config.heads + shape.kv_heads) * shape.head_dim
         parts = dense.linear(x, self._qkv, self._qkv.packed)
@@ -177,7 +188,7 @@ class FastLayer:
         keys, values, lengths = view.room(self.index)
         q = fused.place(q, k, v, norms, turns, keys, values, lengths, config.norm_eps)
         window = config.window if self.sliding else None
-        seen = fused.attend(q, keys, values, lengths, window, causal, ordered=self._o.packed)
+        seen = fused.attend(q, keys, values, lengths, window, causal, ordered=self._o.packed, reach=reach)
         view.close(self.index)
         return dense.linear(seen.view(len(x), -1), self._o, self._o.packed)
 

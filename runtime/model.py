@@ -30,6 +30,7 @@ from dgq.runtime.layers import Observer, embed, gated_mlp, head, rms_norm, soft_
 from dgq.runtime.loading import ForKernels, decodes, for_kernels, read_ahead
 from dgq.runtime.memory import CONTEXT, GIB, SHORT, working_bytes
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER, VISION, check_tensors, expected_tensors
+from dgq.runtime.pictured import Pictures
 from dgq.runtime.repack import Tiles
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ if TYPE_CHECKING:
 KEEP_DECODED = 1 << 28
 
 _PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """Of activations: float32 on a CPU, bfloat16 elsewhere."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 class Model:
@@ -76,7 +82,7 @@ class Model:
         self.config, self._source = config, source
         self.session: Session | None = None  # the memory and graphs of the last batch
         self.device = torch.device(device)
-        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        self.dtype = dtype or default_dtype(self.device)
         able = self.device.type == "cuda" and self.dtype == torch.bfloat16 and not activations and observe is None
         self.kernels: ForKernels | None = None
         self._observe, self._activations, self._keeps_decoded = observe, activations, False
@@ -132,8 +138,15 @@ class Model:
         return Cache(self.config, rows, self.device, self.dtype, capacity)
 
     @torch.inference_mode()
-    def encode(self, ids: Tensor, cache: Cache, positions: Tensor | None = None, padding: Tensor | None = None) -> None:
-        """Append tokens to the cache: ids (rows, tokens) int64; the cache grows by `tokens`.
+    def encode(
+        self,
+        ids: Tensor,
+        cache: Cache,
+        positions: Tensor | None = None,
+        padding: Tensor | None = None,
+        images: Pictures | None = None,
+    ) -> None:
+        """Append tokens to the cache: ids (rows, tokens) int64; the cache grows by `tokens`. images: those in them.
 
         positions (rows or 1, tokens) default to counting on from the cache, padding included. padding (rows, tokens)
         bool, True where a row has no token; only on the left of a row's first token does it make sense.
@@ -145,11 +158,12 @@ class Model:
         real = cache.seen(new, padding)
         masks: dict[bool, Tensor | None] = {
             layer.is_sliding: encoder_mask(
-                cache.length, new, cache.held(i), self.config.window if layer.is_sliding else None, real, self.device
+                cache.length, new, cache.held(i), self.config.window if layer.is_sliding else None, real, self.device,
+                images,
             )
             for i, layer in self._one_of_each()
-        }
-        self.append(ids, positions, masks, cache)
+        }  # fmt: skip
+        self.append(ids, positions, masks, cache, images)
         cache.commit(new, real)
 
     @torch.inference_mode()
@@ -187,9 +201,19 @@ class Model:
         x = self._run(x, positions, masks, cache, self.decoder_scalars)
         return rms_norm(x, self.final_norm, self.config.norm_eps)
 
-    def append(self, ids: Tensor, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: Batch) -> None:
+    def append(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        masks: Mapping[bool, Tensor | None],
+        cache: Batch,
+        images: Pictures | None = None,
+    ) -> None:
         """encode() on any cache, without committing."""
-        self._run(embed(ids, self.table, self.dtype), positions, masks, cache, self.encoder_scalars)
+        x = embed(ids, self.table, self.dtype)
+        if images is not None:
+            images.put_into(x)
+        self._run(x, positions, masks, cache, self.encoder_scalars)
 
     def _refuse_offloaded(self) -> None:
         if self.kernels is not None and self.kernels.offload is not None:

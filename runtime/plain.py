@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dgq.runtime.layers import soft_embed
 from dgq.runtime.model import Model
+from dgq.runtime.pictured import Pictures
 from dgq.runtime.rng import CounterRandom, inverse_cdf
 from dgq.runtime.sampler import decide
 from dgq.runtime.settings import SamplerConfig
@@ -34,9 +35,9 @@ class Plain:
         masks = {sliding: view.encoder_mask(sliding) for sliding in (False, True)}
         self._model.append(ids, view.positions(), masks, view)
 
-    def encode_prompt(self, ids: Tensor, view: Prompt) -> None:
-        masks = {sliding: view.mask(sliding) for sliding in (False, True)}
-        self._model.append(ids, view.positions(), masks, view)
+    def encode_prompt(self, ids: Tensor, view: Prompt, images: Pictures | None) -> None:
+        masks = {sliding: view.mask(sliding, images) for sliding in (False, True)}
+        self._model.append(ids, view.positions(), masks, view, images)
 
 
 class PlainState:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dgq.runtime.config import ModelConfig
+from dgq.runtime.pictured import Pictures, pictures, pieces
 from dgq.runtime.rng import CounterRandom
 from dgq.runtime.settings import SamplerConfig
 from dgq.runtime.slots import Canvas, Prompt, Slots
@@ -61,12 +62,12 @@ class Passes(Protocol):
     device: torch.device
     dtype: torch.dtype
     capturable: bool
-    prefill: int  # prompt tokens encoded at once
+    prefill: int  # prompt tokens encoded at once, but for an image that is longer
 
     def new_state(self, rows: int, sampler: SamplerConfig) -> State: ...
     def decode(self, state: Any, view: Canvas) -> Tensor: ...
     def encode(self, ids: Tensor, view: Canvas) -> None: ...
-    def encode_prompt(self, ids: Tensor, view: Prompt) -> None: ...
+    def encode_prompt(self, ids: Tensor, view: Prompt, images: Pictures | None) -> None: ...
 
 
 class Session:
@@ -90,12 +91,13 @@ class Session:
 
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         """Encode prompts, one for each row, each as though it were alone."""
-        self.live, step, self.tenant = self.slots.rows, self.passes.prefill, None
+        self.live, self.tenant, device = self.slots.rows, None, self.passes.device
         self._note("prompt")
         for row, prompt in enumerate(prompts):
-            for first in range(0, len(prompt), step):
-                ids = torch.tensor(prompt[first : first + step], device=self.passes.device)[None]
-                self.passes.encode_prompt(ids, Prompt(self.slots, row, first, ids.shape[1]))
+            for piece in pieces([prompt], self.passes.prefill):
+                ids = torch.tensor(prompt[piece], device=device)[None]
+                view = Prompt(self.slots, row, piece.start, ids.shape[1])
+                self.passes.encode_prompt(ids, view, pictures([prompt], piece, device))
         self.slots.lengths.copy_(torch.tensor([len(prompt) for prompt in prompts]))
 
     def extend(self, ids: Sequence[int], length: int) -> None:
@@ -104,7 +106,7 @@ class Session:
         self._note("prompt")
         for first in range(0, len(ids), step):
             part = torch.tensor(ids[first : first + step], device=self.passes.device)[None]
-            self.passes.encode_prompt(part, Prompt(self.slots, 0, length + first, part.shape[1]))
+            self.passes.encode_prompt(part, Prompt(self.slots, 0, length + first, part.shape[1]), None)
         self.slots.holds(length + len(ids))
 
     @property

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dgq.runtime.attention import encoder_mask
 from dgq.runtime.config import ModelConfig
+from dgq.runtime.pictured import Pictures
 
 PAGE = 64  # slots are allocated in such pieces
 
@@ -179,10 +180,10 @@ class Prompt:
         """(1, new) int64."""
         return torch.arange(self._length, self._length + self._new, device=self.lengths.device)[None]
 
-    def mask(self, sliding: bool) -> Tensor:
-        """bool (1, 1, new, held + new)."""
+    def mask(self, sliding: bool, images: Pictures | None = None) -> Tensor:
+        """bool (1, 1, new, held + new). images: among the new tokens."""
         held, window = (self._held, self._slots.config.window) if sliding else (self._length, None)
-        return encoder_mask(self._length, self._new, held, window, None, self.lengths.device)
+        return encoder_mask(self._length, self._new, held, window, None, self.lengths.device, images)
 
     def starts(self, layer: int) -> None:
         return None

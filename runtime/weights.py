@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from dgq.quant.bnb import LONGEST_STATE, STATE
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFReader
@@ -21,7 +23,8 @@ from dgq.quant.gguf_guests import Guest, stays_packed
 from dgq.quant.hf_dir import FLOATS, HFDir
 from dgq.quant.types import Entry, Layout, Packed
 from dgq.runtime.config import ModelConfig
-from dgq.runtime.names import ROPE_FREQS, check_tensors, expected_tensors, gguf_name, hf_name
+from dgq.runtime.mmproj import Mmproj, mmproj_name
+from dgq.runtime.names import ROPE_FREQS, VISION, check_tensors, expected_tensors, gguf_name, hf_name
 
 MIB = 1 << 20
 
@@ -57,13 +60,17 @@ class Weights(Mapping[str, Packed]):
         """What the file calls a weight."""
         return name
 
+    def vision_tensor(self, name: str) -> Tensor:
+        """A tensor of the vision part by its canonical name, in any float dtype. KeyError if there is none."""
+        raise KeyError(name)
+
 
 class GGUFWeights(Weights):
-    """A .gguf's tensors under their canonical names, checked against the config when made."""
+    """A .gguf's tensors under their canonical names, checked against the config when made. mmproj: its vision tower."""
 
-    def __init__(self, reader: GGUFReader, config: ModelConfig) -> None:
+    def __init__(self, reader: GGUFReader, config: ModelConfig, mmproj: Mmproj | None = None) -> None:
         """InputError naming the .gguf's own tensor: missing, unknown, renamed, mis-shaped, or another RoPE."""
-        self.reader = reader
+        self.reader, self.mmproj = reader, mmproj
         self._names: dict[str, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for own in reader:
@@ -87,11 +94,18 @@ class GGUFWeights(Weights):
         return self.reader[self._names[name]]
 
     def everything(self) -> dict[str, Stored]:
-        reader, own = self.reader, self._names
-        return {
-            name: Stored(reader.scheme(own[name]).name, math.prod(reader.shape(own[name])), reader.nbytes(own[name]))
-            for name in self
-        }
+        found = {name: self._stored(self.reader, own) for name, own in self._names.items()}
+        if self.mmproj is not None:
+            found |= {name: self._stored(self.mmproj.reader, mmproj_name(name)) for name in self.mmproj.shapes}
+        return found
+
+    @staticmethod
+    def _stored(reader: GGUFReader, own: str) -> Stored:
+        return Stored(reader.scheme(own).name, math.prod(reader.shape(own)), reader.nbytes(own))
+
+    def vision_tensor(self, name: str) -> Tensor:
+        assert self.mmproj is not None
+        return self.mmproj.tensor(name)
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -112,11 +126,11 @@ class GGUFWeights(Weights):
         )
 
     def own_name(self, name: str) -> str:
-        return self._names.get(name) or gguf_name(name) or name
+        return self._names.get(name) or (mmproj_name(name) if name.startswith(VISION) else gguf_name(name) or name)
 
     @property
     def files(self) -> list[Path]:
-        return [self.reader.path]
+        return [self.reader.path, *([self.mmproj.reader.path] if self.mmproj else [])]
 
 
 def _check_rope(reader: GGUFReader, config: ModelConfig) -> None:
@@ -185,6 +199,9 @@ class DirWeights(Weights):
 
     def everything(self) -> dict[str, Stored]:
         return {name: self._stored(name) for name in (*self.shapes, *self._vision)}
+
+    def vision_tensor(self, name: str) -> Tensor:
+        return self._dir.tensor(name)
 
     def _stored(self, name: str) -> Stored:
         entries = self._quantised.get(name)

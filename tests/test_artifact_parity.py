@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,6 +18,8 @@ from dgq.quant.errors import InputError
 from dgq.quant.nvfp4 import NVFP4, decode, encode
 from dgq.quant.types import Packed
 from dgq.runtime.artifact import Artifact, open_artifact
+from dgq.runtime.batch import encode_each
+from dgq.runtime.images import placed
 from dgq.runtime.layers import experts, linear
 from dgq.runtime.model import Model
 
@@ -46,6 +50,12 @@ def oracle() -> Any:
     return transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(
         TINY, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
     ).eval()
+
+
+@pytest.fixture(scope="module")
+def bf16() -> tuple[Model, Artifact]:
+    artifact = open_artifact(TINY)
+    return artifact.load(), artifact
 
 
 @pytest.fixture(scope="module", params=RECIPES)
@@ -92,6 +102,53 @@ def test_logits_over_blocks(both: Both, lengths: tuple[int, ...]) -> None:
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0, msg=lambda m, b=block: f"block {b}: {m}")
         torch.testing.assert_close(again, expected_again, atol=1e-4, rtol=0)
         ids, padding, real = canvas, None, seen
+
+
+def test_an_image_differs_by_quantisation_alone(both: Both, bf16: Any) -> None:
+    """Soft tokens are the source's, bit for bit; logits over them transformers' with the decoded weights; and what is
+    between them and BF16's is that much KL, in nats a position (the mean of eight noised canvases)."""
+    tower = both.artifact.vision.tower("cpu", torch.float32)
+    reference, source = bf16
+    rng = np.random.default_rng(2)
+    images = [PIL.Image.fromarray((rng.random((h, w, 3)) * 255).astype("uint8")) for h, w in ((112, 160), (96, 96))]
+    text = "Sort: wind apple king door"
+    prompts = []
+    for artifact, eyes in ((both.artifact, tower), (source, source.vision.tower("cpu", torch.float32))):
+        ids, shown, _ = placed(artifact.tokenizer, [{"role": "user", "content": text}], images)
+        prompts.append(artifact.vision.prompt(ids, shown, eyes))
+    assert list(prompts[0]) == list(prompts[1]) and torch.equal(prompts[0].embeddings, prompts[1].embeddings)
+
+    length, theirs = len(prompts[0]), transformers.DynamicCache(config=both.oracle.config.get_text_config())
+    ids, at = torch.tensor(prompts[0][:])[None], torch.arange(length)[None]
+    with torch.no_grad():
+        embeddings = both.oracle.get_input_embeddings()(ids)
+        embeddings[0, torch.tensor(prompts[0].is_image)] = prompts[0].embeddings
+        masks = both.oracle.model.encoder.create_masks_for_generate(
+            config=both.oracle.config, inputs_embeds=embeddings, attention_mask=torch.ones(1, length, dtype=torch.bool),
+            past_key_values=theirs, position_ids=at, mm_token_type_ids=torch.tensor([prompts[0].is_image]).int(),
+        )  # fmt: skip
+        both.oracle.model.encoder(
+            inputs_embeds=embeddings, attention_mask=masks, past_key_values=theirs, position_ids=at
+        )
+    caches = [encode_each(m, [p], length + 64) for m, p in zip((both.model, reference), prompts, strict=True)]
+    divergence = []
+    for seed in range(8):
+        canvas = torch.randint(0, 2048, (1, 64), generator=torch.Generator().manual_seed(seed))
+        ours, whole = both.model.decode(canvas, caches[0]), reference.decode(canvas, caches[1])
+        divergence.append(
+            functional.kl_div(ours.log_softmax(-1), whole.log_softmax(-1), log_target=True, reduction="sum")
+        )
+        if seed == 0:
+            with torch.no_grad():
+                expected = both.oracle(
+                    decoder_input_ids=canvas,
+                    past_key_values=theirs,
+                    decoder_position_ids=torch.arange(length, length + 64)[None],
+                ).logits
+            torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+    mean = float(torch.stack(divergence).mean()) / 64
+    print(f"{both.artifact.kind}, {both.artifact.path.parent.name}: KL with two images {mean:.5f} nats a position")
+    assert 1e-4 < mean < 2, "large: tiny's tower is random, and its text model never saw such tokens"
 
 
 def test_decoded_once_is_decoded_at_every_use(both: Both) -> None:

@@ -763,8 +763,7 @@ def test_calibration_that_ends_in_no_numbers(
     "keys",
     [
         {"input_scales": {"x": 1}}, {"input_scales": {"method": "calibrated"}}, {"imatrix": {"x": 1}},
-        {"input_scales": {"method": "given", "value": "x"}}, {"dropped": {"vision": "x"}},
-        {"source": {"repository": "x"}},
+        {"input_scales": {"method": "given", "value": "x"}}, {"source": {"repository": "x"}},
     ],
     ids=str,
 )  # fmt: skip

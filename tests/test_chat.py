@@ -161,6 +161,9 @@ def test_an_abandoned_turn_never_was(artifact, model, store, worst):
     assert chat.messages == said
     chat.ask(SAID[2], max_new_tokens=64, steps=2)
     assert max(worst) < 1e-4
+    shown = [{"role": "user", "content": [{"type": "image", "image": "cat.png"}]}]
+    with pytest.raises(InputError, match="text alone"):
+        Chat(model, artifact.tokenizer, artifact.generation, messages=shown).ask("What is this?")
     with pytest.raises(InputError, match="exceed the context"):
         chat.ask("wind " * 3000)
     assert len(chat.messages) == 4
@@ -229,6 +232,8 @@ def test_the_command(monkeypatch, artifact) -> None:
         failed = run(*arguments, said=said)
         assert failed.exit_code == 2 and failed.stderr.count("\n") == 1 and problem in failed.stderr
     assert CliRunner().invoke(main, ["run", "tiny"]).exit_code == 2
+    pictured = CliRunner().invoke(main, ["run", "tiny", "--chat", "--image", "cat.png"])
+    assert pictured.exit_code == 2 and "text alone" in pictured.stderr
     assert "add --chat" in CliRunner().invoke(main, ["run", "tiny", "--thinking", "a"]).stderr
     monkeypatch.setattr(Tokenizer, "decode", lambda *_: "a\x1b]0;x\x07\tb\x9b2J\r\nc\u202e👩\u200d👩 é")
     assert run("a").stdout == "a\\x1b]0;x\\x07\tb\\x9b2J\nc\\u202e👩\u200d👩 é\n"

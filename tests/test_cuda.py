@@ -114,3 +114,45 @@ def test_tokens_are_the_cpus(recipe: str | None, tmp_path: Path) -> None:
     same = [a == b for a, b in zip(results[0].tokens, results[1].tokens, strict=True)]
     assert all(same), f"{len(same) - sum(same)} of {len(same)} rows differ"
     assert results[0].steps == results[1].steps and any(count > 1 for row in results[0].steps for count in row)
+
+
+def test_images_by_kernels(tmp_path: Path) -> None:
+    """Prompts with images on slots: in float32 the CPU's tokens; by kernels in bfloat16, a prompt's keys and values as
+    the reference's operations make them, in pieces and at once, and an answer."""
+    import numpy as np
+    import PIL.Image
+
+    from dgq.runtime.fast import Fast
+    from dgq.runtime.images import placed
+    from dgq.runtime.pictured import pictures, pieces
+    from dgq.runtime.plain import Plain
+    from dgq.runtime.slots import Prompt, Slots
+
+    artifact, rng = open_artifact(TINY), np.random.default_rng(0)
+    images = [PIL.Image.fromarray((rng.random((h, w, 3)) * 255).astype("uint8")) for h, w in ((112, 160), (96, 96))]
+    text = "<|image|>" + "a long way " * 30 + "<|image|>Sort: wind apple king door"
+    ids, shown, front = placed(artifact.tokenizer, text, images)
+    prompts = [
+        artifact.vision.prompt(ids, shown, artifact.vision.tower(device, torch.float32), front)
+        for device in ("cpu", "cuda")
+    ]
+    torch.testing.assert_close(prompts[1].embeddings.cpu(), prompts[0].embeddings, atol=1e-4, rtol=0)
+    results = [
+        generate(artifact.load(device, torch.float32), [prompt], artifact.generation, 64, seed=7)
+        for device, prompt in zip(("cpu", "cuda"), prompts, strict=True)
+    ]
+    assert results[0].tokens == results[1].tokens
+
+    fast, plain = artifact.load("cuda"), artifact.load("cuda", torch.bfloat16, kernels=False)
+    held = []
+    for passes, step in ((Plain(plain), 512), (Fast(fast), 512), (Fast(fast), 80)):
+        slots = Slots(fast.config, 1, len(ids) + 256, "cuda", torch.bfloat16)
+        for piece in pieces(prompts[1:], step):
+            view = Prompt(slots, 0, piece.start, piece.stop - piece.start)
+            part = torch.tensor(prompts[1][piece], device="cuda")[None]
+            passes.encode_prompt(part, view, pictures(prompts[1:], piece, fast.device))
+        held.append([buffer.float() for buffer in slots.buffers])
+    for one in held[1:]:
+        for layer, (ours, theirs) in enumerate(zip(one, held[0], strict=True)):
+            assert float((ours - theirs).norm() / theirs.norm()) < 0.02 * (layer + 1)
+    assert generate(fast, prompts[1:], artifact.generation, 64, seed=7).steps[0]

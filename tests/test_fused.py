@@ -393,6 +393,40 @@ def test_attend(case: tuple, apart: bool) -> None:
         assert error(again.flatten(0, 1), in_order(expected.flatten(2).flatten(0, 1))) <= LIMIT
 
 
+IMAGES = [  # heads, kv heads, head_dim, slots, window, length, tokens of each image (0: of text), splits
+    (4, 2, 16, 128, 12, 9, [3, -20, 2, -1, 1, -30, 5], 1),  # an image longer than the window
+    (4, 2, 16, 128, None, 40, [-17, 4, -9], 3),
+    (3, 1, 32, 64, 8, 0, [-40, 1], 2),
+] + ([(16, 8, 256, 1536, 1024, 900, [30, -280, 3, -280, 9], None),
+      (16, 2, 512, 3072, None, 900, [30, -1120, 3, -280, 9], None)] if CUDA else [])  # fmt: skip
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("case", IMAGES, ids=str)
+def test_attend_over_images(case: tuple, apart: bool) -> None:
+    """Causal, and every token of a run of n < 0 sees the whole run."""
+    heads, kv, dim, size, window, length, runs, splits = case
+    torch.manual_seed(12)
+    tokens, group = sum(map(abs, runs)), heads // kv
+    q = (torch.randn(1, heads, tokens, dim) * 1.5 * dim**-0.5).bfloat16().to(DEVICE)
+    image = torch.cat([torch.full((abs(n),), -1 if n > 0 else i) for i, n in enumerate(runs)]).to(DEVICE)
+    buffer = torch.full((2, 1, kv, size, dim), torch.nan).bfloat16().to(DEVICE)
+    buffer[:, :, :, : length + tokens] = torch.randn(2, 1, kv, length + tokens, dim).bfloat16().to(DEVICE)
+    place, at = torch.arange(tokens, device=DEVICE)[:, None] + length, torch.arange(length + tokens, device=DEVICE)
+    seen = (at <= place) & (at > place - (window or 1 << 30))
+    seen[:, length:] |= (image[:, None] == image) & (image >= 0)
+    k, v = (part[0, :, : length + tokens].double().repeat_interleave(group, 0) for part in buffer)
+    scores = (q[0].double() @ k.transpose(1, 2)).masked_fill(~seen, -torch.inf)
+    expected = (scores.softmax(-1) @ v).transpose(0, 1)[None].flatten(2)
+    spans = [(i if n < 0 else 0, -n - 1 - i if n < 0 else 0) for n in runs for i in range(abs(n))]
+    reach = torch.tensor(spans, dtype=torch.int32, device=DEVICE).T.contiguous()
+    out = poisoned(1, tokens, heads * dim)
+    cut = None if dim > 128 else cached_attention.Blocks(16, 16, 4, 2, apart, 1)
+    held = torch.tensor([length], dtype=torch.int32, device=DEVICE)
+    cached_attention.attend(q, *buffer, held, window, True, out=out, blocks=cut, splits=splits, reach=reach)
+    assert error(out, expected) <= LIMIT
+
+
 def test_soft_embedding() -> None:
     """sample()'s probabilities and scale, through the product and the norm, against the reference's softmax."""
     torch.manual_seed(11)

@@ -91,13 +91,14 @@ def test_directory_is_complete_and_accounts_for_itself(checkpoint: Path, tmp_pat
 
     file = convert(checkpoint, tmp_path / "out")
     names = {path.name for path in file.parent.iterdir()}
-    assert names == {*CHECKPOINT, "dgq.json", "tinyA_96-Q4_K_M.gguf"} - {"model.safetensors"}
+    files = {"dgq.json", "tinyA_96-Q4_K_M.gguf", "mmproj-tinyA_96-BF16.gguf"}
+    assert names == {*CHECKPOINT, *files} - {"model.safetensors"}
     text = (file.parent / "dgq.json").read_text()
     document = json.loads(text)
     for name, entry in document["files"].items():
         data = (file.parent / name).read_bytes()
         assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        if name != file.name:
+        if name not in files:
             assert data == (checkpoint / name).read_bytes()
     assert set(document["files"]) == names - {"dgq.json"}
     source = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
@@ -105,4 +106,6 @@ def test_directory_is_complete_and_accounts_for_itself(checkpoint: Path, tmp_pat
     own = document.pop("sha256")
     assert hashlib.sha256((json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()).hexdigest() == own
     assert document["tensors"]["blk.0.ffn_down_exps.weight"] == "q5_0"
-    assert document["quantized_share"] == pytest.approx(0.995804) and document["dropped"] == {"vision": 47264}
+    assert document["tensors"]["v.blk.0.attn_q.weight"] == "bf16"
+    text = document["params"] - 47264
+    assert document["quantized_params"] / text == pytest.approx(0.995804), "of the text; the vision tower stays whole"

@@ -211,7 +211,7 @@ def test_the_json_is_the_same_each_time_and_the_estimate_apart(tmp_path: Path) -
     assert set(estimate) == {"device", "threads"} | {
         f"{kind}_s" for kind in ("encode", "read", "write", "hash", "calibrate", "total")
     }
-    for key in ("bytes", "params", "by_part", "by_scheme", "vram_by_context", "tensors", "notices", "dropped"):
+    for key in ("bytes", "params", "by_part", "by_scheme", "vram_by_context", "tensors", "notices", "vision"):
         assert key in probed
 
 

@@ -1,0 +1,93 @@
+"""Prompts with images: tokens, of which an image's have embeddings of their own and see each other.
+
+    ids      <bos> <|image> <|image|> <|image|> <|image|> <image|> what is this        one soft token a <|image|>
+    ahead      0       0        2         1         0        0       0   0   0         tokens of its image behind it,
+    behind     0       0        0         1         2        0       0   0   0         and before it
+
+A token sees everything up to itself, on sliding layers the window, and all of its own image, which may reach beyond
+either: from max(window - 1, behind) before it to `ahead` after it. A prompt is encoded in pieces that split no image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+class Pictured(Sequence[int]):
+    """A prompt's token ids, as any other prompt's; embeddings (image tokens, hidden) stand for those that are
+    `image_token`, in their order."""
+
+    def __init__(self, ids: Sequence[int], embeddings: Tensor, image_token: int) -> None:
+        self._ids, self.embeddings = tuple(ids), embeddings
+        self.is_image = [token == image_token for token in self._ids]
+        assert sum(self.is_image) == len(embeddings)
+        runs = [(image, len(list(run))) for image, run in groupby(self.is_image)]
+        self.behind = [i if image else 0 for image, n in runs for i in range(n)]
+        self.ahead = [n - 1 - i if image else 0 for image, n in runs for i in range(n)]
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]  # int -> int, slice -> tuple
+        return self._ids[index]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The images in a piece of a batch of prompts. at bool (rows, tokens): which tokens they are; embeddings (those,
+    hidden); behind, ahead int32 (rows, tokens): see above."""
+
+    at: Tensor
+    embeddings: Tensor
+    behind: Tensor
+    ahead: Tensor
+
+    def put_into(self, x: Tensor) -> None:
+        """Their embeddings into x (rows, tokens, hidden), or (tokens, hidden) of a single row."""
+        x[self.at if x.dim() == 3 else self.at[0]] = self.embeddings.to(x.dtype)
+
+
+def pieces(prompts: Sequence[Sequence[int]], step: int) -> Iterator[slice]:
+    """The prompts, their ends aligned, in pieces of at most `step` tokens; longer only where an image is."""
+    longest = max(map(len, prompts))
+    starts = [(longest - len(prompt), prompt.behind) for prompt in prompts if isinstance(prompt, Pictured)]
+
+    def splits_none(at: int) -> bool:
+        return all(at <= start or at >= longest or behind[at - start] == 0 for start, behind in starts)
+
+    first = 0
+    while first < longest:
+        last = min(first + step, longest)
+        back = next((at for at in range(last, first, -1) if splits_none(at)), None)
+        last = next(at for at in range(last, longest + 1) if splits_none(at)) if back is None else back
+        yield slice(first, last)
+        first = last
+
+
+def pictures(prompts: Sequence[Sequence[int]], piece: slice, device: torch.device) -> Pictures | None:
+    """What is in one of those pieces; None if no image is."""
+    longest, length = max(map(len, prompts)), piece.stop - piece.start
+    at = torch.zeros(len(prompts), length, dtype=torch.bool)
+    spans = torch.zeros(2, len(prompts), length, dtype=torch.int32)
+    embeddings = []
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, Pictured):
+            continue
+        before = longest - len(prompt)
+        own = slice(max(0, piece.start - before), max(0, piece.stop - before))
+        if not any(prompt.is_image[own]):
+            continue
+        to = slice(own.start + before - piece.start, None)
+        at[row, to] = torch.tensor(prompt.is_image[own])
+        spans[:, row, to] = torch.tensor([prompt.behind[own], prompt.ahead[own]], dtype=torch.int32)
+        first = sum(prompt.is_image[: own.start])
+        embeddings.append(prompt.embeddings[first : first + sum(prompt.is_image[own])].to(device))
+    if not embeddings:
+        return None
+    spans = spans.to(device)
+    return Pictures(at.to(device), torch.cat(embeddings), spans[0], spans[1])
