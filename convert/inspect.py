@@ -85,6 +85,12 @@ def _provenance(artifact: Artifact) -> dict[str, Any] | None:
         said = kept[key]
         if said is not None and not (isinstance(said, dict) and sound(said)):
             raise InputError(f"{file}: its {key} is not what dgq writes there; damaged")
+    adapters = document.get("adapters") or []
+    if not isinstance(adapters, list) or not all(
+        _holds(one, object) and isinstance(one.get("name"), str) for one in adapters
+    ):
+        raise InputError(f"{file}: its adapters are not what dgq writes there; damaged")
+    kept["adapters"] = [one["name"] for one in adapters]
     listed = kept.pop("files") or {}
     return kept if all(weights.name in listed for weights in artifact.weights.files) else None
 

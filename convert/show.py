@@ -259,6 +259,8 @@ def inspected(found: dict[str, Any]) -> None:
         out.print(
             f"origin   {where}, recipe {origin['recipe']}, effort {origin['effort']}{imatrix}, dgq {origin['dgq']}"
         )
+        if origin["adapters"]:
+            out.print(f"adapters {', '.join(origin['adapters'])}, merged in")
         if origin["input_scales"]:
             out.print(f"scales   {origin['input_scales']['method']}: {_scales(origin['input_scales'])}")
     for line in found["remarks"]:

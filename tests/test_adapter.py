@@ -175,6 +175,8 @@ def test_converted_run_and_verified(made: dict[str, Any], tmp_path: Path) -> Non
     document = json.loads((tmp_path / "nvfp4" / "dgq.json").read_text())
     assert [one["name"] for one in document["adapters"]] == ["patterns"] and len(document["adapters"][0]["files"]) == 2
     assert any("adapter patterns: merged" in notice for notice in document["notices"])
+    assert json.loads(dgq("inspect", tmp_path / "gguf", "--json"))["provenance"]["adapters"] == ["patterns"]
+    assert "adapters patterns, merged in" in dgq("inspect", tmp_path / "gguf")
     verify = ("verify", tmp_path / "gguf", "--against", TINY_A, "--sample", 200)
     dgq(*verify, "--adapter", paths[0])
     for given, problem in (((), "made with --adapter patterns"), (("--adapter", str(paths[1])), "not those")):

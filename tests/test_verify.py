@@ -110,7 +110,8 @@ def header_length(file: Path) -> int:
 
 
 def test_a_bit_in_any_file(artifact: Path) -> None:
-    """The first and last byte, some between; in a header, at its end and right behind it. One problem, by file."""
+    """The first and last byte, some between; in a header, at its end and right behind it. One problem, by file; but a
+    file that dgq.json names otherwise is missing under one name and too much under the other."""
     rng = random.Random(7)
     for file in sorted(artifact.iterdir()):
         size = file.stat().st_size
@@ -123,7 +124,8 @@ def test_a_bit_in_any_file(artifact: Path) -> None:
             flip(file, at, bit)
             try:
                 found = problems(artifact)
-                assert len(found) == 1 and file.name in found[0], (file, at, bit, found)
+                assert file.name in found[0], (file, at, bit, found)
+                assert len(found) == 1 or (len(found) == 3 and file.name == provenance.FILE), (file, at, bit, found)
             except InputError as error:
                 assert file.name == provenance.FILE, error
             flip(file, at, bit)
