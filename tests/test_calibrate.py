@@ -121,16 +121,10 @@ def test_texts_chats_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.12)
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"max_position_embeddings": 16}, "context of 16 has no room for a prompt and a canvas of 16"),
-        ({"vocab_size": 300}, "the vocabulary has 300"),
-    ],
-)
-def test_models_that_cannot_be_calibrated(change: dict[str, int], expected: str, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_calibrated(tmp_path: Path) -> None:
     config = micro_config()
-    config["text_config"] |= change
+    config["text_config"] |= {"max_position_embeddings": 16}
+    expected = "context of 16 has no room for a prompt and a canvas of 16"
     source = write_micro(tmp_path / "in", config, micro_tensors(config))
     result = CliRunner().invoke(main, ["convert", str(source), "--to", "nvfp4", "-o", str(tmp_path / "out")])
     assert result.exit_code == 2 and expected in result.stderr and "--input-scale" in result.stderr, result.output
