@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from dgq.runtime.tokenizer import Tokenizer
     from dgq.runtime.tower import Tower
 
-Image = "Path | str | PIL.Image.Image"
 MARKER = "<|image|>"
 LARGEST = 1 << 27  # pixels: 400 MB, decoded
 SETTINGS = ("processor_config.json", "preprocessor_config.json")
