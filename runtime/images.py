@@ -179,12 +179,13 @@ def placed(
     """A prompt's ids before its images are put in, its images, and where they stand if no <|image|> says it.
 
     prompt: text, a chat's messages, or ids. A message's content may be parts, as chat templates have them: {"type":
-    "image", "image": file or PIL image} and {"type": "text", "text": …}; parts without an "image" take the next of
-    `images`. Without parts and <|image|>, images stand before the last message's text.
+    "image", "image": file or PIL image} and {"type": "text", "text": …}; parts without an "image" (or "path") take the
+    next of `images`. Without parts and <|image|>, images stand before the last message's text. InputError for text that
+    says <|image|>, and parts, without an image.
     """
     given = list(images)
     if isinstance(prompt, str):
-        return tokenizer.encode(prompt), given, len(tokenizer.encode(""))
+        return _imaged(tokenizer, tokenizer.encode(prompt), given), given, len(tokenizer.encode(""))
     messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
     if not messages:
         return [int(token) for token in prompt], given, None  # type: ignore[arg-type]
@@ -195,9 +196,17 @@ def placed(
         messages[-1]["content"] = [*({"type": "image"} for _ in given), *written]
     elif parts:
         rest = iter(given)
-        found = [part["image"] if part.get("image") is not None else next(rest, None) for part in parts]
+        own = [part.get("image", part.get("path")) for part in parts]
+        found = [next(rest, None) if one is None else one for one in own]
         given = [one for one in found if one is not None] + list(rest)
-    return tokenizer.chat(messages), given, None
+    return _imaged(tokenizer, tokenizer.chat(messages), given), given, None
+
+
+def _imaged(tokenizer: Tokenizer, ids: list[int], images: Sequence[Any]) -> list[int]:
+    """The ids, if they do not ask for images that nobody gave."""
+    if not images and tokenizer.token_id(MARKER) in ids:
+        raise InputError(f"the prompt says {MARKER}, and no image is given")
+    return ids
 
 
 def _image_parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -26,6 +26,7 @@ from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 
 import dgq.runtime
 from dgq.convert.cli import main
+from dgq.quant.errors import InputError
 from dgq.runtime import batch, engine
 from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.batch import OnSlots
@@ -295,6 +296,14 @@ def test_prompts_that_do_not_fit(tmp_path: Path, pictures_of: dict[str, Path]) -
     wide = pictures_of["wide.png"]
     line = fails(TINY, "<|image|> and <|image|>", "--image", wide)
     assert "the prompt has 2 <|image|> for 1 image" in line
+    assert "the prompt says <|image|>, and no image is given" in fails(TINY, "<|image|> what")
+    own, parts = dgq.runtime.load(TINY, "cpu"), [{"type": "image"}, {"type": "image", "path": wide}]
+    with pytest.raises(InputError, match=r"has 2 <\|image\|> for 1 image"):
+        own.ids([{"role": "user", "content": parts}])
+    with pytest.raises(InputError, match="no image is given"):
+        own.ids([{"role": "user", "content": parts[:1]}])
+    with pytest.raises(InputError, match="images of 1 prompts for 2"):
+        own.generate_batch(["a", "b"], [[wide]])
     many = [argument for _ in range(28) for argument in ("--image", wide)]
     assert "the prompt's 2019 tokens and 64 new ones" in fails(TINY, "what", *many, "--max-new-tokens", 4)
     blind = shutil.copytree(TINY, tmp_path / "blind")
