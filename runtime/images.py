@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MARKER = "<|image|>"
 LARGEST = 1 << 27  # pixels: 400 MB, decoded
+# What Pillow decodes by itself: for an EPS it would start Ghostscript on a stranger's program.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 SETTINGS = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -153,12 +155,13 @@ def open_image(image: Path | str | PIL.Image.Image) -> tuple[str, PIL.Image.Imag
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # the limit below is ours
             try:
-                opened = PIL.Image.open(image)
+                PIL.Image.init()
+                opened = PIL.Image.open(image, formats=[kind for kind in FORMATS if kind in PIL.Image.OPEN])
             except PIL.Image.DecompressionBombError as error:
                 raise _too_large(name, str(error)) from None
             except Exception as error:  # mostly UnidentifiedImageError; a broken header may be anything
                 what = "" if isinstance(error, PIL.UnidentifiedImageError) else f" ({error})"
-                raise InputError(f"{name}: is no image that Pillow opens, such as PNG, JPEG or WebP{what}") from None
+                raise InputError(f"{name}: is no image that dgq opens, such as PNG, JPEG or WebP{what}") from None
     if (pixels := opened.width * opened.height) > LARGEST:
         raise _too_large(name, f"{opened.width} x {opened.height} pixels, {pixels / 1e6:,.0f} million")
     try:

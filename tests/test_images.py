@@ -275,8 +275,8 @@ def png(width: int, height: int) -> bytes:
 def test_files_that_are_no_images(tmp_path: Path, pictures_of: dict[str, Path]) -> None:
     whole = pictures_of["wide.png"].read_bytes()
     cases = {
-        "text.png": (b"hello", "is no image that Pillow opens"),
-        "empty.jpg": (b"", "is no image that Pillow opens"),
+        "text.png": (b"hello", "is no image that dgq opens"),
+        "empty.jpg": (b"", "is no image that dgq opens"),
         "cut.png": (whole[:200], "cannot be decoded"),
         "large.png": (png(12_000, 12_000), "too large (12000 x 12000 pixels, 144 million); dgq takes 134 million"),
         "huge.png": (png(60_000, 60_000), "too large (Image size (3600000000 pixels)"),
@@ -287,6 +287,8 @@ def test_files_that_are_no_images(tmp_path: Path, pictures_of: dict[str, Path]) 
         assert f"{tmp_path / name}: " in line and said in line
     assert "no such file" in fails(TINY, "what", "--image", tmp_path / "none.png")
     assert "is no file" in fails(TINY, "what", "--image", tmp_path)
+    PIL.Image.new("RGB", (48, 48)).save(tmp_path / "program.eps")
+    assert "is no image that dgq opens" in fails(TINY, "what", "--image", tmp_path / "program.eps")
     PIL.Image.new("RGB", (3000, 20)).save(tmp_path / "strip.png")
     line = fails(TINY, "what", "--image", tmp_path / "strip.png")
     assert "strip.png: is 210 patches long and narrow, the tower has places for 64" in line
