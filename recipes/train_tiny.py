@@ -34,7 +34,7 @@ from dgq.recipes.tiny_forward import BOS, CANVAS, PAD, Routed, forward
 
 TINY = Path(__file__).parent / "tiny"  # config.json there is the architecture
 COPIED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-COPIED += ["special_tokens_map.json", "chat_template.jinja"]
+COPIED += ["special_tokens_map.json", "chat_template.jinja", "processor_config.json"]
 TURN, TURN_END = 5, 6
 LENGTH, VOCAB = 256, 2048
 # Exact in bf16. The two sides differ, and both are far enough from 1 for a loader that forgets them to be found out.

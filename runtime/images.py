@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from dgq.runtime.tokenizer import Tokenizer
     from dgq.runtime.tower import Tower
 
-Image = "Path | str | PIL.Image.Image"
 MARKER = "<|image|>"
 LARGEST = 1 << 27  # pixels: 400 MB, decoded
+# What Pillow decodes by itself: for an EPS it would start Ghostscript on a stranger's program.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 SETTINGS = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -154,12 +155,13 @@ def open_image(image: Path | str | PIL.Image.Image) -> tuple[str, PIL.Image.Imag
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # the limit below is ours
             try:
-                opened = PIL.Image.open(image)
+                PIL.Image.init()
+                opened = PIL.Image.open(image, formats=[kind for kind in FORMATS if kind in PIL.Image.OPEN])
             except PIL.Image.DecompressionBombError as error:
                 raise _too_large(name, str(error)) from None
             except Exception as error:  # mostly UnidentifiedImageError; a broken header may be anything
                 what = "" if isinstance(error, PIL.UnidentifiedImageError) else f" ({error})"
-                raise InputError(f"{name}: is no image that Pillow opens, such as PNG, JPEG or WebP{what}") from None
+                raise InputError(f"{name}: is no image that dgq opens, such as PNG, JPEG or WebP{what}") from None
     if (pixels := opened.width * opened.height) > LARGEST:
         raise _too_large(name, f"{opened.width} x {opened.height} pixels, {pixels / 1e6:,.0f} million")
     try:
@@ -180,12 +182,13 @@ def placed(
     """A prompt's ids before its images are put in, its images, and where they stand if no <|image|> says it.
 
     prompt: text, a chat's messages, or ids. A message's content may be parts, as chat templates have them: {"type":
-    "image", "image": file or PIL image} and {"type": "text", "text": …}; parts without an "image" take the next of
-    `images`. Without parts and <|image|>, images stand before the last message's text.
+    "image", "image": file or PIL image} and {"type": "text", "text": …}; parts without an "image" (or "path") take the
+    next of `images`. Without parts and <|image|>, images stand before the last message's text. InputError for text that
+    says <|image|>, and parts, without an image.
     """
     given = list(images)
     if isinstance(prompt, str):
-        return tokenizer.encode(prompt), given, len(tokenizer.encode(""))
+        return _imaged(tokenizer, tokenizer.encode(prompt), given), given, len(tokenizer.encode(""))
     messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
     if not messages:
         return [int(token) for token in prompt], given, None  # type: ignore[arg-type]
@@ -196,9 +199,17 @@ def placed(
         messages[-1]["content"] = [*({"type": "image"} for _ in given), *written]
     elif parts:
         rest = iter(given)
-        found = [part["image"] if part.get("image") is not None else next(rest, None) for part in parts]
+        own = [part.get("image", part.get("path")) for part in parts]
+        found = [next(rest, None) if one is None else one for one in own]
         given = [one for one in found if one is not None] + list(rest)
-    return tokenizer.chat(messages), given, None
+    return _imaged(tokenizer, tokenizer.chat(messages), given), given, None
+
+
+def _imaged(tokenizer: Tokenizer, ids: list[int], images: Sequence[Any]) -> list[int]:
+    """The ids, if they do not ask for images that nobody gave."""
+    if not images and tokenizer.token_id(MARKER) in ids:
+        raise InputError(f"the prompt says {MARKER}, and no image is given")
+    return ids
 
 
 def _image_parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -6,6 +6,9 @@ whole runs of `tiny`, and graphs with what they were made of.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
 import pytest
 import torch
 from micro import micro_config, micro_tensors
@@ -14,6 +17,7 @@ from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.model import Model
+from dgq.runtime.pictured import Pictured
 from dgq.runtime.plain import Plain
 from dgq.runtime.rng import CounterRandom
 from dgq.runtime.session import Passes, Session
@@ -26,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton's interpreter's
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
-PROMPT = [[5, 6, 7, 8, 9, 10, 11, 12] * 3]
+PROMPT = [5, 6, 7, 8, 9, 10, 11, 12] * 3
 
 
 def small() -> tuple[ModelConfig, dict[str, Packed]]:
@@ -38,31 +42,41 @@ def small() -> tuple[ModelConfig, dict[str, Packed]]:
     return ModelConfig.from_json(raw, "config.json"), plain
 
 
-def run(passes: Passes) -> list[torch.Tensor]:
+def pictured() -> Pictured:
+    """With an image of 20 tokens, longer than the window of 16, and one of 3."""
+    embeddings = torch.randn(23, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    return Pictured([5, 6, *[99] * 20, 7, 8, 9, 10, *[99] * 3, 11, 12], embeddings.to(DEVICE), 99)
+
+
+def run(passes: Passes, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
     """Logits before and after a committed block, and after a step's self-conditioning; the window is passed."""
     config, device = passes.config, passes.device
-    session = Session(passes, 1, 24 + 2 * 16, SamplerConfig(steps=2))
-    session.start(PROMPT)
+    session = Session(passes, 1, len(prompt) + 2 * 16, SamplerConfig(steps=2))
+    session.start([prompt])
     random = CounterRandom(1, [0], config.canvas, config.vocab, device)
-    found = []
     for block in range(2):
         session.state.begin(random, torch.zeros(1, dtype=torch.int64, device=device), block)
         for step in range(1 if block else 2):
             if step:
                 session.step()
             logits = passes.decode(session.state, session._view()).float().view(1, config.canvas, -1)
-            found.append(logits.cpu())
+            yield logits.cpu()
         if not block:
             session.commit(torch.arange(16, device=device)[None] + 3)
-    return found
 
 
-def test_logits_are_the_references() -> None:
+@pytest.mark.parametrize(
+    ("prompt", "prefill", "count"), [(PROMPT, 2048, 3), (pictured(), 7, 1)], ids=["text", "images, in pieces"]
+)
+def test_logits_are_the_references(prompt: Sequence[int], prefill: int, count: int) -> None:
+    """count: how many of run()'s logits."""
     config, weights = small()
-    exact = run(Plain(Model(config, weights, DEVICE, torch.float32)))
+    exact = run(Plain(Model(config, weights, DEVICE, torch.float32)), prompt)
     passes = fast.Fast(Model(config, weights, DEVICE, torch.bfloat16, kernels=True))
-    passes.capturable = False
-    for ours, theirs in zip(run(passes), exact, strict=True):
+    passes.capturable, passes.prefill = False, prefill
+    pairs = list(islice(zip(run(passes, prompt), exact, strict=True), count))
+    assert len(pairs) == count
+    for ours, theirs in pairs:
         capped = config.softcap * torch.tanh(ours / config.softcap)
         errors = (capped - theirs).norm(dim=-1) / theirs.norm(dim=-1)
         assert float(errors.median()) < 0.03, "of most tokens; a near-tie in a router may fall the other way"

@@ -26,6 +26,7 @@ from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 
 import dgq.runtime
 from dgq.convert.cli import main
+from dgq.quant.errors import InputError
 from dgq.runtime import batch, engine
 from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.batch import OnSlots
@@ -274,8 +275,8 @@ def png(width: int, height: int) -> bytes:
 def test_files_that_are_no_images(tmp_path: Path, pictures_of: dict[str, Path]) -> None:
     whole = pictures_of["wide.png"].read_bytes()
     cases = {
-        "text.png": (b"hello", "is no image that Pillow opens"),
-        "empty.jpg": (b"", "is no image that Pillow opens"),
+        "text.png": (b"hello", "is no image that dgq opens"),
+        "empty.jpg": (b"", "is no image that dgq opens"),
         "cut.png": (whole[:200], "cannot be decoded"),
         "large.png": (png(12_000, 12_000), "too large (12000 x 12000 pixels, 144 million); dgq takes 134 million"),
         "huge.png": (png(60_000, 60_000), "too large (Image size (3600000000 pixels)"),
@@ -286,6 +287,8 @@ def test_files_that_are_no_images(tmp_path: Path, pictures_of: dict[str, Path]) 
         assert f"{tmp_path / name}: " in line and said in line
     assert "no such file" in fails(TINY, "what", "--image", tmp_path / "none.png")
     assert "is no file" in fails(TINY, "what", "--image", tmp_path)
+    PIL.Image.new("RGB", (48, 48)).save(tmp_path / "program.eps")
+    assert "is no image that dgq opens" in fails(TINY, "what", "--image", tmp_path / "program.eps")
     PIL.Image.new("RGB", (3000, 20)).save(tmp_path / "strip.png")
     line = fails(TINY, "what", "--image", tmp_path / "strip.png")
     assert "strip.png: is 210 patches long and narrow, the tower has places for 64" in line
@@ -295,6 +298,14 @@ def test_prompts_that_do_not_fit(tmp_path: Path, pictures_of: dict[str, Path]) -
     wide = pictures_of["wide.png"]
     line = fails(TINY, "<|image|> and <|image|>", "--image", wide)
     assert "the prompt has 2 <|image|> for 1 image" in line
+    assert "the prompt says <|image|>, and no image is given" in fails(TINY, "<|image|> what")
+    own, parts = dgq.runtime.load(TINY, "cpu"), [{"type": "image"}, {"type": "image", "path": wide}]
+    with pytest.raises(InputError, match=r"has 2 <\|image\|> for 1 image"):
+        own.ids([{"role": "user", "content": parts}])
+    with pytest.raises(InputError, match="no image is given"):
+        own.ids([{"role": "user", "content": parts[:1]}])
+    with pytest.raises(InputError, match="images of 1 prompts for 2"):
+        own.generate_batch(["a", "b"], [[wide]])
     many = [argument for _ in range(28) for argument in ("--image", wide)]
     assert "the prompt's 2019 tokens and 64 new ones" in fails(TINY, "what", *many, "--max-new-tokens", 4)
     blind = shutil.copytree(TINY, tmp_path / "blind")
