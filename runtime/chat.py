@@ -17,6 +17,7 @@ from typing import Any
 
 from dgq.quant.errors import InputError
 from dgq.runtime.engine import Block, Rng, Step, stream
+from dgq.runtime.images import placed
 from dgq.runtime.model import Model
 from dgq.runtime.settings import GenerationConfig
 from dgq.runtime.tokenizer import Tokenizer
@@ -76,10 +77,10 @@ class Chat:
     def stream(self, text: str, **settings: Any) -> Generator[Step | Block, None, Reply]:
         """ask(), as it happens; the generator's value is the reply. A turn that is not seen to its end never was."""
         said = [*self.messages, {"role": "user", "content": text}]
-        parts = [part for message in said if isinstance(message.get("content"), list) for part in message["content"]]
-        if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
+        ids, images, _ = placed(self._tokenizer, said)
+        if images:
             raise InputError("a conversation is text alone: images go into a single prompt")
-        ids, bare = self._tokenizer.chat(said), self._tokenizer.chat(said, add_generation_prompt=False)
+        bare = self._tokenizer.chat(said, add_generation_prompt=False)
         self._turns.settled = common(ids, bare)
         number = sum(message.get("role") == "assistant" for message in self.messages)
         places: dict[str, Any] = {"seed": self._seed, "rows": [number]}

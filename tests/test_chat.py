@@ -164,6 +164,8 @@ def test_an_abandoned_turn_never_was(artifact, model, store, worst):
     shown = [{"role": "user", "content": [{"type": "image", "image": "cat.png"}]}]
     with pytest.raises(InputError, match="text alone"):
         Chat(model, artifact.tokenizer, artifact.generation, messages=shown).ask("What is this?")
+    with pytest.raises(InputError, match="no image is given"):
+        chat.ask("What is <|image|>?")
     with pytest.raises(InputError, match="exceed the context"):
         chat.ask("wind " * 3000)
     assert len(chat.messages) == 4
