@@ -26,6 +26,9 @@ from dgq.quant.errors import InputError
 # Before torch is imported: OpenMP threads that spin while they wait make small products a hundred times slower as soon
 # as another process wants the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# And CUDA's memory in segments that grow: of those of fixed sizes 1 GiB lay between a loaded Q4_K_M's weights, unused.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 @click.group(cls=OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
