@@ -17,7 +17,7 @@ from dgq.convert.options import JSON, REVISION
 @click.option("--against", metavar="SRC", help="Quantise some of its weights again from SRC, and compare bytes.")
 @click.option("--sample", type=click.IntRange(1), default=8, show_default=True, help="Weights that --against draws.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws them; choose one that nobody expects.")
-@click.option("--recipe", help="A .toml that dgq does not ship, for --against.")
+@click.option("--recipe", help="For --against. [default: dgq's own of that name, or the rules in dgq.json]")
 @click.option("--imatrix", type=click.Path(path_type=Path), help="That the artifact was made with, for --against.")
 @REVISION
 @JSON

@@ -114,7 +114,9 @@ def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice:
         with _timed(seconds, "hashing the artifact"):
             files = {name: f.result() for name, f in _hashes(hashers, sorted(partial.iterdir())).items()}
         about = scales.about if scales else None
-        document = provenance.document(plan, options.effort, options.imatrix, about, sources, files, options.stats)
+        document = provenance.document(
+            plan, options.effort, options.imatrix, about, sources, files, options.stats, options.device
+        )
         (partial / provenance.FILE).write_text(provenance.text(document), "utf-8")
     return Converted(out, out / file, document, seconds, resumed)
 

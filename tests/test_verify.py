@@ -123,7 +123,8 @@ def test_a_bit_in_any_file(artifact: Path) -> None:
             flip(file, at, bit)
             try:
                 found = problems(artifact)
-                assert len(found) == 1 and file.name in found[0], (file, at, bit, found)
+                assert file.name in found[0], (file, at, bit, found)
+                assert len(found) == 1 or file.name == provenance.FILE, "a hash in it may have been hit"
             except InputError as error:
                 assert file.name == provenance.FILE, error
             flip(file, at, bit)
