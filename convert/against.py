@@ -66,6 +66,13 @@ def verify_against(
     return _result(problems, [tensor.name for tensor in drawn], plan.recipe.activations is not None)
 
 
+def source_revision(path: Path, asked: str) -> str | None:
+    """The commit of `asked` that dgq.json names, if it is the repository that it names."""
+    source = read_json(path / provenance.FILE).get("source")
+    named = isinstance(source, dict) and source.get("repository") == asked
+    return str(source["revision"]) if named and isinstance(source, dict) and source.get("revision") else None
+
+
 def _result(problems: list[str], compared: list[str], left_out: bool) -> dict[str, Any]:
     told = [printable(problem) for problem in problems]
     return {"ok": not told, "problems": told, "compared": compared, "left_out": ["input_scale"] if left_out else []}

@@ -54,6 +54,8 @@ COPIED = (
     "chat_template.jinja",
     "processor_config.json",
     "preprocessor_config.json",
+    "LICENSE",
+    "NOTICE",
 )
 
 Progress = Callable[[int, str], None]  # bytes of the artifact done since the last call, name of the tensor
