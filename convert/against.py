@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from dgq.convert import provenance
-from dgq.convert.hashes import describe
+from dgq.convert.hashes import describe, dgq_version
 from dgq.convert.plan import Plan, PlannedTensor, make_plan
-from dgq.convert.recipes import find_recipe
+from dgq.convert.recipes import find_recipe, own_recipes
 from dgq.convert.slices import InputScales, Options, ordered, slices
 from dgq.convert.source import Source
 from dgq.quant.errors import InputError, printable
 from dgq.quant.gguf_file import GGUFReader
 from dgq.quant.hf_dir import HFDir, read_json
 from dgq.quant.imatrix import read_imatrix
+from dgq.quant.recipe import Recipe
 from dgq.quant.types import Packed
 
 NOT_COMPARED = ".input_scale"
@@ -36,8 +38,9 @@ def verify_against(
     path: Path, source: Source, recipe: str | None, imatrix: Path | None, sample: int, seed: int, threads: int
 ) -> dict[str, Any]:
     """Requantise `sample` weights, and one more of each scheme that is not among them: {"ok", "problems", "compared",
-    "left_out"}. The artifact must have passed `verify`. recipe: a .toml that dgq does not ship; imatrix: the file that
-    dgq.json names. InputError if the artifact was made with STATS, or dgq.json does not say how."""
+    "left_out"}. The artifact must have passed `verify`. recipe: the one to hold it to, if not dgq's own of its name or
+    the rules in dgq.json; imatrix: the file that dgq.json names. InputError if the artifact was made with STATS, or
+    dgq.json does not say how."""
     file = path / provenance.FILE
     document = read_json(file)
     options = Options(_effort(file, document), None, threads)
@@ -45,11 +48,16 @@ def verify_against(
     to, name = document.get("format"), document.get("recipe")
     if not (isinstance(to, str) and isinstance(name, str)):
         raise InputError(f"{file}: names no format and recipe; damaged")
-    plan = make_plan(source, find_recipe(to, recipe or name))
+    chosen = _recipe(file, document, to, recipe or name, recipe is not None)
+    plan = make_plan(source, chosen)
     if document.get("imatrix") is not None or imatrix is not None:
         matrix = read_imatrix(_imatrix(file, document, imatrix)).fitted({t.name: t.shape for t in plan.tensors})
         options = Options(options.effort, matrix, threads)
     problems = [*_source_differs(document, source)]
+    if document.get("recipe_rules") not in (None, chosen.model_dump(mode="json")):
+        problems.append(
+            f"{file}: its recipe_rules are not those of {recipe or f'dgq {dgq_version()} by the name {name}'}"
+        )
     said = document.get("tensors")
     if said != (made := {tensor.name: tensor.scheme.name for tensor in plan.tensors}):
         said = said if isinstance(said, dict) else {}
@@ -60,6 +68,13 @@ def verify_against(
     problems += [f"{path}: {tensor} is not what {source.where.name} gives" for tensor in _differing(
         plan, path, drawn, options)]  # fmt: skip
     return _result(problems, [tensor.name for tensor in drawn], plan.recipe.activations is not None)
+
+
+def source_revision(path: Path, asked: str) -> str | None:
+    """The commit of `asked` that dgq.json names, if it is the repository that it names."""
+    source = read_json(path / provenance.FILE).get("source")
+    named = isinstance(source, dict) and source.get("repository") == asked
+    return str(source["revision"]) if named and isinstance(source, dict) and source.get("revision") else None
 
 
 def _result(problems: list[str], compared: list[str], left_out: bool) -> dict[str, Any]:
@@ -74,6 +89,21 @@ def _effort(file: Path, document: dict[str, Any]) -> str:
     if effort not in ("stock", "fast"):
         raise InputError(f"{file}: its effort is none that dgq has; damaged")
     return str(effort)
+
+
+def _recipe(file: Path, document: dict[str, Any], to: str, name: str, given: bool) -> Recipe:
+    """The recipe given; dgq's own of that name; or, of somebody's own recipe, the rules that dgq.json holds."""
+    if given or name in own_recipes():
+        return find_recipe(to, name)
+    try:
+        recipe = Recipe.model_validate(document.get("recipe_rules"))
+    except ValidationError:
+        raise InputError(
+            f"{file}: recipe {name} is none of dgq's, and its rules are not in it; give --recipe"
+        ) from None
+    if (recipe.name, recipe.format) != (name, to):
+        raise InputError(f"{file}: its recipe_rules are of {recipe.name}, not {name}; damaged")
+    return recipe
 
 
 def _imatrix(file: Path, document: dict[str, Any], imatrix: Path | None) -> Path:

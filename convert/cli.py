@@ -16,6 +16,7 @@ import click
 
 from dgq.convert.bench_cli import bench
 from dgq.convert.cli_calibrate import calibrate
+from dgq.convert.cli_publish import publish
 from dgq.convert.cli_validate import validate
 from dgq.convert.cli_verify import verify
 from dgq.convert.one_line import OneLineErrors
@@ -268,6 +269,7 @@ main.add_command(bench)
 main.add_command(calibrate)
 main.add_command(validate)
 main.add_command(verify)
+main.add_command(publish)
 
 if __name__ == "__main__":
     main()

@@ -8,22 +8,24 @@ from pathlib import Path
 
 import click
 
-from dgq.convert.options import ADAPTER, JSON, REVISION
+from dgq.convert.options import ADAPTER, JSON
 
 
 @click.command()
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", metavar="DIR|USER/NAME")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Files hashed at once. [default: CPU cores]")
 @click.option("--against", metavar="SRC", help="Quantise some of its weights again from SRC, and compare bytes.")
 @click.option("--sample", type=click.IntRange(1), default=8, show_default=True, help="Weights that --against draws.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws them; choose one that nobody expects.")
-@click.option("--recipe", help="A .toml that dgq does not ship, for --against.")
+@click.option("--recipe", help="For --against. [default: dgq's own of that name, or the rules in dgq.json]")
 @click.option("--imatrix", type=click.Path(path_type=Path), help="That the artifact was made with, for --against.")
-@REVISION
+@click.option(
+    "--revision", help="Branch, tag or commit of an ARTIFACT on the Hub, else of SRC. [SRC beside it: as in dgq.json]"
+)
 @ADAPTER
 @JSON
 def verify(
-    artifact: Path,
+    artifact: str,
     threads: int | None,
     against: str | None,
     sample: int,
@@ -34,18 +36,26 @@ def verify(
     adapters: tuple[Path, ...],
     as_json: bool,
 ) -> None:
-    """Check every byte of an artifact directory against its dgq.json. Exit code 1 if anything differs."""
+    """Check every byte of an artifact against its dgq.json, and of a published one's other files against manifest.json.
+    Exit code 1 if anything differs."""
     from dgq.convert import show
+    from dgq.convert.hub import fetch_artifact, is_hub_id
     from dgq.convert.verify import total_bytes, verify
 
     threads = threads or os.cpu_count() or 1
-    with show.bar("verifying", total_bytes(artifact)) as advance:
-        found = verify(artifact, threads, advance)
+    published = is_hub_id(artifact)
+    where = fetch_artifact(artifact, revision) if published else None
+    path = where.path if where else Path(artifact)
+    with show.bar("verifying", total_bytes(path)) as advance:
+        found = verify(path, threads, advance, links=published)
+    if where is not None:
+        found["revision"] = where.revision
     if against is not None and found["ok"]:
-        from dgq.convert.against import verify_against
+        from dgq.convert.against import source_revision, verify_against
         from dgq.convert.source import open_source
 
-        source = open_source(against, revision, adapters=adapters)
-        found |= verify_against(artifact, source, recipe, imatrix, sample, seed, threads)
-    show.print_json(found) if as_json else show.verified(str(artifact), found)
+        pinned = source_revision(path, against) if published or revision is None else revision
+        source = open_source(against, pinned, adapters=adapters)
+        found |= verify_against(path, source, recipe, imatrix, sample, seed, threads)
+    show.print_json(found) if as_json else show.verified(artifact, found)
     sys.exit(0 if found["ok"] else 1)

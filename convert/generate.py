@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dgq.convert import provenance
 from dgq.convert.device import chosen_device
-from dgq.convert.hub import TINY, is_hub_id
+from dgq.convert.hub import TINY, fetch_artifact, is_hub_id, locate
 from dgq.convert.show import note
 from dgq.convert.source import open_source
 from dgq.quant.errors import InputError
@@ -28,17 +29,26 @@ def open_model(asked: str, revision: str | None = None, adapters: Sequence[Path]
     if is_artifact(asked):
         if adapters:
             raise InputError(f"--adapter: {asked} is quantised already; convert its source with the adapter")
-        artifact = open_artifact(asked)
-        for line in artifact.weights.remarks:
-            note(line)
-        return artifact
+        return _artifact(asked)
     if is_hub_id(asked):  # what is wrong with it is said before all of it is fetched
+        small = locate(asked, revision, weights=False)
+        if (small.path / provenance.FILE).is_file():  # an artifact that dgq published
+            if adapters:
+                raise InputError(f"--adapter: {asked} is quantised already; convert its source with the adapter")
+            return _artifact(str(fetch_artifact(asked, small.revision).path))
         revision = open_source(asked, revision, weights=False, adapters=adapters).where.revision
     source = open_source(asked, revision, adapters=adapters)
     source.check_copies()
     for adapter in source.adapters:
         note(adapter.notice)
     return Artifact("safetensors", source.path, source.path, source.config, source.generation, source)
+
+
+def _artifact(path: str) -> Artifact:
+    artifact = open_artifact(path)
+    for line in artifact.weights.remarks:
+        note(line)
+    return artifact
 
 
 def is_artifact(asked: str) -> bool:

@@ -26,8 +26,8 @@ from dgq.quant.hf_dir import read_index
 from dgq.quant.types import Spec
 
 TINY = "tiny"
-WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
-SMALL = ("*.json", "*.jinja", "tokenizer.model")
+SMALL = ("*.json", "*.jinja", "tokenizer.model", "LICENSE", "NOTICE")
+WANTED = (*SMALL, "*.safetensors")
 TIMEOUT = 10  # seconds of silence; model_info has no limit of its own
 PATIENCE = 10  # seconds; who is told to wait longer is told so, at once
 
@@ -68,16 +68,21 @@ def locate(asked: str, revision: str | None = None, *, weights: bool = True) -> 
     return Located(asked, path)
 
 
+def fetch_artifact(repo: str, revision: str | None = None) -> Located:
+    """Every file of an artifact's repository, in the Hub's cache, where they are links to its blobs."""
+    return _fetch(repo, revision, ("*",))
+
+
 def _fetch(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Located:
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
     if huggingface_hub.is_offline_mode():
         return Located(repo, _cached(repo, revision, patterns), repo, revision)
-    _tame()
+    tame()
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT)
-        if not _is_commit(info.sha):
+        if not is_commit(info.sha):
             raise KeyError("sha")  # to download without a commit would be to follow a branch
         wanted = list(filter_repo_objects(info.siblings, allow_patterns=list(patterns), key=lambda f: f.rfilename))
         for file in wanted:
@@ -146,7 +151,7 @@ def _cached(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if not _is_commit(revision):
+    if not is_commit(revision):
         raise InputError(
             f"{repo}: HF_HUB_OFFLINE is set; unset it, or name a cached commit with --revision (40 hex digits)"
         )
@@ -178,12 +183,13 @@ def remote_specs(repo: str, commit: str) -> dict[str, Spec]:
     }
 
 
-def _is_commit(revision: str | None) -> bool:
+def is_commit(revision: str | None) -> bool:
     return re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
 
 
-def _tame() -> None:
-    """Errors are told by us, in one line: no log of the library's retries, none of its long waits, no bars in a log."""
+def tame(silence: float = TIMEOUT) -> None:
+    """Errors are told by us, in one line: no log of the library's retries, none of its long waits, no bars in a log.
+    silence: seconds that an answer may take."""
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars, hf_raise_for_status
 
@@ -196,7 +202,7 @@ def _tame() -> None:
         disable_progress_bars()
     plain = huggingface_hub.get_session()
     hooks = {"request": plain.event_hooks["request"], "response": [no_long_wait]}
-    huggingface_hub.set_client_factory(lambda: type(plain)(event_hooks=hooks, follow_redirects=True, timeout=TIMEOUT))
+    huggingface_hub.set_client_factory(lambda: type(plain)(event_hooks=hooks, follow_redirects=True, timeout=silence))
 
 
 def _wait(response: Any) -> int | None:
@@ -261,6 +267,8 @@ def _answer(repo: str, error: Any, file: str | None) -> str:
         text = f"it has no revision {revision}; check --revision"
     elif isinstance(error, errors.EntryNotFoundError):
         text = "the file is listed, but not there; take another --revision, or tell the model's owner"
+    elif status in (409, 412):
+        text = f"{error.server_message or 'conflict'}; somebody else changes it at this moment, run the command again"
     elif status == 429:
         text = f"too many requests; wait {f'{wait} seconds' if wait else 'some minutes'} and run the command again"
     elif status >= 500:

@@ -16,6 +16,8 @@ from dgq.convert.cost import cost
 from dgq.convert.fixed import measured
 from dgq.convert.free import free_batches, run
 from dgq.convert.gate import Gate, judged
+from dgq.convert.hashes import describe
+from dgq.convert.provenance import FILE
 from dgq.convert.questions import LEVELS
 from dgq.convert.reference import Reference, combined
 from dgq.convert.sensitivity import Part, parts, restored
@@ -144,7 +146,7 @@ class Judge:
         self._step_ms = float(spent["step_ms"])
         numel = sum(weight.numel for weight in stored.values())
         return {
-            "name": self.name, "kind": artifact.kind, "path": str(artifact.path),
+            "name": self.name, "kind": artifact.kind, "path": str(artifact.path), "files": _files(artifact),
             "bytes": sum(weight.nbytes for weight in stored.values()), "params": numel,
             "quantized_share": sum(stored[name].numel for name in below) / numel,
             "experts_share": sum(text[n].numel for n in routed if n in below) / sum(text[n].numel for n in routed),
@@ -253,6 +255,12 @@ class _With:
     def model(self) -> Model:
         assert self._source is not None
         return self._lazy.model.replaced(restored(self._part, self._source.weights))
+
+
+def _files(artifact: Artifact) -> Json:
+    """What was judged: SHA-256 of its weight files and its dgq.json, by which `dgq publish` knows it again."""
+    files = artifact.weights.files
+    return {file.name: describe(file) for file in (*files, files[0].parent / FILE) if file.is_file()}
 
 
 def _kl(measures: torch.Tensor) -> torch.Tensor:

@@ -57,6 +57,8 @@ COPIED = (
     "chat_template.jinja",
     "processor_config.json",
     "preprocessor_config.json",
+    "LICENSE",
+    "NOTICE",
 )
 
 Progress = Callable[[int, str], None]  # bytes of the artifact done since the last call, name of the tensor
@@ -124,7 +126,9 @@ def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice:
         with _timed(seconds, "hashing the artifact"):
             files = {name: f.result() for name, f in _hashes(hashers, sorted(partial.iterdir())).items()}
         about = scales.about if scales else None
-        document = provenance.document(plan, options.effort, options.imatrix, about, sources, files, options.stats)
+        document = provenance.document(
+            plan, options.effort, options.imatrix, about, sources, files, options.stats, options.device
+        )
         (partial / provenance.FILE).write_text(provenance.text(document), "utf-8")
     return Converted(out, out / file, document, seconds, resumed)
 

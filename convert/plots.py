@@ -74,7 +74,23 @@ def plots(report: Json) -> dict[str, list[Plot]]:
     return drawn
 
 
+def pictures(report: Json, keys: Sequence[str]) -> dict[str, tuple[str, bytes]]:
+    """Some of them for a page that takes no SVG: key -> title and PNG."""
+    known = {
+        "kl-by-level": ("KL by noise level", kl_by_level), "top-by-level": ("Agreement by noise level", top_by_level),
+        "steps": ("Steps a canvas took", steps_histogram), "tasks": ("Exact answers by task", by_task),
+    }  # fmt: skip
+    with plt.rc_context(STYLE | {"savefig.dpi": 150}):
+        return {key: (known[key][0], _drawn(known[key][1], report, "png", {"Software": None})[1]) for key in keys}
+
+
 def _plot(key: str, title: str, draw: Callable[[Axes, Any], str], data: Any) -> Plot:
+    alt, image = _drawn(draw, data, "svg", {"Date": None})
+    encoded = base64.b64encode(image).decode()
+    return Plot(key, title, alt, f"data:image/svg+xml;base64,{encoded}")
+
+
+def _drawn(draw: Callable[[Axes, Any], str], data: Any, form: str, metadata: Any) -> tuple[str, bytes]:
     figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT))
     try:
         alt = draw(axes, data)
@@ -83,12 +99,11 @@ def _plot(key: str, title: str, draw: Callable[[Axes, Any], str], data: Any) -> 
             columns = 2 if max(map(len, labels)) < 24 else 1
             figure.legend(handles, labels, loc="outside lower center", ncols=columns)
             figure.set_figheight(HEIGHT + 0.19 * -(-len(handles) // columns))
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
+        file = io.BytesIO()
+        figure.savefig(file, format=form, metadata=metadata)
     finally:
         plt.close(figure)
-    encoded = base64.b64encode(file.getvalue().encode()).decode()
-    return Plot(key, title, alt, f"data:image/svg+xml;base64,{encoded}")
+    return alt, file.getvalue()
 
 
 def colour(index: int) -> str:

@@ -1,13 +1,15 @@
 """dgq.json: where an artifact comes from and what it is, checkable file by file.
 
-It lists the source (repository, revision, SHA-256 of every file), the recipe, each tensor's scheme, the share of
-parameters quantised, and the SHA-256 of every other file of the artifact. Its last key is the SHA-256 of its own
-text without that key. No dates and no local paths: the same input gives the same bytes.
+It lists the source (repository, revision, SHA-256 of every file), the recipe and its rules, the versions of the
+libraries that took part, each tensor's scheme, the share of parameters quantised, and the SHA-256 of every other file
+of the artifact. Its last key is the SHA-256 of its own text without that key. No dates and no local paths: the same
+input gives the same bytes. made_on names the device where bytes may depend on it: what was calibrated. Elsewhere null.
 """
 
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from dgq.convert.stats import Stats
 from dgq.quant.imatrix import Imatrix
 
 FILE = "dgq.json"
+LIBRARIES = ("torch", "numpy", "safetensors", "gguf", "libggml-python")  # whose code makes or writes the bytes
 
 
 def document(
@@ -27,13 +30,17 @@ def document(
     sources: dict[str, Any],
     files: dict[str, Any],
     stats: Stats | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """The content of dgq.json. sources, files: file name -> {"bytes", "sha256"}; input_scales: how they were found."""
+    """The content of dgq.json. sources, files: file name -> {"bytes", "sha256"}; input_scales: how they were found;
+    device: it was made on."""
     where = plan.source.where
+    calibrated = stats is not None or (input_scales or {}).get("method") == "calibrated"
     content: dict[str, Any] = {
         "dgq": dgq_version(),
         "format": plan.recipe.format,
         "recipe": plan.recipe.name,
+        "recipe_rules": plan.recipe.model_dump(mode="json"),
         "effort": effort,
         "source": {"name": where.name, "repository": where.repo, "revision": where.revision, "files": sources},
         "adapters": [adapter.about for adapter in plan.source.adapters],
@@ -44,6 +51,8 @@ def document(
         "imatrix": None,
         "input_scales": input_scales,
         "calibration": stats.describe() if stats else None,
+        "made_on": device if calibrated else None,
+        "libraries": {name: version(name) for name in LIBRARIES},
         "tensors": {tensor.name: tensor.scheme.name for tensor in plan.tensors},
         "files": files,
     }

@@ -17,14 +17,16 @@ def find_recipe(to: str, name: str | None = None) -> Recipe:
     if name.endswith(".toml"):
         recipe = load_recipe(Path(name))
     else:
-        known = {
-            path.name.removesuffix(".toml"): path
-            for path in files("dgq.recipes").iterdir()
-            if path.name.endswith(".toml")
-        }
+        known = own_recipes()
         if name not in known:
             raise InputError(f"unknown recipe {name!r}; dgq has {', '.join(sorted(known))}, or give a .toml file")
-        recipe = load_recipe(Path(str(known[name])))
+        recipe = load_recipe(known[name])
     if recipe.format != to:
         raise InputError(f"recipe {recipe.name} makes {recipe.format}, not {to}")
     return recipe
+
+
+def own_recipes() -> dict[str, Path]:
+    """dgq's recipes by name."""
+    found = (Path(str(path)) for path in files("dgq.recipes").iterdir())
+    return {path.stem: path for path in found if path.suffix == ".toml"}

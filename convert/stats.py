@@ -58,20 +58,29 @@ class Stats:
         return starved(self.tensors)
 
     def describe(self) -> dict[str, Any]:
-        """For dgq.json."""
-        return {**self.about, "name": self.file.name, "sha256": self.sha256, "starved": self.starved()}
+        """For dgq.json. coverage: layer -> tokens that its experts saw: the least, the median, the most."""
+        about = {**self.about, "name": self.file.name, "sha256": self.sha256, "starved": self.starved()}
+        seen = {layer: sorted(counts) for layer, counts in coverage(self.tensors).items()}
+        return about | {"coverage": {layer: [n[0], n[len(n) // 2], n[-1]] for layer, n in seen.items()}}
 
 
 def starved(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     """See Stats.starved."""
-    found = {}
-    for name, count in tensors.items():
-        if name.endswith("experts.gate_up_proj.count"):
-            layer = name.split("layers.")[1].split(".")[0]
-            for expert, seen in enumerate(count.sum(-1).tolist()):
-                if seen < FLOOR:
-                    found[f"{layer}.{expert}"] = seen
-    return found
+    return {
+        f"{layer}.{expert}": seen
+        for layer, counts in coverage(tensors).items()
+        for expert, seen in enumerate(counts)
+        if seen < FLOOR
+    }
+
+
+def coverage(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    """Layer -> tokens that each expert saw."""
+    return {
+        name.split("layers.")[1].split(".")[0]: count.sum(-1).tolist()
+        for name, count in tensors.items()
+        if name.endswith("experts.gate_up_proj.count")
+    }
 
 
 def sample_tensors(chunks: list[Chunk]) -> dict[str, torch.Tensor]:

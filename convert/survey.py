@@ -34,6 +34,7 @@ from dgq.convert.source import Source
 from dgq.convert.stats import (
     READERS,
     WATCHED,
+    coverage,
     imatrix_entries,
     sample_tensors,
     starved,
@@ -163,7 +164,7 @@ def survey(
         dist.barrier()
     if rank == 0:
         shutil.rmtree(folder)
-    return {**about, "starved": starved(tensors), "coverage": _coverage(tensors)}
+    return {**about, "starved": starved(tensors), "coverage": coverage(tensors)}
 
 
 def _round(
@@ -215,15 +216,6 @@ def _add(total: dict[str, Tensor], more: dict[str, Tensor]) -> None:
             total[name] = value
         else:
             total[name] = torch.maximum(known, value) if name.endswith(".amax") else known + value
-
-
-def _coverage(tensors: dict[str, Tensor]) -> dict[str, list[int]]:
-    """Layer -> tokens that each expert saw."""
-    return {
-        name.split("layers.")[1].split(".")[0]: count.sum(-1).tolist()
-        for name, count in tensors.items()
-        if name.endswith("experts.gate_up_proj.count")
-    }
 
 
 def save(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:

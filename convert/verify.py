@@ -3,6 +3,7 @@
 dgq.json        its last key is the SHA-256 of the rest of its text
 its "files"     size and SHA-256 of every other file; no file besides
 the artifact    opens, and holds the schemes and the share of parameters that dgq.json names
+manifest.json   in what `dgq publish` made: size and SHA-256 of the card and all else that came with the artifact
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dgq.convert import provenance
-from dgq.convert.hashes import sha256
+from dgq.convert.hashes import describe, sha256
 from dgq.quant.errors import InputError, printable
 from dgq.quant.hf_dir import read_json
 from dgq.quant.schemes import stored_bits
@@ -22,14 +23,17 @@ from dgq.runtime.artifact import open_artifact
 from dgq.runtime.names import ROPE_FREQS
 
 Progress = Callable[[int, str], None]
+MANIFEST = "manifest.json"
+HUBS = (".gitattributes", ".cache")  # what the Hub, and its downloads into a directory, add
 
 
-def verify(path: Path, threads: int, progress: Progress) -> dict[str, Any]:
-    """Check an artifact directory: {"ok", "problems", "files", "bytes"}. InputError without a dgq.json to go by."""
+def verify(path: Path, threads: int, progress: Progress, links: bool = False) -> dict[str, Any]:
+    """Check an artifact directory: {"ok", "problems", "files", "bytes"}. InputError without a dgq.json to go by.
+    links: files may be links, as in the Hub's cache."""
     file = path / provenance.FILE
     if not path.is_dir():
         raise InputError(f"{path}: is no artifact directory")
-    if file.is_symlink() or (file.exists() and not file.is_file()):
+    if (file.is_symlink() and not links) or (file.exists() and not file.is_file()):
         raise InputError(f"{file}: is no plain file")
     document = read_json(file)
     listed = document.get("files")
@@ -37,11 +41,18 @@ def verify(path: Path, threads: int, progress: Progress) -> dict[str, Any]:
         raise InputError(f"{file}: its files are no object of bytes and sha256; damaged")
     problems = list(_seal(file, document))
     found = {entry.name for entry in path.iterdir()} - {provenance.FILE}
+    if MANIFEST in found - listed.keys():
+        found -= {MANIFEST, *HUBS}
+        told, more = _manifest(path / MANIFEST, file, listed)
+        problems += told
+        listed = listed | more
     problems += [f"{path / name}: is missing" for name in sorted(listed.keys() - found)]
     problems += [f"{path / name}: is not part of the artifact" for name in sorted(found - listed.keys())]
     there = sorted(found & listed.keys())
     with ThreadPoolExecutor(threads) as pool:
-        for name, wrong in zip(there, pool.map(lambda name: _differs(path / name, listed[name]), there), strict=True):
+        for name, wrong in zip(
+            there, pool.map(lambda name: _differs(path / name, listed[name], links), there), strict=True
+        ):
             problems += wrong
             progress(listed[name]["bytes"], name)
     if not problems:
@@ -57,7 +68,7 @@ def verify(path: Path, threads: int, progress: Progress) -> dict[str, Any]:
 def total_bytes(path: Path) -> int:
     """What a progress bar counts to; 0 if it cannot be known."""
     entries = os.scandir(path) if path.is_dir() else ()
-    return sum(entry.stat().st_size for entry in entries if entry.is_file(follow_symlinks=False))
+    return sum(entry.stat().st_size for entry in entries if entry.is_file())
 
 
 def _describes(said: Any) -> bool:
@@ -76,8 +87,22 @@ def _seal(file: Path, document: dict[str, Any]) -> Iterator[str]:
         yield f"{file}: is not written as dgq writes it; it was changed or damaged"
 
 
-def _differs(file: Path, said: dict[str, Any]) -> list[str]:
-    if file.is_symlink() or not file.is_file():
+def _manifest(file: Path, document: Path, listed: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """What is wrong with a manifest.json itself, and the files that it adds to dgq.json's."""
+    manifest = read_json(file)
+    said = manifest.get("files")
+    if not isinstance(said, dict) or not all(_describes(one) for one in said.values()):
+        raise InputError(f"{file}: its files are no object of bytes and sha256; damaged")
+    problems = list(_seal(file, manifest))
+    mine = listed | {provenance.FILE: describe(document)}
+    both = sorted(mine.keys() & said.keys())
+    problems += [f"{file}: says other bytes of {name} than dgq.json" for name in both if mine[name] != said[name]]
+    problems += [f"{file}: does not list {name}" for name in sorted(mine.keys() - said.keys())]
+    return problems, {name: said[name] for name in said.keys() - mine.keys() if "/" not in name}
+
+
+def _differs(file: Path, said: dict[str, Any], links: bool = False) -> list[str]:
+    if (file.is_symlink() and not links) or not file.is_file():
         return [f"{file}: is no plain file"]
     size = file.stat().st_size
     if size != said["bytes"]:

@@ -7,8 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
+import numpy
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from kinds import write_kinds
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,9 @@ from safetensors.torch import load_file, save_file
 from dgq.convert import provenance
 from dgq.convert.cli import main
 from dgq.convert.hashes import describe
+from dgq.quant.gguf_file import GGUFReader
+from dgq.quant.recipe import Recipe, load_recipe
+from dgq.runtime.artifact import open_artifact
 
 HOW = {
     "nvfp4": ("--to", "nvfp4", "--input-scale", "0.01", "--effort", "fast"),
@@ -64,22 +68,106 @@ def test_honest(name: str, root: Path) -> None:
     assert {said[tensor] for tensor in few["compared"]} == set(said.values())
 
 
-@pytest.mark.parametrize("name", HOW)
-def test_made_from_other_weights(name: str, root: Path, tmp_path: Path) -> None:
-    """Routed experts that went through four bits before, as in a quant of a quant; dgq.json claims the source."""
+REQUANTISED = [
+    ("q4_k_m", "bnb4"),
+    ("q4_k_m", "nvfp4"),
+    ("nvfp4-w4a16", "q4_k_m"),
+    ("nvfp4", "bnb4-dq"),
+    ("bnb4", "nvfp4-w4a16"),
+]
+
+
+@pytest.mark.parametrize(("quant", "name"), REQUANTISED)
+def test_a_quant_of_a_quant(quant: str, name: str, root: Path, tmp_path: Path) -> None:
+    """Another artifact decoded and quantised again, as published files have been; dgq.json claims the source."""
+    decoded = open_artifact(root / quant).weights
     other = shutil.copytree(root / "source", tmp_path / "other")
     for file in other.glob("*.safetensors"):
         tensors = load_file(file)
-        for key, value in tensors.items():
-            if ".experts." in key:
-                step = value.float().abs().amax(-1, keepdim=True).clamp(min=1e-9) / 7
-                tensors[key] = ((value.float() / step).round() * step).to(torch.bfloat16)
+        for key in tensors.keys() & set(decoded):
+            tensors[key] = decoded[key].dequantize().to(tensors[key].dtype).reshape(tensors[key].shape).contiguous()
         save_file(tensors, file, {"format": "pt"})
     fake = tmp_path / name
     assert dgq("convert", other, *HOW[name], "-o", fake).exit_code == 0
     seal(fake, source=json.loads((root / name / provenance.FILE).read_text())["source"])
     result = against(fake, root / "source")
     assert result.exit_code == 1 and "exps" in result.stderr + result.stderr.replace("experts", "exps")
+    assert "is not what source gives" in result.stderr
+
+
+RECIPE = """
+name = "mine"
+format = "bnb4"
+label = "mine"
+description = "dense parts in BF16"
+max_16bit_share = 0.9
+[[rule]]
+match = "*.experts.*"
+scheme = "nf4"
+[[rule]]
+match = "*"
+scheme = "bf16"
+"""
+
+
+def test_somebody_s_own_recipe(root: Path, tmp_path: Path) -> None:
+    """Its rules lie in dgq.json; --recipe holds it to a file. Other rules, or dgq's name for them, are noticed."""
+    file = tmp_path / "mine.toml"
+    file.write_text(RECIPE)
+    made = tmp_path / "made"
+    assert dgq("convert", root / "source", "--to", "bnb4", "--recipe", file, "-o", made).exit_code == 0
+    rules = json.loads((made / provenance.FILE).read_text())["recipe_rules"]
+    assert Recipe.model_validate(rules) == load_recipe(file)
+    assert against(made, root / "source").exit_code == 0
+    assert against(made, root / "source", "--recipe", str(file)).exit_code == 0
+    other = tmp_path / "other.toml"
+    other.write_text(RECIPE.replace("*.experts.*", "*.experts.down_proj"))
+    result = against(made, root / "source", "--recipe", str(other))
+    assert result.exit_code == 1 and "recipe_rules are not those of" in result.stderr and "gate_up" in result.stderr
+    seal(made, recipe="bnb4")
+    result = against(made, root / "source")
+    assert result.exit_code == 1 and "by the name bnb4" in result.stderr
+    for wrong in (None, {}, rules | {"rule": 3}, rules):
+        seal(made, recipe="other", recipe_rules=wrong)
+        result = against(made, root / "source")
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.stderr
+    gone = made / "gone"
+    seal(made, recipe="../bnb4", recipe_rules=rules)
+    assert against(made, root / "source").exit_code == 2 and not gone.exists()
+
+
+def test_an_imatrix(root: Path, tmp_path: Path) -> None:
+    """The weighted bytes are proven with the very file that made them, and with no other."""
+    plain = GGUFReader(next((root / "q4_k_m").glob("*.gguf")))
+    rng = numpy.random.default_rng(5)
+    files = []
+    for number in range(2):
+        files.append(tmp_path / f"{number}.imatrix.gguf")
+        writer = gguf.GGUFWriter(files[-1], "diffusion-gemma")
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", ["made up"])
+        writer.add_uint32("imatrix.chunk_count", 1)
+        writer.add_uint32("imatrix.chunk_size", 512)
+        for name in (name for name in plain if "_exps.weight" in name):
+            experts, _, columns = plain.shape(name)
+            sums = rng.uniform(0.01, 9, (experts, columns)).astype("float32") ** 2
+            writer.add_tensor(f"{name}.in_sum2", sums)
+            writer.add_tensor(f"{name}.counts", numpy.full((experts, 1), 512, "float32"))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    made = tmp_path / "made"
+    assert dgq("convert", root / "source", "--to", "gguf", "--imatrix", files[0], "-o", made).exit_code == 0
+    assert against(made, root / "source", "--imatrix", str(files[0])).exit_code == 0
+    for more, said in ((), "give it with --imatrix"), (("--imatrix", str(files[1])), "is not the file whose SHA-256"):
+        result = against(made, root / "source", *more)
+        assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1
+    seal(made, imatrix=None)
+    assert against(made, root / "source").exit_code == 1, "bytes weighed by a matrix are not the plain ones"
+    seal(made, imatrix={"name": files[1].name, "datasets": ["made up"], **describe(files[1])})
+    result = against(made, root / "source", "--imatrix", str(files[1]))
+    assert result.exit_code == 1 and "exps.weight is not what" in result.stderr
 
 
 def test_another_recipe_or_effort(root: Path, tmp_path: Path) -> None:

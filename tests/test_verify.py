@@ -125,7 +125,7 @@ def test_a_bit_in_any_file(artifact: Path) -> None:
             try:
                 found = problems(artifact)
                 assert file.name in found[0], (file, at, bit, found)
-                assert len(found) == 1 or (len(found) == 3 and file.name == provenance.FILE), (file, at, bit, found)
+                assert len(found) == 1 or file.name == provenance.FILE, "a hash in it may have been hit"
             except InputError as error:
                 assert file.name == provenance.FILE, error
             flip(file, at, bit)
