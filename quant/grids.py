@@ -4,7 +4,7 @@
 
     scheme   columns of a scale   levels                      scales
     nvfp4    16                   0 .5 1 1.5 2 3 4 6, ±       E4M3 code * scale_2 of the matrix
-    nf4      64                   16 quantiles of a normal    any float32; nf4_dq: one of 256 * nested absmax + offset
+    nf4      64                   16 quantiles of a normal    any float32; ours bfloat16, a word in the runtime
     q8_0     32                   -127 … 127                  any half
     q5_0     32                   -16 … 15                    any half, of either sign
     q6_k     16, in 256           -32 … 31                    d * int8, d a half of the 256
@@ -96,7 +96,7 @@ class NF4Grid:
 
     def scales(self, x: Tensor, cost: Tensor, state: None, number: int) -> tuple[Tensor, None, tuple[Tensor, ...]]:
         absmax = x.abs().amax(-1)
-        candidates = torch.stack([absmax * factor for factor in self.factors])
+        candidates = torch.stack([absmax * factor for factor in self.factors]).bfloat16().float()
         return candidates, None, (candidates,)
 
     def pack(self, codes: Tensor, notes: list[Tensor]) -> dict[str, Tensor]:

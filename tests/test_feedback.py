@@ -138,3 +138,13 @@ def test_blocks_go_by_power_and_stay_together() -> None:
         assert bool((sums.diff() <= 0).all())
         assert bool((row.view(-1, 32) // 32 == (row.view(-1, 32) // 32)[:, :1]).all())
         assert bool((own[row].view(-1, 32).diff(dim=-1) <= 0).all())
+
+
+def test_scales_of_nf4_are_bfloat16() -> None:
+    """Kernels read a scale that is a bfloat16 in one word, any other in two."""
+    weight, hessian = _case()
+    stock = SCHEMES["nf4"].quantize(weight)["absmax"]
+    assert not torch.equal(stock, stock.bfloat16().float()), "float32 weights: the reference's scales are not"
+    for parts in (search(weight, None, SCHEMES["nf4"]), feedback(weight, hessian, SCHEMES["nf4"])):
+        assert torch.equal(parts["absmax"], parts["absmax"].bfloat16().float())
+        assert not torch.equal(parts["absmax"], stock.bfloat16().float()), "chosen, not the largest"

@@ -61,8 +61,6 @@ def converted(path: Path, recipe: str) -> Path:
             FORMATS[recipe],
             "--recipe",
             recipe,
-            "--effort",
-            "stock",
             "-o",
             str(out),
             *options,
