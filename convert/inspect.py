@@ -11,6 +11,7 @@ from dgq.convert.provenance import FILE
 from dgq.convert.source import Source, open_source
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_json
+from dgq.quant.own_layout import ONLY_DGQ
 from dgq.quant.schemes import stored_bits
 from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.weights import Weights
@@ -47,6 +48,7 @@ def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
         },
         "sampler": vars(generation.sampler) | {"eos_ids": list(generation.eos_ids)},
         "provenance": _provenance(opened) if isinstance(opened, Artifact) else None,
+        "opens_in": ONLY_DGQ if weights.only_dgq else None,
         "remarks": list(weights.remarks),
         "stored_tensors": sum(row[-1] for row in rows),
         "tensors": {row[0]: row[1] for row in rows},

@@ -235,6 +235,8 @@ def inspected(found: dict[str, Any]) -> None:
     out.print(f"{found['stored_tensors']:,} tensors, {found['bytes'] / MIB:,.1f} MiB, {share}")
     out.print("model    " + "  ".join(f"{key} {value}" for key, value in model.items()))
     out.print("sampler  " + "  ".join(f"{key} {value}" for key, value in sampler.items()))
+    if found["opens_in"]:
+        out.print(f"opens in {found['opens_in']}")
     if origin is None and found["kind"] == "safetensors":
         out.print("origin   a checkpoint, not an artifact: there is no dgq.json")
     elif origin is None:
