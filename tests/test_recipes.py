@@ -171,3 +171,20 @@ def test_ggufs_are_llama_quantizes(kind: str, tmp_path: Path) -> None:
         made = np.asarray(libgguf.quantize_rows(rows, gguf.GGMLQuantizationType[expected])).view(np.uint8)
         assert np.array_equal(np.asarray(tensor.data).view(np.uint8).flatten(), made.flatten()), tensor.name
     assert seen == {"F32", "Q8_0", kind}
+
+
+def test_the_example_of_the_guide_works(source: Path, tmp_path: Path) -> None:
+    """End to end, on a model of two layers: planned, converted, verified against its source, run."""
+    text = (TESTS.parent / "recipes" / "examples" / "attention-8bit.toml").read_text()
+    mine = tmp_path / "mine.toml"
+    mine.write_text(text.replace("layers.29.", "layers.1."))
+    kept = write_kinds(tmp_path / "source", ["normal", "outliers", "heavy-tailed", "ties"])
+    out = convert(kept, tmp_path / "out", "nvfp4", mine)
+    found = {name: stored.scheme for name, stored in open_artifact(out).weights.everything().items()}
+    assert found["model.decoder.layers.0.experts.down_proj"] == "nvfp4"
+    assert found["model.decoder.layers.1.experts.down_proj"] == found[EMBEDDING] == "q8_0"
+    assert found["model.decoder.layers.0.self_attn.o_proj.weight"] == "q8_0"
+    assert found["model.decoder.layers.0.mlp.up_proj.weight"] == "bf16"
+    result = dgq("verify", out, "--against", kept, "--recipe", mine, "--sample", 1000)
+    assert result.exit_code == 0, result.output
+    assert dgq("run", out, "hi", "--max-new-tokens", 1, "--steps", 1, "--device", "cpu").exit_code == 0
