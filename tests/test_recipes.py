@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 from kinds import KINDS, write_kinds
 from safetensors.torch import load_file, save_file
 
+from dgq.convert import slices
 from dgq.convert.cli import main
 from dgq.quant.errors import InputError
 from dgq.runtime.artifact import open_artifact
@@ -101,6 +102,13 @@ def test_the_embedding_is_gguf_pys(source: Path, everything: Path) -> None:
     assert np.array_equal(stored.numpy(), expected)
     decoded = open_artifact(everything).weights[EMBEDDING].dequantize().numpy()
     assert np.array_equal(decoded, gguf.quants.dequantize(expected, gguf.GGMLQuantizationType.Q8_0))
+
+
+def test_matrices_are_not_cut(source: Path, everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a matrix share a scale: with slices far smaller than a matrix the bytes are the same."""
+    monkeypatch.setitem(slices.SLICE, "cpu", 1 << 10)
+    out = convert(source, tmp_path / "out", "nvfp4", "nvfp4-all")
+    assert (out / "model.safetensors").read_bytes() == (everything / "model.safetensors").read_bytes()
 
 
 def test_it_says_that_only_dgq_opens_it(source: Path, everything: Path) -> None:
