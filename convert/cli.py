@@ -41,32 +41,44 @@ def main() -> None:
     """
 
 
-_TO = click.option(
-    "--to", "to", type=click.Choice(["nvfp4", "bnb4", "gguf"]), required=True, help="Format of the artifact."
-)
+_FORMATS = click.Choice(["nvfp4", "bnb4", "gguf"])
+_TO = click.option("--to", "to", type=_FORMATS, required=True, help="Format of the artifact.")
 _RECIPE = click.option("--recipe", help="Recipe name or .toml file. [default: nvfp4, bnb4, q4_k_m]")
 
 
 @main.command()
 @SOURCE
-@_TO
+@click.option("--to", "to", type=_FORMATS, help="Format of the artifact. [default: the sizes of every recipe]")
 @_RECIPE
 @REVISION
 @click.option("--threads", type=click.IntRange(1, 1024), help="To convert with. [default: CPU cores]")
 @click.option("--no-probe", is_flag=True, help="Do not try how fast this machine is: no estimate of time.")
 @JSON
 def plan(
-    src: str, to: str, recipe: str | None, revision: str | None, threads: int | None, no_probe: bool, as_json: bool
+    src: str,
+    to: str | None,
+    recipe: str | None,
+    revision: str | None,
+    threads: int | None,
+    no_probe: bool,
+    as_json: bool,
 ) -> None:
     """Show what `convert` would write, and what you will need: disk, RAM, time, VRAM. Reads headers only."""
-    from dgq.convert import show
+    from dgq.convert import show, show_choices
+    from dgq.convert.choices import choices
     from dgq.convert.needs import needs
     from dgq.convert.plan import make_plan
     from dgq.convert.probe import probe
     from dgq.convert.recipes import find_recipe
     from dgq.convert.source import open_source
 
-    planned = make_plan(open_source(src, revision, weights=False), find_recipe(to, recipe))
+    if to is None and recipe is not None:
+        raise InputError("--recipe: needs --to, the recipe's format; without both, plan shows every recipe's size")
+    source = open_source(src, revision, weights=False)
+    if to is None:
+        found = choices(source)
+        return show.print_json({"source": src, "recipes": found}) if as_json else show_choices.choices(src, found)
+    planned = make_plan(source, find_recipe(to, recipe))
     threads = threads or os.cpu_count() or 1
     found = needs(planned, threads) | ({} if no_probe else {"estimate": probe(planned, threads)})
     show.print_json(planned.to_json() | found) if as_json else show.plan(planned, recipe, found)

@@ -1,7 +1,8 @@
 """A safetensors artifact on its way to disk: the tensors its layout makes of each weight, and what config.json says.
 
-config.json is the source's, key for key, with `quantization_config` as its last; for NVFP4 hf_quant_config.json says
-the same in modelopt's older words. Everything else that a loader reads is copied verbatim by the pipeline.
+config.json is the source's, key for key, with `quantization_config` as its last; in modelopt's layout
+hf_quant_config.json says the same in its older words. Everything else that a loader reads is copied verbatim by the
+pipeline.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dgq.convert.plan import Plan, layout_of
-from dgq.quant import bnb, modelopt
+from dgq.quant import bnb, modelopt, own_layout
 from dgq.quant.hf_dir import read_json
 from dgq.quant.hf_writer import HFWriter, shards
 from dgq.quant.types import Packed
@@ -23,7 +24,7 @@ class DirWriter:
 
     def __init__(self, plan: Plan, path: Path) -> None:
         self._tensors = {tensor.name: tensor for tensor in plan.tensors}
-        self._layout = layout_of(plan.recipe)
+        self._layout = layout_of(plan.recipe, {tensor.name: tensor.scheme for tensor in plan.tensors})
         self._next = dict.fromkeys(self._tensors, 0)
         self._files = HFWriter(path, shards(tensor.entries for tensor in plan.tensors))
         self.places = self._files.places
@@ -44,18 +45,20 @@ class DirWriter:
 
 
 def write_configs(plan: Plan, path: Path, version: str) -> None:
-    """config.json and, for NVFP4, hf_quant_config.json."""
+    """config.json and, in modelopt's layout, hf_quant_config.json."""
     config = read_json(plan.source.path / "config.json")
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in part.keys() & {"dtype", "torch_dtype"}:
             part[key] = "bfloat16"  # what is not quantised is stored so, whatever the source had
     config["quantization_config"] = _quantization_config(plan, version)
     _write(path / "config.json", config)
-    if plan.recipe.format == "nvfp4":
+    if plan.recipe.format == "nvfp4" and plan.recipe.layout is None:
         _write(path / modelopt.HF_QUANT_CONFIG, modelopt.hf_quant_config(*_modelopt_arguments(plan), version))
 
 
 def _quantization_config(plan: Plan, version: str) -> dict[str, Any]:
+    if isinstance(plan.layout, own_layout.OwnLayout):
+        return own_layout.quantization_config(plan.layout, version)
     if plan.recipe.format == "nvfp4":
         return modelopt.quantization_config(*_modelopt_arguments(plan), version)
     linears = {

@@ -12,6 +12,7 @@ from dgq.convert.source import Source, open_source
 from dgq.convert.template import template_remarks
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_json
+from dgq.quant.own_layout import ONLY_DGQ
 from dgq.quant.schemes import stored_bits
 from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.names import VISION
@@ -49,6 +50,7 @@ def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
         },
         "sampler": vars(generation.sampler) | {"eos_ids": list(generation.eos_ids)},
         "provenance": _provenance(opened) if isinstance(opened, Artifact) else None,
+        "opens_in": ONLY_DGQ if weights.only_dgq else None,
         "remarks": [*weights.remarks, *template_remarks(opened)],
         "vision": _vision(weights),
         "stored_tensors": sum(row[-1] for row in rows),

@@ -125,7 +125,9 @@ def at_once(tensor: PlannedTensor, device: str) -> int:
     if len(tensor.shape) == 3:
         fit = EXPERTS[device] // (tensor.shape[-2] * columns), GROUP[device] // columns**2
         return max(1, min(*fit, tensor.shape[0]))
-    return tensor.shape[0] if Hessian.of(tensor).outputs else min(tensor.shape[0], max(1, ROWS[device] // columns))
+    if Hessian.of(tensor).outputs or tensor.is_whole:
+        return tensor.shape[0]
+    return min(tensor.shape[0], max(1, ROWS[device] // columns))
 
 
 class Needs:

@@ -22,7 +22,7 @@ from dgq.convert.memory import Needs, Sizes
 from dgq.convert.pipeline import HEADER_ALLOWANCE
 from dgq.convert.plan import Plan, PlannedTensor
 from dgq.convert.refine import TOKENS, refinable
-from dgq.convert.slices import SLICE
+from dgq.convert.slices import rows_at_once
 from dgq.runtime import layers
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.loading import TABLES, decodes, layer_of
@@ -163,7 +163,7 @@ def ram(plan: Plan, threads: int) -> dict[str, int]:
     slices: list[int] = []
     for tensor in plan.weights:
         row = tensor.numel // tensor.shape[0] if tensor.shape else 1
-        size = min(tensor.numel, max(SLICE["cpu"], row))
+        size = rows_at_once(tensor, "cpu") * row
         slices += [size] * min(threads, -(-tensor.numel // size))
     found = {"threads": threads, "convert": RAM_BASE + RAM_ELEMENT[plan.recipe.format] * sum(sorted(slices)[-threads:])}
     if plan.recipe.activations is not None:

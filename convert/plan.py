@@ -13,14 +13,18 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from dgq.convert import mmproj
 from dgq.convert.source import Source
 from dgq.quant.bnb import BitsAndBytes
 from dgq.quant.errors import InputError
+from dgq.quant.ggml import Q8_0
 from dgq.quant.hf_writer import entry_bytes
 from dgq.quant.modelopt import Modelopt
+from dgq.quant.nvfp4 import NVFP4
+from dgq.quant.own_layout import ONLY_DGQ, OwnLayout
 from dgq.quant.recipe import Recipe, layer_of
 from dgq.quant.types import Entry, Layout, Scheme
 from dgq.runtime.config import ModelConfig
@@ -47,6 +51,11 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         return sum(map(entry_bytes, self.entries.values())) if self.entries else self.scheme.nbytes(self.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its rows share a scale, so that they are quantised together."""
+        return self.scheme is NVFP4 and len(self.shape) == 2
 
     @property
     def vision(self) -> bool:
@@ -115,10 +124,10 @@ class Plan:
         """Share of the artifact's parameters stored in fewer than 16 bits."""
         return self.quantized_params / self.params
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         """How the recipe's format stores quantised weights; for safetensors formats."""
-        return layout_of(self.recipe)
+        return layout_of(self.recipe, {tensor.name: tensor.scheme for tensor in self.tensors})
 
     @property
     def stored(self) -> int:
@@ -140,10 +149,11 @@ class Plan:
         """What the user should know: of the source, and of what the artifact makes of it."""
         kept = {tensor.name: tensor.source for tensor in self.weights if tensor.scheme.name == "bf16"}
         rounded = [name for name, source in kept.items() if source and self.source.dtype(source) != "BF16"]
-        lines = list(self.source.notices)
+        only = [f"{self.recipe.label} opens in {ONLY_DGQ}"] if self.recipe.layout else []
+        lines = [*only, *self.source.notices]
         if rounded:
             lines.append(f"{len(rounded)} of them are stored as BF16, rounded ({rounded[0]}, …)")
-        if self.recipe.format == "nvfp4" and (unsaid := self.source.unsaid):
+        if self.recipe.format == "nvfp4" and not only and (unsaid := self.source.unsaid):
             lines.append(
                 f"not said by the source: {', '.join(unsaid)}; dgq takes the released model's, vLLM does not start; add"
                 " them to the source first"
@@ -163,6 +173,7 @@ class Plan:
             "revision": self.source.where.revision,
             "recipe": self.recipe.name,
             "format": self.recipe.format,
+            "opens_in": ONLY_DGQ if self.recipe.layout else None,
             "bytes": self.nbytes,
             "mib": round(self.nbytes / MIB, 1),
             "params": self.params,
@@ -203,8 +214,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             " (llama-quantize treats them as Mixtral)"
         )
     tensors = _gguf_tensors(source, recipe) if recipe.format == "gguf" else _directory_tensors(source, recipe)
-    if recipe.format == "nvfp4" and (
-        plain := [t.name for t in tensors if ".experts." in t.name and t.scheme.bits >= 16]
+    if (
+        recipe.format == "nvfp4"
+        and recipe.layout is None
+        and (plain := [t.name for t in tensors if ".experts." in t.name and t.scheme.bits >= 16])
     ):
         raise InputError(f"recipe {recipe.name}: leaves {plain[0]} in 16 bit; the layout's configs promise all experts")
     plan = Plan(source, recipe, tensors)
@@ -234,20 +247,31 @@ def _gguf_tensors(source: Source, recipe: Recipe) -> tuple[PlannedTensor, ...]:
 
 
 def _directory_tensors(source: Source, recipe: Recipe) -> tuple[PlannedTensor, ...]:
-    layout = layout_of(recipe)
     shapes = {name: spec.shape for name, spec in (source.text | source.vision).items()}
     schemes = recipe.assign(shapes, len(source.config.layers))
+    layout = layout_of(recipe, schemes)
     tensors = []
     for name, shape in shapes.items():
         quantised = schemes[name].bits < 16
-        if quantised and not (name in source.text and layout.holds(name, shape)):
-            raise InputError(f"recipe {recipe.name}: {recipe.format} has no place for {name} {list(shape)} quantised")
+        held = name in source.text and layout.holds(name, shape) and layout.scheme_of(name) is schemes[name]
+        if quantised and not (held and (recipe.layout or recipe.format != "nvfp4" or ".experts." in name)):
+            as_what = f"{name} {list(shape)} as {schemes[name].name}"
+            raise InputError(f"recipe {recipe.name}: {recipe.format} has no place for {as_what}{_elsewhere(recipe)}")
         entries = layout.entries(name, shape) if quantised else {name: ("BF16", shape)}
         tensors.append(PlannedTensor(name, name, shape, schemes[name], entries))
     return tuple(tensors)
 
 
-def layout_of(recipe: Recipe) -> Layout:
+def _elsewhere(recipe: Recipe) -> str:
+    if recipe.format == "nvfp4" and recipe.layout is None:
+        return '; layout = "dgq" has for matrices of the text model, and opens in dgq only'
+    return ""
+
+
+def layout_of(recipe: Recipe, schemes: Mapping[str, Scheme]) -> Layout:
+    """schemes: of the weights, by name."""
+    if recipe.layout == "dgq":
+        return OwnLayout(frozenset(name for name, scheme in schemes.items() if scheme is Q8_0))
     if recipe.format == "nvfp4":
         return Modelopt(activations=recipe.activations is not None)
     return BitsAndBytes(double="nf4_dq" in recipe.schemes)

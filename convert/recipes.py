@@ -11,6 +11,11 @@ from dgq.quant.recipe import Recipe, load_recipe
 DEFAULTS = {"gguf": "q4_k_m", "nvfp4": "nvfp4", "bnb4": "bnb4"}
 
 
+def recipes() -> dict[str, Recipe]:
+    """dgq's own by name."""
+    return {name: load_recipe(path) for name, path in own_recipes().items()}
+
+
 def find_recipe(to: str, name: str | None = None) -> Recipe:
     """A format's default recipe, one of dgq's by name, or a .toml file. InputError if it is for another format."""
     name = name or DEFAULTS[to]
@@ -19,7 +24,7 @@ def find_recipe(to: str, name: str | None = None) -> Recipe:
     else:
         known = own_recipes()
         if name not in known:
-            raise InputError(f"unknown recipe {name!r}; dgq has {', '.join(sorted(known))}, or give a .toml file")
+            raise InputError(f"unknown recipe {name!r}; dgq has {', '.join(known)}, or give a .toml file")
         recipe = load_recipe(known[name])
     if recipe.format != to:
         raise InputError(f"recipe {recipe.name} makes {recipe.format}, not {to}")
@@ -28,5 +33,5 @@ def find_recipe(to: str, name: str | None = None) -> Recipe:
 
 def own_recipes() -> dict[str, Path]:
     """dgq's recipes by name."""
-    found = (Path(str(path)) for path in files("dgq.recipes").iterdir())
-    return {path.stem: path for path in found if path.suffix == ".toml"}
+    found = (path for path in files("dgq.recipes").iterdir() if path.name.endswith(".toml"))
+    return {path.name.removesuffix(".toml"): Path(str(path)) for path in sorted(found, key=lambda path: path.name)}

@@ -242,6 +242,8 @@ def inspected(found: dict[str, Any]) -> None:
     out.print(f"{found['stored_tensors']:,} tensors, {found['bytes'] / MIB:,.1f} MiB, {share}")
     out.print("model    " + "  ".join(f"{key} {value}" for key, value in model.items()))
     out.print("sampler  " + "  ".join(f"{key} {value}" for key, value in sampler.items()))
+    if found["opens_in"]:
+        out.print(f"opens in {found['opens_in']}")
     if vision := found["vision"]:
         out.print(f"images   yes: a vision tower of {_count(vision['params'])} parameters, {_size(vision['bytes'])}")
     elif found["path"].endswith(".gguf"):

@@ -125,12 +125,20 @@ def slices(
     scheme = plan.layout.slices if len(tensor.entries) > 1 else tensor.scheme
     scale = scales.values.get(tensor.name) if scales else None
     length = tensor.shape[0] if tensor.shape else 1
-    rows = rows or (max(1, SLICE[options.device] // max(1, tensor.numel // length)) if tensor.source else length)
+    rows = rows or rows_at_once(tensor, options.device)
     searched = options.effort == "fast" and scheme.name in SEARCHED
     for start in range(0, length, rows):
         part = slice(start, min(start + rows, length))
         columns = importance[part] if importance is not None and importance.dim() == 2 else importance
         yield Slice(plan, tensor, part, part.stop == length, scheme, columns, options.device, scale, searched)
+
+
+def rows_at_once(tensor: PlannedTensor, device: str) -> int:
+    """Rows, or experts, of a slice."""
+    length = tensor.shape[0] if tensor.shape else 1
+    if tensor.source is None or tensor.is_whole:
+        return length
+    return min(length, max(1, SLICE[device] // max(1, tensor.numel // length)))
 
 
 def ordered(pool: ThreadPoolExecutor, jobs: Iterable[Slice], ahead: int) -> Iterator[tuple[Slice, Packed]]:

@@ -41,12 +41,11 @@ class BitsAndBytes:
     _waiting: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     @property
-    def scheme(self) -> Scheme:
-        return NF4_DQ if self.double else NF4
-
-    @property
     def slices(self) -> Scheme:
         return NF4
+
+    def scheme_of(self, name: str) -> Scheme:
+        return NF4_DQ if self.double else NF4
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
         if len(shape) == 3:

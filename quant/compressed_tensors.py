@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dgq.quant.modelopt import PROJECTIONS, checked_scales, joined_bytes, shared_scalar
+from dgq.quant.modelopt import PROJECTIONS, checked_scales, joined_bytes, modules, shared_scalar
 from dgq.quant.nvfp4 import BLOCK, NVFP4
 from dgq.quant.types import Entry, Packed, Scheme, Stored
 
@@ -78,11 +78,10 @@ class CompressedTensors:
     activations: bool
 
     @property
-    def scheme(self) -> Scheme:
+    def slices(self) -> Scheme:
         return NVFP4
 
-    @property
-    def slices(self) -> Scheme:
+    def scheme_of(self, name: str) -> Scheme:
         return NVFP4
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -92,10 +91,10 @@ class CompressedTensors:
         return len(shape) == 2 and name.endswith("_proj.weight")
 
     def entries(self, name: str, shape: tuple[int, ...]) -> dict[str, Entry]:
-        modules = _modules(name, shape)
-        rows, columns = shape[-2] // len(modules[0]), shape[-1]
+        groups = modules(name, shape)
+        rows, columns = shape[-2] // len(groups[0]), shape[-1]
         tensors: dict[str, Entry] = {}
-        for base in (base for bases in modules for base in bases):
+        for base in (base for group in groups for base in group):
             tensors[base + "weight_packed"] = ("U8", (rows, columns // 2))
             tensors[base + "weight_scale"] = ("F8_E4M3", (rows, columns // BLOCK))
             tensors[base + "weight_global_scale"] = ("F32", (1,))
@@ -108,8 +107,8 @@ class CompressedTensors:
 
     def join(self, name: str, shape: tuple[int, ...], stored: Stored) -> Packed:
         """The weight, copied together. InputError for scales no quantiser writes, or gate's unlike up's."""
-        modules = _modules(name, shape)
-        bases = [base for group in modules for base in group]
+        groups = modules(name, shape)
+        bases = [base for group in groups for base in group]
         whole = {
             "": torch.cat([stored.tensor(base + "weight_packed") for base in bases]),
             "weight_scale": joined_bytes([checked_scales(stored, base + "weight_scale") for base in bases]),
@@ -119,14 +118,6 @@ class CompressedTensors:
         if self.activations:
             names["input_scale"] = "input_global_scale"
         for key, suffix in names.items():
-            scales = torch.stack([shared_scalar(stored, [base + suffix for base in group]) for group in modules])
+            scales = torch.stack([shared_scalar(stored, [base + suffix for base in group]) for group in groups])
             whole[key] = scales.reciprocal().view(-1, *(1 for _ in shape[1:])).expand(*shape[:-1], 1)
         return Packed(NVFP4, shape, whole)
-
-
-def _modules(name: str, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
-    """An expert's modules, or the one Linear: their names up to the last point."""
-    owner, _, last = name.rpartition(".")
-    if last not in PROJECTIONS:
-        return [(owner + ".",)]
-    return [tuple(f"{owner}.{expert}.{part}." for part in PROJECTIONS[last]) for expert in range(shape[0])]

@@ -1,8 +1,10 @@
-"""NVFP4 experts in modelopt's layout, which vLLM opens: one set of small tensors for each projection of each expert.
+"""NVFP4 in modelopt's layout, which vLLM opens: one set of small tensors for each projection of each expert.
 
     …layers.L.experts.gate_up_proj (E, 2I, H)  ->  …layers.L.experts.E.gate_proj.  rows 0 to I
                                                    …layers.L.experts.E.up_proj.    rows I to 2I
     …layers.L.experts.down_proj    (E, H, I)   ->  …layers.L.experts.E.down_proj.
+    …layers.L.mlp.up_proj.weight   (I, H)      ->  …layers.L.mlp.up_proj.        and other Linears, if not plain: read
+                                                   here, written in dgq's own layout alone (quant/own_layout.py)
 
                       weight          U8       [out, in/2]
                       weight_scale    F8_E4M3  [out, in/16]
@@ -37,39 +39,38 @@ class Modelopt:
     activations: bool
 
     @property
-    def scheme(self) -> Scheme:
-        return NVFP4
-
-    @property
     def slices(self) -> Scheme:
         return NVFP4
 
+    def scheme_of(self, name: str) -> Scheme:
+        return NVFP4
+
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
-        owner, _, projection = name.rpartition(".")
-        return owner.endswith(".experts") and projection in PROJECTIONS
+        owner, _, last = name.rpartition(".")
+        if owner.endswith(".experts"):
+            return last in PROJECTIONS
+        return len(shape) == 2 and name.endswith("_proj.weight")
 
     def entries(self, name: str, shape: tuple[int, ...]) -> dict[str, Entry]:
-        parts = PROJECTIONS[name.rpartition(".")[2]]
-        experts, rows, columns = shape
-        rows //= len(parts)
+        groups = modules(name, shape)
+        rows, columns = shape[-2] // len(groups[0]), shape[-1]
         tensors: dict[str, Entry] = {}
-        for expert in range(experts):
-            for projection in parts:
-                base = f"{name.rpartition('.')[0]}.{expert}.{projection}."
-                tensors[base + "weight"] = ("U8", (rows, columns // 2))
-                tensors[base + "weight_scale"] = ("F8_E4M3", (rows, columns // BLOCK))
-                tensors[base + "weight_scale_2"] = ("F32", ())
-                if self.activations:
-                    tensors[base + "input_scale"] = ("F32", ())
+        for base in (base for group in groups for base in group):
+            tensors[base + "weight"] = ("U8", (rows, columns // 2))
+            tensors[base + "weight_scale"] = ("F8_E4M3", (rows, columns // BLOCK))
+            tensors[base + "weight_scale_2"] = ("F32", ())
+            if self.activations:
+                tensors[base + "input_scale"] = ("F32", ())
         return tensors
 
     def split(self, name: str, shape: tuple[int, ...], piece: Packed, start: int) -> Iterator[tuple[str, torch.Tensor]]:
-        parts = PROJECTIONS[name.rpartition(".")[2]]
-        rows = shape[1] // len(parts)
-        for i in range(piece.shape[0]):
-            for number, projection in enumerate(parts):
-                base = f"{name.rpartition('.')[0]}.{start + i}.{projection}."
-                own = piece[i][number * rows : (number + 1) * rows].parts
+        if len(shape) == 2:
+            assert piece.shape == shape, f"{name}: a matrix has one scale, and comes whole"
+        matrices = [piece] if len(shape) == 2 else [piece[i] for i in range(piece.shape[0])]
+        for matrix, group in zip(matrices, modules(name, shape)[start:], strict=False):
+            rows = shape[-2] // len(group)
+            for number, base in enumerate(group):
+                own = matrix[number * rows : (number + 1) * rows].parts
                 yield base + "weight", own[""]
                 yield base + "weight_scale", own["weight_scale"]
                 yield base + "weight_scale_2", own["weight_scale_2"][0, 0]
@@ -77,23 +78,26 @@ class Modelopt:
                     yield base + "input_scale", own["input_scale"][0, 0]
 
     def join(self, name: str, shape: tuple[int, ...], stored: Stored) -> Packed:
-        """The fused weight, copied together. InputError for scales no quantiser writes, or gate's unlike up's."""
-        prefix, _, fused = name.rpartition(".")
-        parts = PROJECTIONS[fused]
-        pieces: dict[str, list[torch.Tensor]] = {"": [], "weight_scale": []}
-        suffixes = ("weight_scale_2", "input_scale") if self.activations else ("weight_scale_2",)
-        scalars: dict[str, list[torch.Tensor]] = {suffix: [] for suffix in suffixes}
-        for expert in range(shape[0]):
-            bases = [f"{prefix}.{expert}.{projection}." for projection in parts]
-            for base in bases:
-                pieces[""].append(stored.tensor(base + "weight"))
-                pieces["weight_scale"].append(checked_scales(stored, base + "weight_scale"))
-            for suffix, found in scalars.items():
-                found.append(shared_scalar(stored, [base + suffix for base in bases]))
-        whole = {suffix: joined_bytes(found).view(*shape[:2], -1) for suffix, found in pieces.items()}
-        for suffix, found in scalars.items():
-            whole[suffix] = torch.stack(found).view(-1, 1, 1).expand(*shape[:2], 1)
+        """The weight, copied together. InputError for scales no quantiser writes, or gate's unlike up's."""
+        groups = modules(name, shape)
+        bases = [base for group in groups for base in group]
+        whole = {
+            "": joined_bytes([stored.tensor(base + "weight") for base in bases]),
+            "weight_scale": joined_bytes([checked_scales(stored, base + "weight_scale") for base in bases]),
+        }
+        whole = {suffix: found.view(*shape[:-1], -1) for suffix, found in whole.items()}
+        for suffix in ("weight_scale_2", "input_scale") if self.activations else ("weight_scale_2",):
+            found = torch.stack([shared_scalar(stored, [base + suffix for base in group]) for group in groups])
+            whole[suffix] = found.view(-1, *(1 for _ in shape[1:])).expand(*shape[:-1], 1)
         return Packed(NVFP4, shape, whole)
+
+
+def modules(name: str, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
+    """An expert's modules, which share their scale_2, or the one Linear: their names up to the last point."""
+    owner, _, last = name.rpartition(".")
+    if last not in PROJECTIONS:
+        return [(owner + ".",)]
+    return [tuple(f"{owner}.{expert}.{part}." for part in PROJECTIONS[last]) for expert in range(shape[0])]
 
 
 def joined_bytes(pieces: list[torch.Tensor]) -> torch.Tensor:

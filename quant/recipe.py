@@ -26,6 +26,7 @@ MAX_RECIPE = 1 << 20  # bytes
 FORMAT_SCHEMES = {
     "gguf": {"bf16", "f16", "f32", "q4_k", "q5_0", "q6_k", "q8_0"},
     "nvfp4": {"bf16", "nvfp4"},
+    "nvfp4 in dgq's own layout": {"bf16", "nvfp4", "q8_0"},
     "bnb4": {"bf16", "nf4", "nf4_dq"},
 }
 
@@ -62,6 +63,7 @@ class Recipe(_Strict):
     label: str = Field(pattern=r"^[\w.+-]{1,64}$")  # part of a file's name
     description: str
     file_type: int = 0  # general.file_type of a .gguf
+    layout: Literal["dgq"] | None = None  # of nvfp4: dgq's own instead of modelopt's, which holds experts alone
     activations: Literal["nvfp4"] | None = None  # W4A4: input scales are stored beside the weights
     max_16bit_share: float = Field(ge=0, le=1)
     refuse_experts: tuple[int, ...] = ()
@@ -71,14 +73,17 @@ class Recipe(_Strict):
     @model_validator(mode="after")
     def _schemes_of_the_format(self) -> Recipe:
         named = self.schemes
-        if wrong := sorted(named - FORMAT_SCHEMES[self.format]):
-            raise ValueError(
-                f"{self.format} has no scheme {wrong[0]!r} (it has {', '.join(sorted(FORMAT_SCHEMES[self.format]))})"
-            )
+        if self.layout and self.format != "nvfp4":
+            raise ValueError(f"{self.format} has no layout {self.layout!r}, nvfp4 has")
+        where = "nvfp4 in dgq's own layout" if self.layout else self.format
+        if wrong := sorted(named - FORMAT_SCHEMES[where]):
+            has = f"it has {', '.join(sorted(FORMAT_SCHEMES[where]))}"
+            more = '; layout = "dgq" has, which opens in dgq only' if where == "nvfp4" and wrong == ["q8_0"] else ""
+            raise ValueError(f"{where} has no scheme {wrong[0]!r} ({has}){more}")
         if {"nf4", "nf4_dq"} <= named:
             raise ValueError("an artifact is either nf4 or nf4_dq throughout: its config.json says which, once")
-        if self.activations and self.format != "nvfp4":
-            raise ValueError(f"{self.format} has no place for activations {self.activations!r}")
+        if self.activations and (self.format != "nvfp4" or self.layout):
+            raise ValueError(f"{where} has no place for activations {self.activations!r}")
         return self
 
     @property

@@ -124,14 +124,16 @@ Entry = tuple[str, tuple[int, ...]]
 class Layout(Protocol):
     """What a safetensors format makes of a quantised weight: which tensors, and back.
 
-    scheme: of the quantised weights; slices: what their slices are quantised with, which split() completes. name,
-    shape: a weight's canonical name and shape.
+    slices: what slices of weights of several tensors are quantised with, which split() completes. name, shape: a
+    weight's canonical name and shape.
     """
 
     @property
-    def scheme(self) -> Scheme: ...
-    @property
     def slices(self) -> Scheme: ...
+
+    def scheme_of(self, name: str) -> Scheme:
+        """Of the weight, where it is quantised."""
+        ...
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the format has a place for this weight quantised; the others below are for such weights only."""

@@ -3,6 +3,7 @@
     config.json "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4" | "W4A16_NVFP4", …}
                                        {"quant_method": "bitsandbytes", "load_in_4bit": true, …}
                                        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", …}
+                                       {"quant_method": "dgq", "q8_0": […], …}
     hf_quant_config.json: {"quantization": {"quant_algo": …}}          modelopt's older place; alone, or in agreement
 
 Whatever else it says is refused by name: a directory in a layout that dgq does not read must never be opened as if
@@ -23,8 +24,11 @@ from dgq.quant.hf_dir import read_json
 from dgq.quant.modelopt import HF_QUANT_CONFIG, W4A4, W4A16, Modelopt
 from dgq.quant.nf4 import BLOCK
 from dgq.quant.nvfp4 import BLOCK as NVFP4_BLOCK
+from dgq.quant.own_layout import METHOD as OWN
+from dgq.quant.own_layout import OwnLayout
+from dgq.quant.own_layout import layout_of as own_layout_of
 
-OPENS = "dgq opens modelopt's and compressed-tensors' NVFP4 and bitsandbytes' 4-bit"
+OPENS = "dgq opens modelopt's and compressed-tensors' NVFP4, bitsandbytes' 4-bit and its own"
 _BITSANDBYTES: dict[str, tuple[Any, ...]] = {  # a key's values that dgq reads, None: the key may be absent
     "load_in_8bit": (False, None),
     "load_in_4bit": (True,),
@@ -49,7 +53,7 @@ class Quantization:
         """ "nvfp4" or "bnb4": the format's name."""
         return "bnb4" if isinstance(self.layout(), BitsAndBytes) else "nvfp4"
 
-    def layout(self) -> Modelopt | BitsAndBytes | CompressedTensors:
+    def layout(self) -> Modelopt | BitsAndBytes | CompressedTensors | OwnLayout:
         """InputError, naming the method, for layouts that dgq does not read."""
         if self.method == "modelopt":
             return self._modelopt()
@@ -59,6 +63,8 @@ class Quantization:
             if what := refused(self.raw):
                 raise InputError(f"{self.source}: compressed-tensors with {what}, which dgq does not open; {OPENS}")
             return layout_of(self.raw)
+        if self.method == OWN:
+            return own_layout_of(self.raw, str(self.source))
         raise InputError(f"{self.source}: quantised as {self.method[:40]!r}, which dgq does not open; {OPENS}")
 
     def _modelopt(self) -> Modelopt:

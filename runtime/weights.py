@@ -21,6 +21,7 @@ from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFReader
 from dgq.quant.gguf_guests import Guest, stays_packed
 from dgq.quant.hf_dir import FLOATS, HFDir
+from dgq.quant.own_layout import OwnLayout
 from dgq.quant.types import Entry, Layout, Packed
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.mmproj import Mmproj, mmproj_name
@@ -50,6 +51,11 @@ class Weights(Mapping[str, Packed]):
     @abstractmethod
     def files(self) -> list[Path]:
         """The files that hold them."""
+
+    @property
+    def only_dgq(self) -> bool:
+        """Whether no other program has a loader for their layout."""
+        return False
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -172,7 +178,7 @@ class DirWeights(Weights):
                 self._quantised[name] = layout.entries(name, shape)
                 expected |= {entry: size for entry, (_, size) in self._quantised[name].items()}
         if layout is not None and not self._quantised:
-            said = f"{directory.path}: said to be {layout.scheme.name}, but every weight is plain"
+            said = f"{directory.path}: said to be {layout.slices.name}, but every weight is plain"
             raise InputError(f"{said}; fetch it again, or delete what its config says of quantisation")
         # a quant_state is a text, whose length is its writer's affair
         states = {name: specs[name].shape for name in expected if name.endswith(STATE) and name in specs}
@@ -200,6 +206,10 @@ class DirWeights(Weights):
     def everything(self) -> dict[str, Stored]:
         return {name: self._stored(name) for name in (*self.shapes, *self._vision)}
 
+    @property
+    def only_dgq(self) -> bool:
+        return isinstance(self._layout, OwnLayout)
+
     def vision_tensor(self, name: str) -> Tensor:
         return self._dir.tensor(name)
 
@@ -208,7 +218,7 @@ class DirWeights(Weights):
         specs = [self._dir.specs[entry] for entry in entries or (name,)]
         nbytes = sum(spec.stop - spec.start for spec in specs)
         if entries and self._layout:
-            return Stored(self._layout.scheme.name, math.prod(self.shapes[name]), nbytes, len(specs))
+            return Stored(self._layout.scheme_of(name).name, math.prod(self.shapes[name]), nbytes, len(specs))
         return Stored(FLOATS[specs[0].dtype], specs[0].numel, nbytes)
 
     @property
@@ -219,7 +229,7 @@ class DirWeights(Weights):
 def _check_room(layout: Layout, name: str, shape: tuple[int, ...], held: int, path: Path) -> None:
     """That a quantised weight can be there at all, before its tensors are named: they may be four for each of millions
     of experts. held: bytes of the files' tensors."""
-    scheme = layout.scheme
+    scheme = layout.scheme_of(name)
     if shape[-1] % scheme.block:
         said = f"rows of {shape[-1]} in {name} are no multiple of {scheme.name}'s block of {scheme.block}"
         raise InputError(f"{path}: {said}; dgq opens no others")

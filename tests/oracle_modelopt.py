@@ -1,9 +1,10 @@
 """nvidia-modelopt's own NVFP4, in a process of its own (it patches what it imports):
 
-    python oracle_modelopt.py SRC OUT nvfp4|nvfp4-w4a16 [X Y]
+    python oracle_modelopt.py SRC OUT nvfp4|nvfp4-w4a16|nvfp4-all [X Y]
 
 exports the checkpoint SRC to OUT as modelopt's DiffusionGemma recipe does (weight-only: without its input and KV cache
-quantisers). With X, a safetensors file of {"x", "input_scale"}, x rounded to NVFP4 by NVFP4QTensor goes to Y.
+quantisers; all: and with a weight quantiser in every Linear of the text model but the router). With X, a safetensors
+file of {"x", "input_scale"}, x rounded to NVFP4 by NVFP4QTensor goes to Y.
 """
 
 from __future__ import annotations
@@ -21,13 +22,19 @@ def export(src: str, out: str, recipe: str) -> None:
 
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(src, dtype=torch.bfloat16)
     config: dict[str, Any] = load_recipe("huggingface/diffusion_gemma/ptq/nvfp4_experts_only").quantize.model_dump()
-    if recipe == "nvfp4-w4a16":
+    if recipe != "nvfp4":
         config["quant_cfg"] = [
             rule
             for rule in config["quant_cfg"]
             if rule.get("enable") is False
             or not ("input_q" in rule["quantizer_name"] or "bmm" in rule["quantizer_name"])
         ]
+
+    if recipe == "nvfp4-all":
+        (experts,) = (rule for rule in config["quant_cfg"] if rule["quantizer_name"] == "*.experts.*weight_quantizer")
+        off = [rule for rule in config["quant_cfg"] if rule.get("enable") is False]
+        off = [rule for rule in off if rule["quantizer_name"] != "*self_conditioning*"]
+        config["quant_cfg"] = [off[0], experts | {"quantizer_name": "*weight_quantizer"}, *off[1:]]
 
     def calibrate(model: Any) -> None:
         torch.manual_seed(0)

@@ -24,6 +24,7 @@ from dgq.runtime.artifact import open_artifact
 HOW = {
     "nvfp4": ("--to", "nvfp4", "--input-scale", "0.01", "--effort", "fast"),
     "nvfp4-w4a16": ("--to", "nvfp4", "--recipe", "nvfp4-w4a16", "--effort", "stock"),
+    "nvfp4-all": ("--to", "nvfp4", "--recipe", "nvfp4-all", "--effort", "fast"),
     "bnb4": ("--to", "bnb4", "--effort", "fast"),
     "bnb4-dq": ("--to", "bnb4", "--recipe", "bnb4-dq", "--effort", "stock"),
     "q4_k_m": ("--to", "gguf", "--effort", "stock"),

@@ -25,7 +25,14 @@ from dgq.runtime.model import Model
 
 transformers: Any = pytest.importorskip("transformers")
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
-RECIPES = {"nvfp4": "nvfp4", "nvfp4-w4a16": "nvfp4", "bnb4": "bnb4", "bnb4-dq": "bnb4", "q4_k_m": "gguf"}
+RECIPES = {
+    "nvfp4": "nvfp4",
+    "nvfp4-w4a16": "nvfp4",
+    "nvfp4-all": "nvfp4",
+    "bnb4": "bnb4",
+    "bnb4-dq": "bnb4",
+    "q4_k_m": "gguf",
+}
 
 
 def convert(recipe: str, out: Path) -> Path:

@@ -114,7 +114,14 @@ def test_weights_side_by_side(schemes: tuple[str, ...]) -> None:
             assert error(mine, exact) <= LIMIT
 
 
-MLPS = [("bf16",) * 3, ("q4_k", "q4_k", "q8_0"), ("nf4_dq",) * 3, ("q4_k", "q6_k", "bf16"), ("q8_0", "q8_0", "bf16")]
+MLPS = [
+    ("bf16",) * 3,
+    ("nvfp4",) * 3,
+    ("q4_k", "q4_k", "q8_0"),
+    ("nf4_dq",) * 3,
+    ("q4_k", "q6_k", "bf16"),
+    ("q8_0", "q8_0", "bf16"),
+]
 
 
 @pytest.mark.parametrize("schemes", MLPS)

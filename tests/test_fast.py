@@ -25,6 +25,7 @@ from dgq.runtime.settings import SamplerConfig
 from dgq.runtime.turns import SessionStore, Turns
 
 fast = pytest.importorskip("dgq.runtime.fast", reason="needs Triton", exc_type=ImportError)
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton's interpreter's
@@ -33,13 +34,20 @@ pytestmark = [
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12] * 3
 
 
-def small() -> tuple[ModelConfig, dict[str, Packed]]:
+ALL = {"_proj": "nvfp4", "embed_tokens": "q8_0"}  # recipe nvfp4-all
+
+
+def small(schemes: dict[str, str]) -> tuple[ModelConfig, dict[str, Packed]]:
+    """schemes: of the matrices whose name has this in it."""
     raw = micro_config()
     raw["text_config"] |= {"intermediate_size": 64, "moe_intermediate_size": 64, "vocab_size": 128}
     raw["canvas_length"] = 16
     tensors = micro_tensors(raw)
-    plain = {name: Packed(SCHEMES["bf16"], tuple(t.shape), {"": t}) for name, t in tensors.items()}
-    return ModelConfig.from_json(raw, "config.json"), plain
+    packed = {}
+    for name, values in tensors.items():
+        scheme = SCHEMES[next((s for word, s in schemes.items() if word in name), "bf16")]
+        packed[name] = Packed(scheme, tuple(values.shape), scheme.quantize(values))
+    return ModelConfig.from_json(raw, "config.json"), packed
 
 
 def pictured() -> Pictured:
@@ -66,11 +74,16 @@ def run(passes: Passes, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "prefill", "count"), [(PROMPT, 2048, 3), (pictured(), 7, 1)], ids=["text", "images, in pieces"]
+    ("schemes", "prompt", "prefill", "count"),
+    [({}, PROMPT, 2048, 3), ({}, pictured(), 7, 1), (ALL, PROMPT, 2048, 2)],
+    ids=["text", "images, in pieces", "nvfp4-all"],
 )
-def test_logits_are_the_references(prompt: Sequence[int], prefill: int, count: int) -> None:
+def test_logits_are_the_references(
+    schemes: dict[str, str], prompt: Sequence[int], prefill: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """count: how many of run()'s logits."""
-    config, weights = small()
+    monkeypatch.setattr("dgq.runtime.model.decodes", lambda *_: False)  # packed, as on a small card
+    config, weights = small(schemes)
     exact = run(Plain(Model(config, weights, DEVICE, torch.float32)), prompt)
     passes = fast.Fast(Model(config, weights, DEVICE, torch.bfloat16, kernels=True))
     passes.capturable, passes.prefill = False, prefill
@@ -85,7 +98,7 @@ def test_logits_are_the_references(prompt: Sequence[int], prefill: int, count: i
 @pytest.mark.skipif(DEVICE == "cpu", reason="takes the interpreter two minutes; see test_chat")
 def test_a_conversation_keeps_what_it_has() -> None:
     """A turn written anew in the middle of a reply, on rings that went around: logits as of a new session."""
-    config, weights = small()
+    config, weights = small({})
     model = Model(config, weights, DEVICE, torch.bfloat16, kernels=True)
     passes, sampler = fast.Fast(model), SamplerConfig(steps=2)
     session, turns = Session(passes, 1, 192, sampler), Turns()

@@ -17,7 +17,7 @@ from dgq.convert.cli import main
 from dgq.convert.recipes import find_recipe
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ("publish", "serve", "trouble", "peers")
+GUIDES = ("publish", "serve", "trouble", "peers", "recipes")
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (
     ROOT / "README.md", *(ROOT / "recipes" / "guides" / f"{name}.md" for name in GUIDES),
     ROOT / "recipes" / "prompts" / "README.md", ROOT / "recipes" / "tiny" / "README.md",

@@ -50,9 +50,10 @@ def quantised(weights: dict[str, Packed], schemes: dict[str, str]) -> dict[str, 
         {},
         {"q_proj": "nf4", "mlp.": "nf4", "self_conditioning": "nf4"},  # q in 4 bits, k and v not
         {"_proj": "nf4"},
+        {"_proj": "nvfp4", "embed": "q8_0"},  # each with a scale_2 of its own, gate and up too
         {"v_proj": "q8_0", "up_proj": "q8_0", "embed": "q8_0", "_proj": "q5_0"},  # gate and up unlike, too
     ],
-    ids=["bf16", "mixed", "nf4", "ggml"],
+    ids=["bf16", "mixed", "nf4", "nvfp4-all", "ggml"],
 )
 @pytest.mark.parametrize("decode", [False, True])
 def test_the_reference_reads_what_was_repacked(schemes: dict[str, str], decode: bool) -> None:

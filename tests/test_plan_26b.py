@@ -16,6 +16,10 @@ from micro import micro_config, write_micro
 from sparse26b import REAL, write_sparse_26b
 
 from dgq.convert.cli import main
+from dgq.convert.plan import make_plan
+from dgq.convert.recipes import find_recipe, recipes
+from dgq.convert.source import Source, open_source
+from dgq.quant.hf_writer import entry_bytes, shards
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,10 @@ MEASURED = """
 import sys
 from pathlib import Path
 from dgq.convert.cli import main
+from dgq.convert.plan import make_plan
+from dgq.convert.recipes import find_recipe, recipes
+from dgq.convert.source import Source, open_source
+from dgq.quant.hf_writer import entry_bytes, shards
 main(sys.argv[1:], standalone_mode=False)
 print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], file=sys.stderr)
 """
@@ -110,13 +118,76 @@ def test_bnb4(checkpoint: Path, recipe: str, gigabytes: float) -> None:
     assert found["peak_mib"] < 500
 
 
+# GB of tensors, from the headers alone, vision included where the format has a place for it
+SIZES = {
+    "nvfp4": 18.82, "nvfp4-w4a16": 18.82, "nvfp4-all": 15.73, "bnb4": 16.43, "bnb4-dq": 15.28, "q4_k_m": 16.79,
+    "q6_k": 22.64, "q8_0": 26.86,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(checkpoint: Path) -> Source:
+    return open_source(str(checkpoint), weights=False)
+
+
+@pytest.mark.parametrize("recipe", SIZES)
+def test_readme_says_what_each_recipe_takes(recipe: str, source: Source) -> None:
+    policy = recipes()[recipe]
+    planned = make_plan(source, policy)
+    assert round(planned.nbytes / 1e9, 2) == SIZES[recipe]
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{recipe}` | {policy.format} |")]
+    assert f"{SIZES[recipe]:.2f} GB" in row
+
+
+def test_every_recipe_has_a_size() -> None:
+    assert set(recipes()) == set(SIZES)
+
+
+def test_nvfp4_all(source: Source) -> None:
+    """At most 15 GiB with vision; what is not multiplied stays BF16."""
+    planned = make_plan(source, recipes()["nvfp4-all"])
+    assert planned.nbytes <= 15 << 30
+    parts = {"attention": 1_110_179_840, "dense": 535_265_280, "soft": 17_842_176, "experts": 22_837_985_280}
+    nvfp4, scales = sum(parts.values()), 11_520 + 115 + 90 + 3
+    embedding, rest = 738_197_504, 25_823_778_864 + 2_364 - 22_837_985_280 - 1_110_179_840 - 535_265_280 - 17_842_176
+    assert planned.nbytes == nvfp4 * 9 // 16 + 4 * scales + embedding * 34 // 32 + 2 * (rest - embedding)
+    kinds = {t.name: t.scheme.name for t in planned.tensors}
+    assert kinds["model.decoder.embed_tokens.weight"] == "q8_0"
+    assert {t.part for t in planned.tensors if t.scheme.name == "nvfp4"} == {
+        "routed experts", "attention", "dense MLP", "self-conditioning"
+    }  # fmt: skip
+    assert {kinds[name] for name in source.vision} == {"bf16"} and planned.dropped == {}
+
+
+@pytest.mark.parametrize("recipe", ["q8_0", "q6_k"])
+def test_types_of_llama_quantize(recipe: str, source: Source) -> None:
+    """Its rules for these file types (llama_tensor_get_type): nothing but the base type, or what rows of 704 and 2112
+    fall back to; vectors and routers as in Q4_K_M, whose types it gave itself."""
+    golden = json.loads((REAL / "gguf.Q4_K_M.types.json").read_text())
+    planned = make_plan(source, recipes()[recipe]).tensors
+    assert [t.name for t in planned] == list(golden)
+    for tensor in planned:
+        fits = tensor.shape[-1] % 256 == 0
+        expected = "f32" if golden[tensor.name] == "f32" else recipe if fits else "q8_0"
+        assert tensor.scheme.name == expected, tensor.name
+    counts = Counter(tensor.scheme.name for tensor in planned)
+    assert counts == ({"f32": 423, "q8_0": 269} if recipe == "q8_0" else {"f32": 423, "q6_k": 208, "q8_0": 61})
+
+
+def test_dgq_plan_without_a_format_lists_all(checkpoint: Path) -> None:
+    result = CliRunner().invoke(main, ["plan", str(checkpoint)])
+    assert result.exit_code == 0, result.output
+    for recipe, gigabytes in SIZES.items():
+        (row,) = [line for line in result.stdout.splitlines() if line.startswith(f"{recipe} ")]
+        assert f"{gigabytes:.2f}" in row
+    assert "dgq only" in next(line for line in result.stdout.splitlines() if line.startswith("nvfp4-all "))
+    found = json.loads(CliRunner().invoke(main, ["plan", str(checkpoint), "--json"]).stdout)["recipes"]
+    assert {name: round(each["bytes"] / 1e9, 2) for name, each in found.items()} == SIZES
+
+
 def test_shards_of_five_gigabytes(checkpoint: Path) -> None:
     """No file above 5 GB, every weight's tensors in one file."""
-    from dgq.convert.plan import make_plan
-    from dgq.convert.recipes import find_recipe
-    from dgq.convert.source import open_source
-    from dgq.quant.hf_writer import entry_bytes, shards
-
     planned = make_plan(open_source(str(checkpoint)), find_recipe("nvfp4"))
     files = shards(tensor.entries for tensor in planned.tensors)
     sizes = [sum(map(entry_bytes, entries.values())) for entries in files]

@@ -175,9 +175,9 @@ def test_two_processes_find_the_same(micro: Path, stats: Path, tmp_path: Path, m
         torch.testing.assert_close(two[name], value, rtol=1e-6, atol=0.0, msg=name)
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-w4a16", "bnb4", "bnb4-dq", "q4_k_m"])
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-w4a16", "nvfp4-all", "bnb4", "bnb4-dq", "q4_k_m"])
 def test_artifacts_are_of_the_same_shape_and_lose_less(recipe: str, micro: Path, stats: Path, tmp_path: Path) -> None:
-    to = recipe.split("-")[0] if recipe != "q4_k_m" else "gguf"
+    to = recipe.split("-")[0] if recipe[0] != "q" else "gguf"
     common = ("convert", micro, "--to", to, "--recipe", recipe, "--device", "cpu")
     scale = ("--input-scale", "0.01") if recipe == "nvfp4" else ()
     for name, more in (

@@ -32,6 +32,7 @@ from dgq.quant.hf_writer import shards
 RECIPES = {
     "nvfp4": ("--to", "nvfp4", "--input-scale", "0.01"),
     "nvfp4-w4a16": ("--to", "nvfp4", "--recipe", "nvfp4-w4a16"),
+    "nvfp4-all": ("--to", "nvfp4", "--recipe", "nvfp4-all"),
     "bnb4": ("--to", "bnb4"),
     "bnb4-dq": ("--to", "bnb4", "--recipe", "bnb4-dq"),
     "q4_k_m": ("--to", "gguf"),
