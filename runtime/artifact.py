@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -100,12 +100,18 @@ def open_artifact(path: Path | str) -> Artifact:
         reader = GGUFReader(ggufs[0])
         _check_agreement(config, ModelConfig.from_gguf(reader.metadata, str(ggufs[0])), path, ggufs[0])
         return Artifact("gguf", path, ggufs[0], config, generation, GGUFWeights(reader, config))
+    kind, config, weights = open_weights(path, raw)
+    return Artifact(kind, path, path, config, generation, weights)
+
+
+def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, DirWeights]:
+    """A safetensors directory without its sampler and tokenizer: its kind, its shape, its weights. raw: config.json."""
+    config = ModelConfig.from_json(raw, str(path / "config.json"))
     said = quantization(path, raw)
     layout = None if said is None else said.layout()
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
     directory = TiedDir(path) if isinstance(layout, CompressedTensors) else HFDir(path)
-    weights = DirWeights(directory, config, layout, vision)
-    return Artifact("safetensors" if said is None else said.kind, path, path, config, generation, weights)
+    return "safetensors" if said is None else said.kind, config, DirWeights(directory, config, layout, vision)
 
 
 def _open_gguf(path: Path) -> Artifact:
