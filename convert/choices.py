@@ -28,7 +28,6 @@ def choices(source: Source) -> dict[str, dict[str, Any]]:
             "bytes": plan.nbytes,
             "bits_per_weight": round(8 * plan.nbytes / plan.params, 4),
             "quantized_share": round(plan.quantized_share, 6),
-            "dropped": plan.dropped,
             "opens_in": ONLY_DGQ if recipe.layout else None,
             "vram": needed["total"],
             "fits": needed["fits"],

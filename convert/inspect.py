@@ -51,7 +51,7 @@ def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
         "sampler": vars(generation.sampler) | {"eos_ids": list(generation.eos_ids)},
         "provenance": _provenance(opened) if isinstance(opened, Artifact) else None,
         "opens_in": ONLY_DGQ if weights.only_dgq else None,
-        "remarks": [*weights.remarks, *template_remarks(opened)],
+        "remarks": [*weights.remarks, *_transformers(opened), *template_remarks(opened)],
         "vision": _vision(weights),
         "stored_tensors": sum(row[-1] for row in rows),
         "tensors": {row[0]: row[1] for row in rows},
@@ -74,6 +74,14 @@ def _rows(weights: Weights) -> list[Row]:
         (weights.own_name(name), stored.scheme, stored.numel, stored.nbytes, stored.tensors)
         for name, stored in weights.everything().items()
     ]
+
+
+def _transformers(opened: Artifact | Source) -> tuple[str, ...]:
+    """What a user of transformers must know of packed weights."""
+    if not isinstance(opened, Artifact) or opened.kind not in ("nvfp4", "bnb4"):
+        return ()
+    without = "gives the experts RANDOM weights and only warns" if opened.kind == "nvfp4" else "raises"
+    return (f"transformers opens it after `import dgq.runtime.hf`; without that line it {without}",)
 
 
 def _provenance(artifact: Artifact) -> dict[str, Any] | None:

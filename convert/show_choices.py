@@ -18,13 +18,11 @@ def choices(asked: str, found: dict[str, dict[str, Any]]) -> None:
         table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     whole = {name: each for name, each in found.items() if "refused" not in each}
     for name, each in sorted(whole.items(), key=lambda pair: pair[1]["bytes"]):
-        remarks = ["dgq only"] if each["opens_in"] else []
-        remarks += [f"no {part}" for part in each["dropped"]]
         digits = 2 if each["bytes"] > GB else 4
         table.add_row(
             name, each["format"], *(f"{each['bytes'] / unit:,.{digits}f}" for unit in (GB, GIB)),
             f"{each['bits_per_weight']:.2f}", f"{each['quantized_share']:.1%}", f"{each['vram'] / GIB:,.1f}",
-            f"{each['fits'][0]} GB" if each["fits"] else "none", ", ".join(remarks),
+            f"{each['fits'][0]} GB" if each["fits"] else "none", "dgq only" if each["opens_in"] else "",
         )  # fmt: skip
     out.print(table)
     for name, each in found.items():

@@ -131,20 +131,20 @@ def open_artifact(path: Path | str) -> Artifact:
     if not shards:
         reader = GGUFReader(ggufs[0])
         _check_agreement(config, ModelConfig.from_gguf(reader.metadata, str(ggufs[0])), path, ggufs[0])
-        weights = GGUFWeights(reader, config, _mmproj(path, raw, config))
-        return Artifact("gguf", path, ggufs[0], config, generation, weights)
+        packed = GGUFWeights(reader, config, _mmproj(path, raw, config))
+        return Artifact("gguf", path, ggufs[0], config, generation, packed)
+    kind, config, weights = open_weights(path, raw)
+    return Artifact(kind, path, path, config, generation, weights)
+
+
+def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, DirWeights]:
+    """A safetensors directory without its sampler and tokenizer: its kind, its shape, its weights. raw: config.json."""
+    config = ModelConfig.from_json(raw, str(path / "config.json"))
     said = quantization(path, raw)
     layout = None if said is None else said.layout()
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
     directory = TiedDir(path) if isinstance(layout, CompressedTensors) else HFDir(path)
-    return Artifact(
-        "safetensors" if said is None else said.kind,
-        path,
-        path,
-        config,
-        generation,
-        DirWeights(directory, config, layout, vision),
-    )
+    return "safetensors" if said is None else said.kind, config, DirWeights(directory, config, layout, vision)
 
 
 def _mmproj(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> Mmproj | None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dgq.quant.bnb import LONGEST_STATE, STATE
@@ -202,6 +203,17 @@ class DirWeights(Weights):
         if self._layout is not None and name in self._quantised:
             return self._layout.join(name, self.shapes[name], self._dir)
         return self._dir[name]
+
+    @property
+    def packed(self) -> tuple[str, ...]:
+        """Canonical names of the weights that are stored quantised."""
+        return tuple(self._quantised)
+
+    def origin(self, name: str) -> tuple[Layout | None, str, tuple[int, ...], torch.Tensor | None]:
+        """A weight's layout, None if it is plain; name; shape; and bitsandbytes' quant_state as it lies on disk."""
+        layout = self._layout if name in self._quantised else None
+        state = self._dir.tensor(name + STATE).clone() if name + STATE in self._dir.specs else None
+        return layout, name, self.shapes[name], state
 
     def everything(self) -> dict[str, Stored]:
         return {name: self._stored(name) for name in (*self.shapes, *self._vision)}

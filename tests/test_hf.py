@@ -1,0 +1,122 @@
+"""transformers opens dgq's directories after `import dgq.runtime.hf`: packed, against its own model with the decoded
+weights; saved again to the byte; and what it does without the import."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+from transformers import DiffusionGemmaForBlockDiffusion
+
+import dgq.runtime.hf  # noqa: F401
+from dgq.convert.cli import main
+from dgq.quant.errors import InputError
+from dgq.runtime.artifact import open_artifact
+from dgq.runtime.hf_modules import PackedExperts, PackedLinear
+
+TINY = Path(__file__).parent.parent / "recipes" / "tiny"
+RECIPES = ("nvfp4", "nvfp4-w4a16", "bnb4", "bnb4-dq")
+pytestmark = pytest.mark.xdist_group("bitsandbytes")
+
+
+@pytest.fixture(scope="module", params=RECIPES)
+def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path: Path = tmp_path_factory.mktemp("hf") / request.param
+    to = request.param.partition("-")[0]
+    scale = ["--input-scale", "0.01"] if request.param == "nvfp4" else []
+    command = ["convert", str(TINY), "--to", to, "--recipe", request.param, "--effort", "stock", "-o", str(path)]
+    result = CliRunner().invoke(main, command + scale)
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def opened(path: Path, dtype: torch.dtype) -> Any:
+    model, info = DiffusionGemmaForBlockDiffusion.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return model
+
+
+def decoded(artifact: Path, to: Path) -> Path:
+    """A directory for stock transformers."""
+    shutil.copytree(TINY, to)
+    tensors = load_file(to / "model.safetensors")
+    for name, weight in open_artifact(artifact).weights.items():
+        tensors[name] = weight.dequantize(torch.float32)
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def test_logits_and_tokens(artifact: Path, tmp_path: Path) -> None:
+    model = opened(artifact, torch.float32)
+    reference = opened(decoded(artifact, tmp_path / "decoded"), torch.float32)
+    config, generator = open_artifact(artifact).config, torch.Generator().manual_seed(0)
+    ids = torch.randint(12, config.vocab, (1, 20), generator=generator)
+    canvas = torch.randint(0, config.vocab, (1, config.canvas), generator=generator)
+    with torch.no_grad():
+        found, theirs = (m(input_ids=ids, decoder_input_ids=canvas).logits for m in (model, reference))
+    torch.testing.assert_close(found, theirs, atol=1e-5, rtol=0)
+    texts = []
+    for one in (model, reference):
+        torch.manual_seed(1)
+        out = one.generate(ids, max_new_tokens=2 * config.canvas)
+        texts.append(getattr(out, "sequences", out))
+    assert torch.equal(*texts) and texts[0].shape[1] > 20
+
+
+def test_packed_in_memory_and_saved_to_the_byte(artifact: Path, tmp_path: Path) -> None:
+    model = opened(artifact, torch.bfloat16)
+    kinds = [type(module) for module in model.modules()]
+    bnb = artifact.name.startswith("bnb4")
+    assert kinds.count(PackedExperts) > 0 and (kinds.count(PackedLinear) > 0) == bnb
+    assert "Linear4bit" not in {kind.__name__ for kind in kinds}
+    stored = sum(spec.nbytes for spec in open_artifact(artifact).weights.everything().values())
+    assert model.get_memory_footprint() < 1.1 * stored
+    model.save_pretrained(tmp_path / "again")
+    before, after = (load_file(path / "model.safetensors") for path in (artifact, tmp_path / "again"))
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        assert (tensor.dtype, tensor.shape) == (after[name].dtype, after[name].shape), name
+        assert torch.equal(tensor.flatten().view(torch.uint8), after[name].flatten().view(torch.uint8)), name
+    said = [json.loads((p / "config.json").read_text())["quantization_config"] for p in (artifact, tmp_path / "again")]
+    assert said[0] == said[1]
+    one, two = open_artifact(artifact), open_artifact(tmp_path / "again")
+    assert (one.kind, one.config, one.generation) == (two.kind, two.config, two.generation)
+    opened(tmp_path / "again", torch.bfloat16).save_pretrained(tmp_path / "third")
+    files = [
+        (tmp_path / where / name).read_bytes()
+        for name in ("model.safetensors", "config.json")
+        for where in ("again", "third")
+    ]
+    assert files[0] == files[1] and files[2] == files[3]
+
+
+def test_damage_is_one_line(artifact: Path, tmp_path: Path) -> None:
+    shutil.copytree(artifact, tmp_path / "damaged")
+    tensors = load_file(tmp_path / "damaged" / "model.safetensors")
+    name = next(n for n in tensors if ".experts." in n and n.endswith((".weight_scale", ".nested_absmax", ".absmax")))
+    last = max(n for n in tensors if n.endswith("nested_absmax")) if artifact.name == "bnb4-dq" else name
+    tensors[last].view(torch.uint8).fill_(0xFF)
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="damaged"):
+        opened(tmp_path / "damaged", torch.bfloat16)
+
+
+def test_without_the_import(artifact: Path) -> None:
+    """bitsandbytes: an error. modelopt's: transformers takes it, with random experts and a warning, as README says."""
+    code = (
+        "import sys, torch, transformers\n"
+        f"transformers.DiffusionGemmaForBlockDiffusion.from_pretrained({str(artifact)!r}, dtype=torch.bfloat16)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    if artifact.name.startswith("bnb4"):
+        assert done.returncode != 0 and "experts" in done.stderr
+    else:
+        assert done.returncode == 0 and "newly initialized" in done.stderr and "experts.gate_up_proj" in done.stderr
