@@ -169,6 +169,11 @@ def convert(
     show_default=True,
     help="Through the documents; up to four times as many while an expert has seen too few tokens.",
 )
+@click.option(
+    "--trajectories",
+    is_flag=True,
+    help="Half of the canvases from the sampler's own steps; each of up to 48 steps reads the model once.",
+)
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Write these statistics for llama-quantize, too.")
 @REVISION
 @DEVICE
@@ -181,6 +186,7 @@ def calibrate(
     prompts: Path | None,
     seed: int,
     rounds: int,
+    trajectories: bool,
     imatrix: Path | None,
     revision: str | None,
     device: str,
@@ -200,7 +206,7 @@ def calibrate(
     with show.count_bar("calibrating") as advance:
         found = calibrated(
             open_source(src, revision), out.expanduser(), prompts, seed, rounds, chosen_device(device), imatrix,
-            advance, show.note, Budget(ram, vram),
+            advance, show.note, Budget(ram, vram), trajectories,
         )  # fmt: skip
     if found is not None:
         show.print_json(found) if as_json else show.calibrated(src, out, found)

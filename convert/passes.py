@@ -72,8 +72,10 @@ class Passes:
             progress()
         for number in self.mine:
             x = self._plain[self.layers % 2].read(number).to(self.stream.device)
-            soft = [self.stream.soften(logits) for _, logits in self.stream.leave(self._chunks[number], x)]
-            self._soft.write(number, torch.cat(soft).flatten(0, 1))
+            soft = torch.cat([self.stream.soften(logits) for _, logits in self.stream.leave(self._chunks[number], x)])
+            for canvas, given in self._chunks[number].given.items():
+                soft[canvas] = given
+            self._soft.write(number, soft.flatten(0, 1))
         os.fsync(self._soft.file.fileno())
 
     def _plainly(self, index: int) -> None:
@@ -130,6 +132,11 @@ class Passes:
             else:
                 self.stream.pull_enter(chunk, soft, self._states[0].read(number), sense)
         self.stream.forget()
+
+    def at(self, number: int, index: int) -> tuple[Chunk, torch.Tensor, torch.Tensor]:
+        """A chunk of the second pass, what conditions it, and its states before layer `index`; with a file a layer and
+        one more."""
+        return *self._both(number), self._states[index].read(number)
 
     def _both(self, number: int) -> tuple[Chunk, torch.Tensor]:
         chunk = self._chunks[number]
