@@ -23,6 +23,7 @@ from dgq.convert.plan import PlannedTensor
 from dgq.convert.report import triple
 from dgq.convert.stats import FLOOR
 from dgq.quant.errors import printable
+from dgq.quant.own_layout import ONLY_DGQ
 from dgq.quant.schemes import SCHEMES, stored_bits
 from dgq.runtime.artifact import Artifact
 from dgq.runtime.names import VISION, expected_tensors
@@ -34,10 +35,10 @@ LIBRARIES = {"gguf": "gguf", "nvfp4": "dgq", "bnb4": "dgq"}  # as the Hub calls 
 TAGS = {"gguf": ["gguf", "llama.cpp"], "nvfp4": ["nvfp4", "modelopt"], "bnb4": ["bitsandbytes", "nf4"]}
 PLOTS = ("kl-by-level", "top-by-level", "steps", "tasks")
 LIMITS = {
-    "nvfp4": "Stock transformers has no loader for this layout: it gives the experts RANDOM weights with a"
-    " warning. Do not.",
-    "bnb4": "Stock transformers loads the Linear layers and raises on the packed experts, for which it has no place;"
-    " vLLM has none either.",
+    "nvfp4": "Without `import dgq.runtime.hf` transformers has no loader for this layout: it gives the experts RANDOM"
+    " weights with a warning. Do not.",
+    "bnb4": "Without `import dgq.runtime.hf` transformers raises on the packed experts, for which it has no place; vLLM"
+    " has none either.",
     "gguf": "Text only in llama.cpp.",
 }  # fmt: skip
 
@@ -65,7 +66,7 @@ def card_data(
         "imatrix": document["imatrix"], "input_scales": _input_scales(document["input_scales"]),
         "validation": None if judged is None else _validation(judged),
         "vram": _vram(artifact), "openers": _openers(artifact, document["format"], repo),
-        "limits": [LIMITS[document["format"]], *_limits(document)],
+        "limits": [_first_limit(artifact, document["format"]), *_limits(document)],
         "provable": calibration is None, "proof": _proof(repo, document),
         "files": _listed(document["files"]), "source_files": _listed(source["files"]),
         "libraries": ", ".join(f"{name} {version}" for name, version in (document.get("libraries") or {}).items()),
@@ -195,7 +196,12 @@ def _openers(artifact: Artifact, to: str, repo: str) -> list[Json]:
               "steps": artifact.generation.sampler.steps}  # fmt: skip
     known = json.loads(files("dgq.recipes").joinpath("report", "openers.json").read_text("utf-8"))
     return [{"name": one["name"], "language": one["language"], "code": "\n".join(one["code"]).format(**filled),
-             "caveats": one["caveats"]} for one in known if to in one["formats"]]  # fmt: skip
+             "caveats": one["caveats"]} for one in known
+            if to in one["formats"] and (one["name"] == "dgq" or not artifact.weights.only_dgq)]  # fmt: skip
+
+
+def _first_limit(artifact: Artifact, to: str) -> str:
+    return f"It opens in {ONLY_DGQ}." if artifact.weights.only_dgq else LIMITS[to]
 
 
 def _limits(document: Json) -> list[str]:

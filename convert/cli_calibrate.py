@@ -23,6 +23,11 @@ from dgq.convert.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VR
     help="Through the documents; up to four times as many while an expert has seen too few tokens.",
 )
 @click.option(
+    "--trajectories",
+    is_flag=True,
+    help="Half of the canvases from the sampler's own steps; each of up to 48 steps reads the model once.",
+)
+@click.option(
     "--imatrix",
     type=click.Path(path_type=Path),
     help="Write an importance matrix for llama-quantize, too (GGUF). llama-imatrix's counts clean text that the encoder"
@@ -40,6 +45,7 @@ def calibrate(
     prompts: Path | None,
     seed: int,
     rounds: int,
+    trajectories: bool,
     imatrix: Path | None,
     revision: str | None,
     adapters: tuple[Path, ...],
@@ -60,7 +66,7 @@ def calibrate(
     with show.count_bar("calibrating") as advance:
         found = calibrated(
             open_source(src, revision, adapters=adapters), out.expanduser(), prompts, seed, rounds,
-            chosen_device(device), imatrix, advance, show.note, Budget(ram, vram),
+            chosen_device(device), imatrix, advance, show.note, Budget(ram, vram), trajectories,
         )  # fmt: skip
     if found is not None:
         show.print_json(found) if as_json else show.calibrated(src, out, found)

@@ -72,8 +72,10 @@ class Passes:
             progress()
         for number in self.mine:
             x = self._plain[self.layers % 2].read(number).to(self.stream.device)
-            soft = [self.stream.soften(logits) for _, logits in self.stream.leave(self._chunks[number], x)]
-            self._soft.write(number, torch.cat(soft).flatten(0, 1))
+            soft = torch.cat([self.stream.soften(logits) for _, logits in self.stream.leave(self._chunks[number], x)])
+            for canvas, given in self._chunks[number].given.items():
+                soft[canvas] = given
+            self._soft.write(number, soft.flatten(0, 1))
         os.fsync(self._soft.file.fileno())
 
     def _plainly(self, index: int) -> None:

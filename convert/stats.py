@@ -3,6 +3,8 @@
     samples.prompts    int32 (tokens,)     ids of all prompts, one after the other; samples.lengths int32: of each
     samples.canvases   int32 (n, canvas)   samples.owner int32 (n,): each one's prompt; samples.kind int32 (n,)
     samples.chunks     int32               prompts in each chunk
+    samples.given      int32 (m,)          canvases of the sampler, if any; samples.soft bfloat16 (m, canvas, hidden):
+                                           what each was conditioned on
     <weight>.sum2      float32 (2, in) or (E, 2, in)      sum of x² over the prompts' tokens, and the canvases'
     <weight>.amax      float32 (2,) or (E, 2)             the largest |x|
     <weight>.count     int64 (KINDS,) or (E, KINDS)       tokens seen: prompts'; canvases by noise; the same conditioned
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +101,19 @@ def sample_tensors(chunks: list[Chunk]) -> dict[str, torch.Tensor]:
     found = {f"samples.{name}": torch.tensor(values, dtype=torch.int32) for name, values in numbers.items()}
     found["samples.canvases"] = torch.cat([chunk.canvases for chunk in chunks]).int()
     found["samples.kind"] = torch.cat([chunk.kind for chunk in chunks]).int()
-    return found
+    return found | given_tensors(chunks)
+
+
+def given_tensors(chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
+    """samples.given and samples.soft; nothing if no canvas is the sampler's."""
+    places, soft, before = [], [], 0
+    for chunk in chunks:
+        places += [before + canvas for canvas in chunk.given]
+        soft += list(chunk.given.values())
+        before += len(chunk.owner)
+    if not places:
+        return {}
+    return {"samples.given": torch.tensor(places, dtype=torch.int32), "samples.soft": torch.stack(soft)}
 
 
 def read_stats(file: Path, source: Source) -> Stats:
@@ -107,13 +122,16 @@ def read_stats(file: Path, source: Source) -> Stats:
         with safe_open(file, "pt") as opened:
             about = json.loads((opened.metadata() or {})["dgq"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        chunks = _chunks({n.removeprefix("samples."): t for n, t in tensors.items() if n.startswith("samples.")})
+        chunks = read_samples(tensors)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; `dgq calibrate` makes it") from None
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, IndexError, RecursionError) as error:
         raise InputError(f"{file}: no STATS of dgq calibrate, or damaged ({error})") from None
     config = source.config
     ids = torch.cat([tensors["samples.prompts"], tensors["samples.canvases"].flatten()])
+    soft = tensors.get("samples.soft")
+    if soft is not None and soft.shape[-1] != config.hidden:
+        raise InputError(f"{file}: its samples do not fit {source.path}; calibrate this model")
     if chunks[0].canvases.shape[1:] != (config.canvas,) or int(ids.min()) < 0 or int(ids.max()) >= config.vocab:
         raise InputError(f"{file}: its samples do not fit {source.path}; calibrate this model")
     if not isinstance(about, dict) or about.get("weights") != weights_digest(source):
@@ -155,9 +173,12 @@ def weights_digest(source: Source) -> str:
     return digest.hexdigest()
 
 
-def _chunks(samples: dict[str, torch.Tensor]) -> list[Chunk]:
-    if any(part.dtype != torch.int32 for part in samples.values()):
+def read_samples(tensors: dict[str, torch.Tensor]) -> list[Chunk]:
+    """The chunks that sample_tensors() was given. ValueError, KeyError or RuntimeError if they make no sense."""
+    samples = {n.removeprefix("samples."): t for n, t in tensors.items() if n.startswith("samples.")}
+    if any(part.dtype != torch.int32 for name, part in samples.items() if name != "soft"):
         raise ValueError("samples are no int32")
+    given = _given(samples)
     lengths, counts = samples["lengths"].tolist(), samples["chunks"].tolist()
     if min(lengths) < 1 or sum(lengths) != len(samples["prompts"]) or sum(counts) != len(lengths) or min(counts) < 1:
         raise ValueError("lengths of prompts and chunks do not add up")
@@ -176,9 +197,27 @@ def _chunks(samples: dict[str, torch.Tensor]) -> list[Chunk]:
         owners = tuple((owner[own] - first).tolist())
         if not owners:
             raise ValueError("a chunk has no canvas")
-        made.append(Chunk(tuple(prompts[first : first + count]), samples["canvases"][own].long(), owners, kind[own]))
+        start = int(own.nonzero()[0])
+        ours = {place - start: given[place] for place in range(start, start + len(owners)) if place in given}
+        canvases = samples["canvases"][own].long()
+        made.append(Chunk(tuple(prompts[first : first + count]), canvases, owners, kind[own], ours))
         first += count
     return made
+
+
+def _given(samples: dict[str, torch.Tensor]) -> dict[int, torch.Tensor]:
+    if ("given" in samples) != ("soft" in samples):
+        raise ValueError("samples.given and samples.soft go together")
+    if "given" not in samples:
+        return {}
+    places, soft = samples["given"].tolist(), samples["soft"]
+    if soft.dtype != torch.bfloat16 or soft.dim() != 3 or soft.shape[:2] != (len(places), samples["canvases"].shape[1]):
+        raise ValueError("samples.soft is not bfloat16, or of another shape than its canvases")
+    if sorted(set(places)) != places or places[0] < 0 or places[-1] >= len(samples["canvases"]):
+        raise ValueError("samples.given does not name canvases in order")
+    if not bool(soft.isfinite().all()):
+        raise ValueError("samples.soft is not finite")
+    return dict(zip(places, soft, strict=True))
 
 
 def imatrix_entries(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

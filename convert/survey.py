@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,18 @@ from dgq.convert.stats import (
     WATCHED,
     coverage,
     imatrix_entries,
+    read_samples,
     sample_tensors,
     starved,
     watched,
     weights_digest,
 )
+from dgq.convert.trajectories import walked
 from dgq.quant.errors import InputError
 from dgq.quant.imatrix import write_imatrix
 from dgq.runtime.chunk import Chunk
 from dgq.runtime.names import gguf_name
+from dgq.runtime.settings import GenerationConfig
 from dgq.runtime.stream import Stream
 
 MORE = 4  # times the rounds asked for are made while an expert has too few tokens
@@ -53,7 +57,7 @@ Progress = Callable[[int, int], None]
 
 def calibrated(
     source: Source, out: Path, prompts: Path | None, seed: int, rounds: int, device: str, imatrix: Path | None,
-    progress: Progress, notice: Callable[[str], None], budget: Budget = UNSAID,
+    progress: Progress, notice: Callable[[str], None], budget: Budget = UNSAID, trajectories: bool = False,
 ) -> dict[str, Any] | None:  # fmt: skip
     """survey(), by one process or by those of torchrun; None in all of these but the first."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -65,7 +69,7 @@ def calibrated(
     try:
         if imatrix is not None:
             check_target(imatrix)
-        found = survey(source, out, prompts, seed, rounds, device, dtype, progress, notice, budget)
+        found = survey(source, out, prompts, seed, rounds, device, dtype, progress, notice, budget, trajectories)
         if imatrix is not None and (not several or dist.get_rank() == 0):
             export_imatrix(imatrix, source, out, found)
         return found if not several or dist.get_rank() == 0 else None
@@ -123,7 +127,7 @@ class Survey:
 
 def survey(
     source: Source, out: Path, prompts: Path | None, seed: int, rounds: int, device: str, dtype: torch.dtype,
-    progress: Progress, notice: Callable[[str], None], budget: Budget = UNSAID,
+    progress: Progress, notice: Callable[[str], None], budget: Budget = UNSAID, trajectories: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Write STATS to `out`; what it says about itself. InputError for bad prompts, an `out` that exists, a budget of
     memory that is too small."""
@@ -132,12 +136,15 @@ def survey(
     budget.enforce()
     budget.room(Needs(source, device, Sizes.most(source.config, found)), device, "calibrating")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    about = {"dgq": dgq_version(), "weights": weights_digest(source), "data": data, "seed": seed, "dtype": str(dtype)}
+    about = {"dgq": dgq_version(), "weights": weights_digest(source), "data": data, "seed": seed, "dtype": str(dtype),
+             "trajectories": trajectories}  # fmt: skip
+    sampler = GenerationConfig.from_file(source.path / "generation_config.json", source.config).sampler
     folder = out.absolute().parent / f".{out.name[:200]}.calibration"
     work = _Work(folder, {**about, "rounds": rounds, "world": world}, rank, notice)
     stream = Stream(source.config, Rows(source), device, dtype)
     layers = len(source.config.layers)
-    total, done = DRAFTS * layers * any(d.open for d in found) + 2 * layers * rounds, 0
+    total = DRAFTS * layers * any(d.open for d in found) + (2 + sampler.steps * trajectories) * layers * rounds
+    done = 0
 
     def step() -> None:
         nonlocal done
@@ -150,6 +157,8 @@ def survey(
     turn = 0
     for turn in range(MORE * rounds):
         new = chunks(found, seed, turn, source)
+        if trajectories:
+            new = work.walked(turn, new, partial(walked, stream, new, sampler, seed, turn << 32), step)
         made += new
         _add(tensors, _round(source, stream, new, work, turn, step))
         if turn + 1 >= rounds and not starved(tensors):
@@ -275,6 +284,16 @@ class _Work:
             self.note("drafts", {str(i): torch.tensor(d.ids) for i, d in enumerate(done)})
         ids = self.read("drafts")
         return [Document(tuple(ids[str(i)].tolist()), d.first, d.chat) for i, d in enumerate(found)]
+
+    def walked(
+        self, turn: int, new: list[Chunk], make: Callable[..., list[Chunk]], step: Callable[[], None]
+    ) -> list[Chunk]:
+        """`new` with the sampler's canvases. Every process makes all of them, each for itself."""
+        name = f"{turn}-walked"
+        if not self.has(name):
+            with self.file(f"walks-{self._rank}") as file:
+                self.note(name, sample_tensors(make(file, step)))
+        return read_samples(self.read(name))
 
     def _wait(self) -> None:
         if dist.is_initialized():

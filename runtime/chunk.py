@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, BinaryIO, Protocol
 
@@ -15,12 +15,14 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Chunk:
     """Some sequences. prompts: their ids; canvases (n, canvas) int64, those of a prompt together, in its order;
-    owner: of each canvas, its prompt; kind (n,) int64: any label; prompts' tokens have label 0."""
+    owner: of each canvas, its prompt; kind (n,) int64: any label; prompts' tokens have label 0. given: canvas ->
+    what it was conditioned on when it was made, bfloat16 (canvas, hidden); for the others their own logits make it."""
 
     prompts: tuple[tuple[int, ...], ...]
     canvases: Tensor
     owner: tuple[int, ...]
     kind: Tensor
+    given: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def encoded(self) -> int:
