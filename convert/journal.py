@@ -157,3 +157,15 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
                 return f"{file} has changed since"
             return f"its {key} was {str(was)[:60]}, not {str(now)[:60]}"
     return None
+
+
+def check_target(out: Path) -> None:
+    """InputError if `out` exists (dgq never writes into, or over, somebody's directory), or cannot: its name is too
+    long, a parent is a file."""
+    try:
+        out.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error})") from None
+    raise InputError(f"{out}: exists already; choose another -o or remove it")

@@ -31,7 +31,7 @@ from dgq.convert.gguf_metadata import metadata
 from dgq.convert.hashes import describe, dgq_version, digest
 from dgq.convert.hf_artifact import DirWriter, write_configs
 from dgq.convert.input_scales import scales_of
-from dgq.convert.journal import Journal
+from dgq.convert.journal import Journal, check_target
 from dgq.convert.mmproj import metadata as vision_metadata
 from dgq.convert.plan import Plan
 from dgq.convert.refine import check_memory, check_scratch, refinable, refined
@@ -223,18 +223,6 @@ def _fitted(plan: Plan, imatrix: Imatrix, notice: Callable[[str], None]) -> Imat
     if found.unseen:
         notice(f"{imatrix.file}: {found.unseen} experts or weights saw no token: their columns weigh the same")
     return found
-
-
-def check_target(out: Path) -> None:
-    """InputError if `out` exists (dgq never writes into, or over, somebody's directory), or cannot: its name is too
-    long, a parent is a file."""
-    try:
-        out.lstat()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error})") from None
-    raise InputError(f"{out}: exists already; choose another -o or remove it")
 
 
 def _identity(plan: Plan, options: Options) -> dict[str, Any]:

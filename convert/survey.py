@@ -27,9 +27,9 @@ from torch import distributed as dist
 
 from dgq.convert.budget import UNSAID, Budget
 from dgq.convert.hashes import dgq_version
+from dgq.convert.journal import check_target
 from dgq.convert.memory import Needs, Sizes
 from dgq.convert.passes import DRAFTS, Passes, Rows, drafted
-from dgq.convert.pipeline import check_target
 from dgq.convert.samples import KINDS, Document, chunks, documents
 from dgq.convert.source import Source
 from dgq.convert.stats import (

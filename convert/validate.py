@@ -25,8 +25,8 @@ from dgq.convert.free import free_batches, run
 from dgq.convert.gate import Gate
 from dgq.convert.generate import open_model
 from dgq.convert.hashes import dgq_version
+from dgq.convert.journal import check_target
 from dgq.convert.judge import Json, Judge, Lazy, Options, has_input_scales, plain
-from dgq.convert.pipeline import check_target
 from dgq.convert.questions import LEVELS, batches, questions, written
 from dgq.convert.reference import Reference, combined, read_reference
 from dgq.convert.sensitivity import parts
