@@ -137,6 +137,7 @@ def convert(
     from dgq.convert.device import chosen_device
     from dgq.convert.hub import is_hub_id
     from dgq.convert.input_scales import find_input_scales
+    from dgq.convert.journal import check_target
     from dgq.convert.plan import make_plan
     from dgq.convert.recipes import find_recipe
     from dgq.convert.slices import CALIBRATED, Options
@@ -154,7 +155,7 @@ def convert(
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     out = out.expanduser()
-    pipeline.check_target(out)
+    check_target(out)
     device = chosen_device(device)
     policy = find_recipe(to, recipe)
     if is_hub_id(src):  # from headers: a recipe that does not fit is said before anything large is fetched
