@@ -16,6 +16,7 @@ from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_json
 from dgq.quant.schemes import stored_bits
 from dgq.runtime.artifact import Artifact
+from dgq.runtime.names import VISION
 from dgq.runtime.weights import GGUFWeights
 
 Json = dict[str, Any]
@@ -56,7 +57,9 @@ def _share(artifact: Artifact, document: Json) -> Iterator[str]:
     plain = [name for name, weight in stored.items() if ".experts." in name and stored_bits(weight.scheme) >= 16]
     if plain:
         yield f"share quantised: {len(plain)} weights of routed experts are in 16 bits ({plain[0]}, …)"
-    share = document["quantized_params"] / document["params"]
+    apart = document["format"] == "gguf"  # its tower, which no recipe decides on
+    asked = [weight for name, weight in stored.items() if not (apart and name.startswith(VISION))]
+    share = sum(w.numel for w in asked if stored_bits(w.scheme) < 16) / sum(w.numel for w in asked)
     rules = document.get("recipe_rules")
     if rules is None:
         yield "recipe: dgq.json does not hold its rules; convert again with this dgq"

@@ -33,5 +33,5 @@ def find_recipe(to: str, name: str | None = None) -> Recipe:
 
 def own_recipes() -> dict[str, Path]:
     """dgq's recipes by name."""
-    found = (path for path in files("dgq.recipes").iterdir() if path.name.endswith(".toml"))
-    return {path.name.removesuffix(".toml"): Path(str(path)) for path in sorted(found, key=lambda path: path.name)}
+    found = (Path(str(path)) for path in files("dgq.recipes").iterdir())
+    return {path.stem: path for path in sorted(found, key=lambda path: path.stem) if path.suffix == ".toml"}

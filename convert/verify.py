@@ -8,9 +8,9 @@ manifest.json   in what `dgq publish` made: size and SHA-256 of the card and all
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,11 @@ def verify(path: Path, threads: int, progress: Progress, links: bool = False) ->
 
 def total_bytes(path: Path) -> int:
     """What a progress bar counts to; 0 if it cannot be known."""
-    entries = os.scandir(path) if path.is_dir() else ()
-    return sum(entry.stat().st_size for entry in entries if entry.is_file())
+    total = 0
+    for entry in path.iterdir() if path.is_dir() else ():
+        with suppress(OSError):  # a link that leads to itself
+            total += entry.stat().st_size if entry.is_file() else 0
+    return total
 
 
 def _describes(said: Any) -> bool:

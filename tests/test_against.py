@@ -139,7 +139,7 @@ def test_somebody_s_own_recipe(root: Path, tmp_path: Path) -> None:
 
 def test_an_imatrix(root: Path, tmp_path: Path) -> None:
     """The weighted bytes are proven with the very file that made them, and with no other."""
-    plain = GGUFReader(next((root / "q4_k_m").glob("*.gguf")))
+    plain = GGUFReader(next((root / "q4_k_m").glob("[!m]*.gguf")))
     rng = numpy.random.default_rng(5)
     files = []
     for number in range(2):
@@ -159,7 +159,8 @@ def test_an_imatrix(root: Path, tmp_path: Path) -> None:
         writer.write_tensors_to_file()
         writer.close()
     made = tmp_path / "made"
-    assert dgq("convert", root / "source", "--to", "gguf", "--imatrix", files[0], "-o", made).exit_code == 0
+    result = dgq("convert", root / "source", "--to", "gguf", "--imatrix", files[0], "-o", made)
+    assert result.exit_code == 0, result.stderr
     assert against(made, root / "source", "--imatrix", str(files[0])).exit_code == 0
     for more, said in ((), "give it with --imatrix"), (("--imatrix", str(files[1])), "is not the file whose SHA-256"):
         result = against(made, root / "source", *more)

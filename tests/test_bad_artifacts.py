@@ -419,7 +419,7 @@ BNB: dict[str, Case] = {
     "says nothing": Case(unsaid, (SINGLE, "not part of the model")),
     "modelopt said": Case(
         config(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}),
-        ("experts.0.gate_proj.weight is missing", "unknown"),
+        ("weight_scale is missing", "unknown"),
     ),
     "all plain": Case(plain("model.decoder."), ("said to be nf4", "every weight is plain")),
     "plain, with its absmax": Case(
@@ -661,11 +661,11 @@ def test_input_scales_that_nothing_stores(good: Path, tmp_path: Path) -> None:
     ("to", "rules", "expected"),
     [
         ("nvfp4", rule("*.self_attn.q_proj.weight", "nvfp4"), "no place for model.decoder.layers.0.self_attn.q_proj"),
-        ("nvfp4", rule("model.decoder.norm.weight", "nvfp4"), f"nvfp4 has no place for {NORM} [128] quantised"),
+        ("nvfp4", rule("model.decoder.norm.weight", "nvfp4"), f"nvfp4 has no place for {NORM} [128] as nvfp4"),
         ("nvfp4", rule("*.embed_tokens.weight", "nvfp4"), "no place for model.decoder.embed_tokens.weight [512, 128]"),
         ("nvfp4", rule("*vision*.q_proj.linear.weight", "nvfp4"), "no place for model.encoder.vision_tower."),
         ("nvfp4", rule("*.layer_scalar", "nvfp4"), "rows of 1 in model.decoder.layers.0.layer_scalar"),
-        ("bnb4", rule("model.decoder.norm.weight", "nf4"), f"bnb4 has no place for {NORM} [128] quantised"),
+        ("bnb4", rule("model.decoder.norm.weight", "nf4"), f"bnb4 has no place for {NORM} [128] as nf4"),
         ("bnb4", rule("*.embed_tokens.weight", "nf4"), "bnb4 has no place for model.decoder.embed_tokens.weight"),
         ("bnb4", rule("*.q_proj.weight", "nf4") + rule("*.k_proj.weight", "nf4_dq"), "either nf4 or nf4_dq throughout"),
         ("bnb4", rule("*.q_proj.weight", "nf4", 'more_bits = "nf4_dq"'), "either nf4 or nf4_dq throughout"),

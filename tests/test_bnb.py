@@ -188,9 +188,13 @@ def test_the_state_is_bitsandbytes_own_text(artifact: Path) -> None:
     assert found.rstrip() == expected and (double or found == expected), "padded where the offset's length varies"
 
 
-def test_stock_transformers(artifact: Path, tmp_path: Path) -> None:
+def test_stock_transformers(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the expert tensors it loads, every Linear bit-equal; the directory itself raises."""
     from transformers import DiffusionGemmaForBlockDiffusion
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit", Bnb4BitHfQuantizer)  # as before dgq.runtime.hf
 
     tensors = load_file(artifact / "model.safetensors")
     stripped = tmp_path / "stripped"

@@ -116,7 +116,7 @@ def _floor(micro: Path, stats: Path | None) -> int:
 @pytest.fixture
 def single(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts are quantised one by one, so that their Hessians can be gathered one by one."""
-    monkeypatch.setattr(memory, "GROUP", 1)
+    monkeypatch.setattr(memory, "GROUP", {"cpu": 1, "cuda": 1})
 
 
 @pytest.fixture

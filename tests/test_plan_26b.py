@@ -118,10 +118,10 @@ def test_bnb4(checkpoint: Path, recipe: str, gigabytes: float) -> None:
     assert found["peak_mib"] < 500
 
 
-# GB of tensors, from the headers alone, vision included where the format has a place for it
+# GB of tensors, from the headers alone, vision included
 SIZES = {
-    "nvfp4": 18.82, "nvfp4-w4a16": 18.82, "nvfp4-all": 15.73, "bnb4": 16.43, "bnb4-dq": 15.28, "q4_k_m": 16.79,
-    "q6_k": 22.64, "q8_0": 26.86,
+    "nvfp4": 18.82, "nvfp4-w4a16": 18.82, "nvfp4-all": 15.73, "bnb4": 16.43, "bnb4-dq": 15.28, "q4_k_m": 17.99,
+    "q6_k": 23.83, "q8_0": 28.06,
 }  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def test_nvfp4_all(source: Source) -> None:
     assert {t.part for t in planned.tensors if t.scheme.name == "nvfp4"} == {
         "routed experts", "attention", "dense MLP", "self-conditioning"
     }  # fmt: skip
-    assert {kinds[name] for name in source.vision} == {"bf16"} and planned.dropped == {}
+    assert {kinds[name] for name in source.vision} == {"bf16"}
 
 
 @pytest.mark.parametrize("recipe", ["q8_0", "q6_k"])
@@ -165,7 +165,7 @@ def test_types_of_llama_quantize(recipe: str, source: Source) -> None:
     """Its rules for these file types (llama_tensor_get_type): nothing but the base type, or what rows of 704 and 2112
     fall back to; vectors and routers as in Q4_K_M, whose types it gave itself."""
     golden = json.loads((REAL / "gguf.Q4_K_M.types.json").read_text())
-    planned = make_plan(source, recipes()[recipe]).tensors
+    planned = [t for t in make_plan(source, recipes()[recipe]).tensors if not t.vision]
     assert [t.name for t in planned] == list(golden)
     for tensor in planned:
         fits = tensor.shape[-1] % 256 == 0

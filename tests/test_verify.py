@@ -146,7 +146,7 @@ def test_a_bit_in_padding(artifacts: Path) -> None:
 
 def test_a_bit_in_any_byte_of_dgq_json(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte, one bit each. The other files are whole, and so are not read again."""
-    monkeypatch.setattr(checking, "_differs", lambda file, said: [])
+    monkeypatch.setattr(checking, "_differs", lambda file, said, links: [])
     for recipe, step in (("q4_k_m", 1), ("nvfp4", 11), ("bnb4-dq", 11)):
         file = artifacts / recipe / provenance.FILE
         whole = file.read_bytes()
@@ -259,7 +259,7 @@ def test_what_is_no_plain_file(artifact: Path) -> None:
         ):
             make(file)
             result = command(artifact)
-            assert result.exit_code == (2 if file.name == provenance.FILE else 1)
+            assert result.exit_code == (2 if file.name == provenance.FILE else 1), result.stderr
             assert f"{file}: is no plain file" in result.stderr
             file.rmdir() if file.is_dir() else file.unlink()
         aside.rename(file)
