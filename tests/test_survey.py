@@ -36,6 +36,7 @@ from dgq.runtime.model import Model
 from dgq.runtime.names import EMBEDDING
 from dgq.runtime.stream import Stream
 
+pytestmark = pytest.mark.usefixtures("few_steps")
 PROMPTS = [
     {"text": "the king went to the wind and the apple of the door was in the house of the king for a day " * 3},
     {"messages": [{"role": "user", "content": "say apple"}, {"role": "assistant", "content": "apple"}]},
