@@ -61,7 +61,7 @@ def card_data(
         "params": document["params"], "plain_bits": PLAIN_BITS, "confidence": CONFIDENCE,
         "quantized_percent": round(100 * document["quantized_params"] / document["params"], 2),
         "gigabytes": round(size / 1e9, 3), "bits": round(8 * size / document["params"], 2),
-        "parts": _parts(artifact), "dropped": document.get("dropped") or {}, "notices": document["notices"],
+        "parts": _parts(artifact), "notices": document["notices"],
         "calibration": None if calibration is None else _calibration(calibration),
         "imatrix": document["imatrix"], "input_scales": _input_scales(document["input_scales"]),
         "validation": None if judged is None else _validation(judged),

@@ -126,15 +126,16 @@ def open_artifact(path: Path | str) -> Artifact:
     if not ggufs and not shards:
         raise InputError(f"{path}: holds neither safetensors nor a .gguf")
     raw = read_json(path / "config.json")
+    if shards:
+        kind, config, weights = open_weights(path, raw)
+        generation = GenerationConfig.from_file(path / "generation_config.json", config)
+        return Artifact(kind, path, path, config, generation, weights)
     config = ModelConfig.from_json(raw, str(path / "config.json"))
     generation = GenerationConfig.from_file(path / "generation_config.json", config)
-    if not shards:
-        reader = GGUFReader(ggufs[0])
-        _check_agreement(config, ModelConfig.from_gguf(reader.metadata, str(ggufs[0])), path, ggufs[0])
-        packed = GGUFWeights(reader, config, _mmproj(path, raw, config))
-        return Artifact("gguf", path, ggufs[0], config, generation, packed)
-    kind, config, weights = open_weights(path, raw)
-    return Artifact(kind, path, path, config, generation, weights)
+    reader = GGUFReader(ggufs[0])
+    _check_agreement(config, ModelConfig.from_gguf(reader.metadata, str(ggufs[0])), path, ggufs[0])
+    packed = GGUFWeights(reader, config, _mmproj(path, raw, config))
+    return Artifact("gguf", path, ggufs[0], config, generation, packed)
 
 
 def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, DirWeights]:

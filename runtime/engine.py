@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from dgq.quant.errors import InputError
-from dgq.runtime.batch import PREFILL, Batch, OnSlots, Reference, Step
+from dgq.runtime.batch import Batch, OnSlots, Reference, Step
 from dgq.runtime.model import Model
 from dgq.runtime.rng import CounterRandom, Random, TorchRandom
 from dgq.runtime.settings import GenerationConfig, SamplerConfig
 from dgq.runtime.turns import TurnOnCache, TurnOnSlots, Turns
 
-__all__ = ["PREFILL", "Block", "Result", "Step", "generate", "stream"]
+__all__ = ["Block", "Result", "Step", "generate", "stream"]
 
 Rng = Literal["counter", "torch"]
 

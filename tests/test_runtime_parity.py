@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dgq.runtime import batch
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.engine import generate
 from dgq.runtime.settings import GenerationConfig, SamplerConfig
@@ -158,12 +159,22 @@ def test_some_canvases_stopped_early(pair):
 
 
 def test_chunked_prefill(pair, monkeypatch):
-    """A prompt encoded in pieces is the prompt encoded at once."""
+    """A prompt encoded in pieces is the prompt encoded at once: logits, one prompt after the other and padded."""
     _, model, artifact, _ = pair
-    import dgq.runtime.engine as engine
-
     rows = prompts(artifact, [17, 11], 9)
-    whole = generate(model, rows, artifact.generation, artifact.config.canvas, seed=1, steps=2)
-    monkeypatch.setattr(engine, "PREFILL", 13)
-    pieces = generate(model, rows, artifact.generation, artifact.config.canvas, seed=1, steps=2)
-    assert whole.tokens == pieces.tokens
+    longest = max(map(len, rows))
+    canvas = torch.randint(5, artifact.config.vocab, (2, artifact.config.canvas))
+    lengths, encode = [], model.encode
+
+    def logits():
+        lengths.clear()
+        prefills = batch.encode_each(model, rows, longest + 1), batch._prefill(model, rows, 0, longest + 1)
+        return [model.decode(canvas, cache) for cache in prefills]
+
+    monkeypatch.setattr(model, "encode", lambda ids, *a, **k: (lengths.append(ids.shape[1]), encode(ids, *a, **k)))
+    whole = logits()
+    assert lengths == [*map(len, rows), longest]
+    monkeypatch.setattr(batch, "PREFILL", 13)
+    for found, expected in zip(logits(), whole, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert max(lengths) == 13 and sum(lengths) == sum(map(len, rows)) + longest

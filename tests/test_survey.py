@@ -19,7 +19,7 @@ from micro import micro_config, micro_tensors, write_micro
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dgq.convert import passes, survey
+from dgq.convert import passes, samples, survey
 from dgq.convert.cli import main
 from dgq.convert.passes import Rows
 from dgq.convert.refine import LEAN, Hessians
@@ -36,6 +36,7 @@ from dgq.runtime.model import Model
 from dgq.runtime.names import EMBEDDING
 from dgq.runtime.stream import Stream
 
+pytestmark = pytest.mark.usefixtures("few_steps")
 PROMPTS = [
     {"text": "the king went to the wind and the apple of the door was in the house of the king for a day " * 3},
     {"messages": [{"role": "user", "content": "say apple"}, {"role": "assistant", "content": "apple"}]},
@@ -165,10 +166,11 @@ def test_two_processes_find_the_same(micro: Path, stats: Path, tmp_path: Path, m
     code = "import sys; from dgq.convert import samples; samples.CHUNK = 300; from dgq.convert.cli import main; main()"
     (tmp_path / "small.py").write_text(code)
     arguments = ["calibrate", micro, "--prompts", micro / "prompts.jsonl", "--rounds", 2, "--device", "cpu"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
-    for count in (1, 2):
-        command = [*launch, count, tmp_path / "small.py", *arguments, "-o", tmp_path / f"of{count}"]
-        subprocess.run([*map(str, command)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
+    command = [*launch, tmp_path / "small.py", *arguments, "-o", tmp_path / "of2"]
+    subprocess.run([*map(str, command)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    monkeypatch.setattr(samples, "CHUNK", 300)
+    assert dgq(*arguments, "-o", tmp_path / "of1").exit_code == 0
     one, two = (load_file(tmp_path / f"of{count}") for count in (1, 2))
     assert one.keys() == two.keys() and len(one["samples.chunks"]) > 2
     for name, value in one.items():

@@ -24,6 +24,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from test_bad_input import error_of
 
+from dgq.convert import free, questions
 from dgq.convert.cli import main
 from dgq.convert.generate import open_model
 from dgq.convert.judge import Lazy, Options
@@ -136,20 +137,23 @@ def test_a_reference_from_elsewhere_gives_the_same_report(room: Path, whole: dic
     assert unchecked == {"structure", "weights", "layers"} and alone["ok"]
 
 
-def test_two_ranks_give_the_numbers_of_one(room: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+def test_two_ranks_give_the_numbers_of_one(
+    room: Path, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In batches of two questions, so that both have some."""
     code = (
         "from dgq.convert import free, questions; questions.ROWS = free.ROWS = 2\n"
         "from dgq.convert.cli import main; main()"
     )
     (tmp_path / "small.py").write_text(code)
-    arguments = [tmp_path / "small.py", "validate", room / "good", "--against", "tiny", "--quick", "--prompts",
-                 room / "prompts.jsonl"]  # fmt: skip
-    for count in (1, 2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count]
-        command = [*map(str, [*launch, *arguments, "-o", tmp_path / f"of{count}"])]
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    one, two = (json.loads((tmp_path / f"of{count}" / "report.json").read_text()) for count in (1, 2))
+    arguments = [room / "good", "--against", "tiny", "--quick", "--prompts", room / "prompts.jsonl"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, tmp_path / "small.py"]
+    command = [*map(str, [*launch, "validate", *arguments, "-o", tmp_path / "of2"])]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    two = json.loads((tmp_path / "of2" / "report.json").read_text())
+    for module in (free, questions):
+        monkeypatch.setattr(module, "ROWS", 2)
+    one = validated(*arguments, "-o", tmp_path / "of1")
     assert list(differences(one, two)) == []
     means = [report["artifacts"][0]["fixed"]["mean"]["kl"][0] for report in (whole, two)]
     assert means[0] == pytest.approx(means[1], rel=1e-4), "nor do batches matter"
