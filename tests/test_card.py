@@ -104,7 +104,7 @@ def check_page(ready: Ready) -> None:
     opened = [token.type for token in tokens]
     assert opened.count("table_open") == sum(line.startswith(("|---", "| ---")) for line in lines) >= 5
     assert opened.count("tr_open") == len(lines) - opened.count("table_open"), "every line is a row"
-    assert opened.count("list_item_open") == sum(line.startswith("- ") for line in card.text.splitlines()) > 3
+    assert opened.count("list_item_open") == len(re.findall("^(?:> )?- ", card.text, re.M)) > 3
     inside = [child for token in tokens for child in token.children or ()]
     pictures = {str(child.attrs["src"]) for child in inside if child.type == "image"}
     assert pictures == {name for name in ready.files if name.endswith(".png")} and len(pictures) == 4
