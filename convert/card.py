@@ -199,7 +199,8 @@ def _openers(artifact: Artifact, document: Json, repo: str) -> list[Json]:
     known = json.loads(files("dgq.recipes").joinpath("report", "openers.json").read_text("utf-8"))
     return [{"name": one["name"], "language": one["language"], "code": "\n".join(one["code"]).format(**filled),
              "caveats": [line for kind in kinds for line in one.get(kind, ())]} for one in known
-            if document["format"] in one["formats"] and (one["name"] == "dgq" or not artifact.weights.only_dgq)]  # fmt: skip
+            if document["format"] in one["formats"]
+            and (one["name"] == "dgq" or not artifact.weights.only_dgq)]  # fmt: skip
 
 
 def _first_limit(artifact: Artifact, to: str) -> str:

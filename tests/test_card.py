@@ -23,7 +23,8 @@ FORMATS = {"bnb4": "bnb4", "bnb4-dq": "bnb4", "nvfp4": "nvfp4", "nvfp4-w4a16": "
            "stats": "nvfp4"}  # fmt: skip
 NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"
 CONVERT = """
-import sys; import torch; from pathlib import Path; from click.testing import CliRunner; from dgq.convert.cli import main
+import sys; import torch; from pathlib import Path
+from click.testing import CliRunner; from dgq.convert.cli import main
 root, threads = Path(sys.argv[1]), sys.argv[2]
 for name, to in {formats}.items():
     words = ["convert", str(root / "source"), "--to", to, "--recipe", name, "--threads", threads]

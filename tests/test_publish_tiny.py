@@ -53,7 +53,7 @@ def held(path: Path) -> int:
         total += sum(int(t.n_bytes) for t in gguf.GGUFReader(file).tensors if t.name != "rope_freqs.weight")
     for file in path.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
-            total += sum(tensors.get_tensor(key).nbytes for key in tensors.keys())
+            total += sum(tensors.get_tensor(key).nbytes for key in tensors.offset_keys())
     return total
 
 
@@ -61,9 +61,10 @@ def check_rows(ready: Ready, report: dict[str, Any], name: str) -> None:
     """Each figure, its bounds and BF16's are the report's, rounded to the digits shown."""
     one = next(artifact for artifact in report["artifacts"] if artifact["name"] == name)
     mean, free, base = one["fixed"]["mean"], one["free"], report["reference"]["free"]
+    levels = {level: row["both"]["kl"] for level, row in one["fixed"]["by_level"].items()}
     wanted = {
         "KL(BF16 ‖ this), nats a position": (mean["kl"], None, 1),
-        **{f"the same at noise {level}": (row["both"]["kl"], None, 1) for level, row in one["fixed"]["by_level"].items()},
+        **{f"the same at noise {level}": (kl, None, 1) for level, kl in levels.items()},
         "best token as BF16's": (mean["top1"], None, 100), "among BF16's five best": (mean["top5"], None, 100),
         "exact answers": (free["score"], base["score"], 100),
         "denoising steps a canvas": (free["steps"], base["steps"], 1),

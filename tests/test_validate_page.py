@@ -9,15 +9,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from click.testing import CliRunner
 
-from dgq.convert.cli import main
 from dgq.convert.report import page, triple, write
 
 pytestmark = pytest.mark.xdist_group("validate-page")
