@@ -38,9 +38,9 @@ def verify_against(
     path: Path, source: Source, recipe: str | None, imatrix: Path | None, sample: int, seed: int, threads: int
 ) -> dict[str, Any]:
     """Requantise `sample` weights, and one more of each part and scheme that is not among them: {"ok", "problems",
-    "compared", "left_out"}. The artifact must have passed `verify`. recipe: the one to hold it to, if not dgq's own of its name or
-    the rules in dgq.json; imatrix: the file that dgq.json names. InputError if the artifact was made with STATS, or
-    dgq.json does not say how."""
+    "compared", "left_out"}. The artifact must have passed `verify`. recipe: the one to hold it to, if not dgq's own of
+    its name or the rules in dgq.json; imatrix: the file that dgq.json names. InputError if the artifact was made with
+    STATS, or dgq.json does not say how."""
     file = path / provenance.FILE
     document = read_json(file)
     options = Options(_effort(file, document), None, threads)

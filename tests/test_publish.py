@@ -168,6 +168,7 @@ def test_an_interrupted_upload_sends_only_what_is_missing(root: Path, hub: Writa
     assert broken.exit_code == 2 and "what arrived whole is not sent again" in broken.stderr, broken.stderr
     assert broken.stderr.strip().splitlines()[-1].startswith(f"dgq: error: {REPO}: ")
     assert len(hub.repos[REPO].commits) == 1, "nothing is visible of it"
+    assert f"note: {REPO}: {next((root / 'bnb4').glob('*.safetensors')).name}, " in " ".join(broken.stderr.split())
     sent = set(hub.lfs)
     assert sent and large not in sent
     hub.faults, hub.log[:] = [], []
