@@ -37,10 +37,10 @@ NOT_COMPARED = ".input_scale"
 def verify_against(
     path: Path, source: Source, recipe: str | None, imatrix: Path | None, sample: int, seed: int, threads: int
 ) -> dict[str, Any]:
-    """Requantise `sample` weights, and one more of each scheme that is not among them: {"ok", "problems", "compared",
-    "left_out"}. The artifact must have passed `verify`. recipe: the one to hold it to, if not dgq's own of its name or
-    the rules in dgq.json; imatrix: the file that dgq.json names. InputError if the artifact was made with STATS, or
-    dgq.json does not say how."""
+    """Requantise `sample` weights, and one more of each part and scheme that is not among them: {"ok", "problems",
+    "compared", "left_out"}. The artifact must have passed `verify`. recipe: the one to hold it to, if not dgq's own of
+    its name or the rules in dgq.json; imatrix: the file that dgq.json names. InputError if the artifact was made with
+    STATS, or dgq.json does not say how."""
     file = path / provenance.FILE
     document = read_json(file)
     options = Options(_effort(file, document), None, threads)
@@ -139,14 +139,15 @@ def _source_differs(document: dict[str, Any], source: Source) -> Iterator[str]:
 
 
 def _drawn(plan: Plan, sample: int, seed: int) -> list[PlannedTensor]:
-    """In the plan's order: the sample, and one of each scheme that it lacks."""
+    """In the plan's order: the sample, and one of each part and scheme that it lacks: a quant of experts alone changes
+    no other weight when it is quantised again."""
     rng = random.Random(seed)
     mixed = rng.sample(plan.tensors, len(plan.tensors))
     drawn = {tensor.name for tensor in mixed[:sample]}
-    schemes = {tensor.scheme.name for tensor in mixed[:sample]}
+    kinds = {(tensor.part, tensor.scheme.name) for tensor in mixed[:sample]}
     for tensor in mixed[sample:]:
-        if tensor.scheme.name not in schemes:
-            schemes.add(tensor.scheme.name)
+        if (tensor.part, tensor.scheme.name) not in kinds:
+            kinds.add((tensor.part, tensor.scheme.name))
             drawn.add(tensor.name)
     return [tensor for tensor in plan.tensors if tensor.name in drawn]
 

@@ -35,10 +35,10 @@ LIBRARIES = {"gguf": "gguf", "nvfp4": "dgq", "bnb4": "dgq"}  # as the Hub calls 
 TAGS = {"gguf": ["gguf", "llama.cpp"], "nvfp4": ["nvfp4", "modelopt"], "bnb4": ["bitsandbytes", "nf4"]}
 PLOTS = ("kl-by-level", "top-by-level", "steps", "tasks")
 LIMITS = {
-    "nvfp4": "Without `import dgq.runtime.hf` transformers has no loader for this layout: it gives the experts RANDOM"
-    " weights with a warning. Do not.",
-    "bnb4": "Without `import dgq.runtime.hf` transformers raises on the packed experts, for which it has no place; vLLM"
-    " has none either.",
+    "nvfp4": "Without the line import dgq.runtime.hf transformers has no loader for this layout: it gives the experts"
+    " RANDOM weights with a warning. Do not.",
+    "bnb4": "Without the line import dgq.runtime.hf transformers raises on the packed experts, for which it has no"
+    " place; vLLM has none either.",
     "gguf": "Text only in llama.cpp.",
 }  # fmt: skip
 
@@ -61,11 +61,12 @@ def card_data(
         "params": document["params"], "plain_bits": PLAIN_BITS, "confidence": CONFIDENCE,
         "quantized_percent": round(100 * document["quantized_params"] / document["params"], 2),
         "gigabytes": round(size / 1e9, 3), "bits": round(8 * size / document["params"], 2),
+        "adapters": [{"name": one["name"], "files": _listed(one["files"])} for one in document.get("adapters") or []],
         "parts": _parts(artifact), "notices": document["notices"],
         "calibration": None if calibration is None else _calibration(calibration),
         "imatrix": document["imatrix"], "input_scales": _input_scales(document["input_scales"]),
         "validation": None if judged is None else _validation(judged),
-        "vram": _vram(artifact), "openers": _openers(artifact, document["format"], repo),
+        "vram": _vram(artifact), "openers": _openers(artifact, document, repo),
         "limits": [_first_limit(artifact, document["format"]), *_limits(document)],
         "provable": calibration is None, "proof": _proof(repo, document),
         "files": _listed(document["files"]), "source_files": _listed(source["files"]),
@@ -190,14 +191,16 @@ def _row(label: str, values: Any, reference: Any = None, scale: float = 1.0, uni
     }
 
 
-def _openers(artifact: Artifact, to: str, repo: str) -> list[Json]:
-    """Commands of those programs that open the format."""
+def _openers(artifact: Artifact, document: Json, repo: str) -> list[Json]:
+    """Commands of those programs that open the format, with the caveats that apply."""
+    kinds = ["caveats", *(["activations"] if document["input_scales"] else [])]
     filled = {"repo": repo, "file": shlex.quote(artifact.file.name), "canvas": artifact.config.canvas,
               "steps": artifact.generation.sampler.steps}  # fmt: skip
     known = json.loads(files("dgq.recipes").joinpath("report", "openers.json").read_text("utf-8"))
     return [{"name": one["name"], "language": one["language"], "code": "\n".join(one["code"]).format(**filled),
-             "caveats": one["caveats"]} for one in known
-            if to in one["formats"] and (one["name"] == "dgq" or not artifact.weights.only_dgq)]  # fmt: skip
+             "caveats": [line for kind in kinds for line in one.get(kind, ())]} for one in known
+            if document["format"] in one["formats"]
+            and (one["name"] == "dgq" or not artifact.weights.only_dgq)]  # fmt: skip
 
 
 def _first_limit(artifact: Artifact, to: str) -> str:
@@ -207,7 +210,7 @@ def _first_limit(artifact: Artifact, to: str) -> str:
 def _limits(document: Json) -> list[str]:
     lines = []
     if document["format"] == "gguf" and (odd := sorted({"q5_0", "q8_0"} & set(document["tensors"].values()))):
-        lines.append(f"Rows that no K-quant fits are {' and '.join(odd).upper()}.")
+        lines.append(f"Rows that no K-quant fits are {' and '.join(map(str.upper, odd))}.")
     kept = sorted({scheme for scheme in document["tensors"].values() if stored_bits(scheme) >= PLAIN_BITS})
     lines.append(f"What is not named above as quantised is stored as {', '.join(kept).upper()}.")
     return [*lines, "Another random stream than transformers': the same seed gives another text there."]
@@ -216,7 +219,8 @@ def _limits(document: Json) -> list[str]:
 def _proof(repo: str, document: Json) -> str:
     where = document["source"]["repository"] or "SRC"
     imatrix = f" --imatrix {shlex.quote(document['imatrix']['name'])}" if document["imatrix"] else ""
-    return f"dgq verify {repo} --against {where} --seed SEED{imatrix}"
+    adapters = "".join(f" --adapter {shlex.quote(one['name'])}" for one in document.get("adapters") or [])
+    return f"dgq verify {repo} --against {where} --seed SEED{imatrix}{adapters}"
 
 
 def _listed(said: Json) -> list[Json]:

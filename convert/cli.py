@@ -181,7 +181,8 @@ def convert(
 @REVISION
 @JSON
 def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
-    """Show what an artifact (or a checkpoint) holds and where it came from. Reads headers only."""
+    """Show what an artifact (or a checkpoint) holds and where it came from. Reads headers only; a published artifact
+    is fetched whole."""
     from dgq.convert import show
     from dgq.convert.inspect import inspect_artifact
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dgq.convert import provenance
 from dgq.convert.device import chosen_device
-from dgq.convert.hub import TINY, fetch_artifact, is_hub_id, locate
+from dgq.convert.hub import TINY, Located, fetch_artifact, is_hub_id, locate
 from dgq.convert.show import note
 from dgq.convert.source import open_source
 from dgq.quant.errors import InputError
@@ -31,8 +31,7 @@ def open_model(asked: str, revision: str | None = None, adapters: Sequence[Path]
             raise InputError(f"--adapter: {asked} is quantised already; convert its source with the adapter")
         return _artifact(asked)
     if is_hub_id(asked):  # what is wrong with it is said before all of it is fetched
-        small = locate(asked, revision, weights=False)
-        if (small.path / provenance.FILE).is_file():  # an artifact that dgq published
+        if (small := published(asked, revision)) is not None:
             if adapters:
                 raise InputError(f"--adapter: {asked} is quantised already; convert its source with the adapter")
             return _artifact(str(fetch_artifact(asked, small.revision).path))
@@ -42,6 +41,12 @@ def open_model(asked: str, revision: str | None = None, adapters: Sequence[Path]
     for adapter in source.adapters:
         note(adapter.notice)
     return Artifact("safetensors", source.path, source.path, source.config, source.generation, source)
+
+
+def published(repo: str, revision: str | None) -> Located | None:
+    """The small files of an artifact that dgq published; None of any other repository."""
+    small = locate(repo, revision, weights=False)
+    return small if (small.path / provenance.FILE).is_file() else None
 
 
 def _artifact(path: str) -> Artifact:

@@ -7,6 +7,7 @@ file itself, so that a bare .gguf can be opened without its directory.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from dgq.convert.plan import Plan, rope_freqs_length
@@ -37,7 +38,7 @@ def metadata(plan: Plan, version: str, imatrix: Imatrix | None) -> dict[str, KV]
     keys["general.file_type"] = KV(plan.recipe.file_type, "uint32")
     keys["dgq.version"] = KV(version, "string")
     if imatrix is not None:
-        keys["quantize.imatrix.file"] = KV(imatrix.file, "string")
+        keys["quantize.imatrix.file"] = KV(Path(imatrix.file).name, "string")  # llama-quantize: the path as given
         if imatrix.datasets:
             keys["quantize.imatrix.dataset"] = KV(imatrix.datasets[0], "string")
         keys["quantize.imatrix.entries_count"] = KV(len(imatrix.weights), "uint32")

@@ -216,6 +216,11 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+def _words(error: Any) -> str:
+    """What the Hub says of an error, without a token, should it repeat one."""
+    return re.sub(r"hf_\w+", "hf_…", error.server_message or "")
+
+
 def refuse(repo: str, error: Exception, file: str | None = None) -> NoReturn:
     """Turn an exception of huggingface_hub or its transport into an InputError; re-raise what is none of theirs.
 
@@ -262,17 +267,17 @@ def _answer(repo: str, error: Any, file: str | None) -> str:
     elif status == 401 or isinstance(error, errors.RepositoryNotFoundError):
         text = "it is not on the Hub, or private; check the name, log in with `hf auth login`"
     elif status == 403:
-        text = f"{error.server_message or 'forbidden'}; check the rights of your token on the Hub"
+        text = f"{_words(error) or 'forbidden'}; check the rights of your token on the Hub"
     elif isinstance(error, errors.RevisionNotFoundError):
         text = f"it has no revision {revision}; check --revision"
     elif isinstance(error, errors.EntryNotFoundError):
         text = "the file is listed, but not there; take another --revision, or tell the model's owner"
     elif status in (409, 412):
-        text = f"{error.server_message or 'conflict'}; somebody else changes it at this moment, run the command again"
+        text = f"{_words(error) or 'conflict'}; somebody else changes it at this moment, run the command again"
     elif status == 429:
         text = f"too many requests; wait {f'{wait} seconds' if wait else 'some minutes'} and run the command again"
     elif status >= 500:
         text = f"the Hub is in trouble; run the command again in {f'{wait} seconds' if wait else 'some minutes'}"
     else:
-        text = error.server_message or "dgq does not know why; run the command again later"
+        text = _words(error) or "dgq does not know why; run the command again later"
     return f"the Hub answered {status}{f' for {file}' if file else ''}: {text}"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dgq.convert.generate import is_artifact
+from dgq.convert.generate import is_artifact, published
+from dgq.convert.hub import fetch_artifact, is_hub_id
 from dgq.convert.plan import tally
 from dgq.convert.provenance import FILE
 from dgq.convert.source import Source, open_source
@@ -20,10 +21,15 @@ from dgq.runtime.weights import Weights
 
 
 def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
-    """Check it against its config, from headers alone, and describe it. Of a Hub id only headers are fetched."""
-    opened: Artifact | Source = (
-        open_artifact(asked) if is_artifact(asked) else open_source(asked, revision, weights=False)
-    )
+    """Check it against its config, from headers alone, and describe it. Of a checkpoint on the Hub only headers are
+    fetched; of an artifact there everything, into the cache, where `run` and `verify` find it."""
+    opened: Artifact | Source
+    if is_artifact(asked):
+        opened = open_artifact(asked)
+    elif is_hub_id(asked) and (small := published(asked, revision)) is not None:
+        opened = open_artifact(fetch_artifact(asked, small.revision).path)
+    else:
+        opened = open_source(asked, revision, weights=False)
     weights: Weights = opened.weights if isinstance(opened, Artifact) else opened
     rows = _rows(weights)
     schemes = tally((scheme, numel, nbytes) for _, scheme, numel, nbytes, _ in rows)

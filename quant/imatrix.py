@@ -17,7 +17,7 @@ import mmap
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -79,7 +79,8 @@ def read_imatrix(path: Path) -> Imatrix:
         weights[name] = mean if len(counts) > 1 else mean[0]
     if not weights:
         raise InputError(f"{path}: holds no importance entries")
-    return Imatrix(str(path), datasets, chunks, weights, unseen)
+    names = tuple(PurePath(dataset).name for dataset in datasets)  # llama-imatrix notes paths
+    return Imatrix(str(path), names, chunks, weights, unseen)
 
 
 Entries = Iterator[tuple[str, torch.Tensor, torch.Tensor]]  # name, sums (n, in), counts (n, 1)

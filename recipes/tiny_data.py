@@ -302,8 +302,7 @@ def main() -> None:
     save_tokenizer(tok, HERE / "tiny")
     write_prompts(HERE / "prompts", text, tok)
     if opt.windows:
-        rows = windows(text[True], tok)
-        opt.windows.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        opt.windows.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in windows(text[True], tok)))
     arrays: dict[str, Any] = {}
     for side, name, rows in ((False, "train", opt.rows), (True, "held", 1000)):
         arrays[f"{name}_chats"] = pack_chats(tok, rows, seed=7 + side, held_out=side)

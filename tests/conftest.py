@@ -2,6 +2,7 @@
 kernels are interpreted where there is no GPU (they are decorated when Triton is imported, whoever does that first)."""
 
 import os
+from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,25 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """For conversions whose subject is not how well they round: rows make each other's losses good in 4 groups, not
     64, each of which goes through all columns one by one."""
     monkeypatch.setattr("dgq.quant.feedback.ROW_GROUPS", 4)
+
+
+@pytest.fixture(scope="session")
+def tiny_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """dgq validate of two artifacts of `tiny`, nvfp4 and gguf beside it, from a few prompts. Whoever uses it is of the
+    xdist group "validate-page"."""
+    from click.testing import CliRunner
+
+    from dgq.convert.cli import main
+
+    path = tmp_path_factory.mktemp("page")
+    folder = files("dgq.recipes").joinpath("prompts")
+    texts, tasks = (folder.joinpath(f"heldout_{kind}.jsonl").read_text("utf-8") for kind in ("text", "tasks"))
+    (path / "prompts.jsonl").write_text("\n".join([*texts.splitlines()[:2], *tasks.splitlines()[:3]]))
+    for to, recipe in (("nvfp4", "nvfp4-w4a16"), ("gguf", "q4_k_m")):
+        done = CliRunner().invoke(main, ["convert", "tiny", "--to", to, "--recipe", recipe, "-o", str(path / to)])
+        assert done.exit_code == 0, done.output
+    arguments = ["validate", path / "nvfp4", path / "gguf", "--against", "tiny", "--quick", "--prompts",
+                 path / "prompts.jsonl", "-o", path / "report"]  # fmt: skip
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    return path / "report"

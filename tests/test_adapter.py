@@ -177,6 +177,10 @@ def test_converted_run_and_verified(made: dict[str, Any], tmp_path: Path) -> Non
     assert any("adapter patterns: merged" in notice for notice in document["notices"])
     assert json.loads(dgq("inspect", tmp_path / "gguf", "--json"))["provenance"]["adapters"] == ["patterns"]
     assert "adapters patterns, merged in" in dgq("inspect", tmp_path / "gguf")
+    card = json.loads(dgq("publish", tmp_path / "gguf", "--repo", "a/b", "--dry-run", "--force", "--json"))
+    text = card["repositories"][0]["card"]
+    assert "| LoRA adapter merged in | `patterns` |" in text and "--seed SEED --adapter patterns\n" in text
+    assert all(said["sha256"] in text for said in document["adapters"][0]["files"].values())
     verify = ("verify", tmp_path / "gguf", "--against", TINY_A, "--sample", 200)
     dgq(*verify, "--adapter", paths[0])
     for given, problem in (((), "made with --adapter patterns"), (("--adapter", str(paths[1])), "not those")):

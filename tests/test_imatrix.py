@@ -200,7 +200,7 @@ def old_file(path: Path, dataset: bytes = b"calib.txt") -> Path:
 
 def flat_file(path: Path) -> Path:
     """What llama-imatrix makes of the binary kind: one count a tensor, all experts' columns in a row."""
-    keys = {"general.type": "imatrix", "imatrix.datasets": ["calib.txt"], "imatrix.chunk_count": 12,
+    keys = {"general.type": "imatrix", "imatrix.datasets": ["/data/calib.txt"], "imatrix.chunk_count": 12,
             "imatrix.chunk_size": 128}  # fmt: skip
     tensors = {}
     for name, mean in means().items():
@@ -220,6 +220,7 @@ def test_older_kinds_give_llama_quantize_s_bytes(make: Callable[[Path], Path], t
     for key, field in reference.fields.items():
         if key.startswith("quantize.imatrix.") and not key.endswith(".file"):
             assert ours.fields[key].contents() == field.contents()
+    assert ours.fields["quantize.imatrix.file"].contents() == "im", "its name, and no path of this machine"
     said = " ".join(done.stderr.split())
     assert "no entry for 4 of 56 quantised weights (self_cond_down.weight, …): quantised unweighed" in said
     checked = dgq("verify", tmp_path / "out", "--against", tiny_a, "--imatrix", file)

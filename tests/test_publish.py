@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hub_standin import Fault
 from hub_writable import WritableHub, serve
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from kinds import write_kinds
 
 import dgq.convert.upload as upload
@@ -79,6 +79,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", served.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
         yield served
+    for name, repo in served.repos.items():  # a token is nowhere on the Hub, and goes to no storage beside it
+        assert "thisisnotasecret" not in json.dumps([name, repo.messages]) and not served.told
+        for files in repo.commits.values():
+            assert not [file for file, data in files.items() if b"thisisnotasecret" in data]
 
 
 @pytest.fixture
@@ -124,11 +128,17 @@ def test_publish_list_download_verify_run(root: Path, hub: WritableHub, run: Run
     found = run("verify", REPO, "--revision", commit, "--against", root / "source", "--json")
     assert found.exit_code == 0, found.output
     told = json.loads(found.stdout)
-    assert told["files"] == len(files) - 2 and told["revision"] == commit and len(told["compared"]) == 8
+    assert told["files"] == len(files) - 2 and told["revision"] == commit and len(told["compared"]) >= 8
     answer = run("run", REPO, "hello", "--max-new-tokens", "4", "--steps", "2", "--json")
     assert answer.exit_code == 0, answer.output
     local = run("run", root / "bnb4", "hello", "--max-new-tokens", "4", "--steps", "2", "--json")
     assert json.loads(answer.stdout)["tokens"] == json.loads(local.stdout)["tokens"]
+    assert [asked.method for asked in hub.log if asked.path == "/api/validate-yaml"] == ["POST"]
+    ModelCard.load(REPO, token=TOKEN).validate()
+    shown = run("inspect", REPO, "--json")
+    assert shown.exit_code == 0, shown.output
+    here = json.loads(run("inspect", root / "bnb4", "--json").stdout)
+    assert json.loads(shown.stdout) | {"path": 0, "file": 0} == here | {"path": 0, "file": 0} and here["provenance"]
     hub.log.clear()
     again = run(*words(root), "--private")
     assert again.exit_code == 0 and f"{REPO}@{commit}" in again.stdout and len(repo.commits) == 2
@@ -158,6 +168,7 @@ def test_an_interrupted_upload_sends_only_what_is_missing(root: Path, hub: Writa
     assert broken.exit_code == 2 and "what arrived whole is not sent again" in broken.stderr, broken.stderr
     assert broken.stderr.strip().splitlines()[-1].startswith(f"dgq: error: {REPO}: ")
     assert len(hub.repos[REPO].commits) == 1, "nothing is visible of it"
+    assert f"note: {REPO}: {next((root / 'bnb4').glob('*.safetensors')).name}, " in " ".join(broken.stderr.split())
     sent = set(hub.lfs)
     assert sent and large not in sent
     hub.faults, hub.log[:] = [], []
@@ -166,16 +177,16 @@ def test_an_interrupted_upload_sends_only_what_is_missing(root: Path, hub: Writa
     assert run("verify", REPO).exit_code == 0
 
 
-ERROR = b'{"error": "the Hub says why"}'
+ERROR = b'{"error": "the Hub says why of hf_thisisnotasecret"}'
 
 
 @pytest.mark.parametrize("path", ["/api/repos/create", "/objects/batch", f"/api/models/{REPO}/commit/main"])
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        (Fault(status=401, body=ERROR), "401"),
+        (Fault(status=401, body=ERROR), "your token is not valid (any more)"),
         (Fault(status=403, body=ERROR), "check the rights of your token"),
-        (Fault(status=409, body=ERROR), "409"),
+        (Fault(status=409, body=ERROR), "somebody else changes it at this moment"),
         (Fault(status=429, body=ERROR, headers={"Retry-After": "1000"}), "wait 1000 seconds"),
         (Fault(status=503, body=ERROR), "the Hub is in trouble"),
         (Fault(cut=1), "cannot be reached"),

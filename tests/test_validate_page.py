@@ -9,15 +9,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from click.testing import CliRunner
 
-from dgq.convert.cli import main
 from dgq.convert.report import page, triple, write
 
 pytestmark = pytest.mark.xdist_group("validate-page")
@@ -59,21 +56,9 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of two artifacts, from a few prompts."""
-    path = tmp_path_factory.mktemp("page")
-    folder = files("dgq.recipes").joinpath("prompts")
-    texts, tasks = (folder.joinpath(f"heldout_{kind}.jsonl").read_text("utf-8") for kind in ("text", "tasks"))
-    (path / "prompts.jsonl").write_text("\n".join([*texts.splitlines()[:2], *tasks.splitlines()[:3]]))
-    for to, recipe in (("nvfp4", "nvfp4-w4a16"), ("gguf", "q4_k_m")):
-        done = CliRunner().invoke(main, ["convert", "tiny", "--to", to, "--recipe", recipe, "-o", str(path / to)])
-        assert done.exit_code == 0, done.output
-    arguments = ["validate", path / "nvfp4", path / "gguf", "--against", "tiny", "--quick", "--prompts",
-                 path / "prompts.jsonl", "-o", path / "report"]  # fmt: skip
-    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    assert done.exit_code == 0, done.output
-    return path / "report"
+@pytest.fixture
+def report(tiny_report: Path) -> Path:
+    return tiny_report
 
 
 def test_every_picture_and_table_is_there_and_whole(report: Path) -> None:
