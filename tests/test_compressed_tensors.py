@@ -140,6 +140,54 @@ def test_weights_and_logits(export: Export) -> None:
     assert bool((scale == 1 / INPUT).all()) if export.activations else scale is None
 
 
+def stacked(tensors: dict[str, torch.Tensor], way: str) -> None:
+    """Experts as llm-compressor's repacking saves them: gate's rows before up's, scalars [E, 2], down's [E, 1]. way:
+    what stands before the suffix, "." for a module's tensors, "_" for parameters of their own."""
+    owners = {name.split(".experts.")[0] + ".experts." for name in tensors if ".experts.0." in name}
+    for owner in owners:
+        suffixes = {name.rpartition(".")[2] for name in tensors if name.startswith(owner + "0.")}
+        for suffix in suffixes:
+            apart = [
+                [tensors.pop(f"{owner}{expert}.{part}.{suffix}") for part in ("gate_proj", "up_proj", "down_proj")]
+                for expert in range(sum(n.startswith(owner) and n.endswith(f"down_proj.{suffix}") for n in tensors))
+            ]
+            name = suffix.removeprefix("weight_") if way == "_" else suffix
+            whole = [torch.cat((gate.view(torch.uint8), up.view(torch.uint8))).view(up.dtype) for gate, up, _ in apart]
+            tensors[f"{owner}gate_up_proj{way}{name}"] = torch.stack(whole)
+            tensors[f"{owner}down_proj{way}{name}"] = torch.stack([down for _, _, down in apart])
+
+
+@pytest.mark.parametrize("way", (".", "_"))
+def test_stacked_experts(export: Export, tmp_path: Path, way: str) -> None:
+    """Same weights, to the bit, whoever's name they have; held against the encoder's copies, per expert."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if ".experts." in n]:
+            tensors[ENCODER + name.removeprefix(DECODER)] = tensors[name].clone()
+        tensors[ENCODER + "layers.0.experts.1.up_proj.weight_packed"][3, 1] ^= 1
+        stacked(tensors, way)
+
+    path = export.changed(tmp_path / "stacked", change)
+    names = load_file(path / "model.safetensors").keys()
+    assert not any(".experts.0." in name for name in names) and len(names) < 1000
+    before, after = open_artifact(export.path).weights, open_artifact(path).weights
+    for name in set(before) - {damaged := DECODER + "layers.0.experts.gate_up_proj"}:
+        assert before[name].parts.keys() == after[name].parts.keys()
+        assert all(torch.equal(part, after[name].parts[key]) for key, part in before[name].parts.items()), name
+    with pytest.raises(InputError, match=r"language_model\.layers\.0\.experts\.1\.up_proj\.weight_packed is not a copy"):
+        after[damaged]
+
+
+def test_stacks_of_another_shape(plain: Export, tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        stacked(tensors, ".")
+        name = DECODER + "layers.0.experts.gate_up_proj.weight_global_scale"
+        tensors[name] = torch.ones(len(tensors[name]), 3)
+
+    with pytest.raises(InputError, match=r"experts\.0\.gate_proj\.weight_global_scale is missing and .*gate_up_proj"):
+        open_artifact(plain.changed(tmp_path / "three", change))
+
+
 def test_copies_of_the_encoder(plain: Export, tmp_path: Path) -> None:
     def doubled(tensors: dict[str, torch.Tensor]) -> None:
         for name in [n for n in tensors if n.startswith(DECODER) and "self_cond" not in n and "layer_scalar" not in n]:
