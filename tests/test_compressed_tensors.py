@@ -174,18 +174,30 @@ def test_stacked_experts(export: Export, tmp_path: Path, way: str) -> None:
     for name in set(before) - {damaged := DECODER + "layers.0.experts.gate_up_proj"}:
         assert before[name].parts.keys() == after[name].parts.keys()
         assert all(torch.equal(part, after[name].parts[key]) for key, part in before[name].parts.items()), name
-    with pytest.raises(InputError, match=r"language_model\.layers\.0\.experts\.1\.up_proj\.weight_packed is not a copy"):
+    with pytest.raises(
+        InputError, match=r"language_model\.layers\.0\.experts\.1\.up_proj\.weight_packed is not a copy"
+    ):
         after[damaged]
 
 
-def test_stacks_of_another_shape(plain: Export, tmp_path: Path) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        stacked(tensors, ".")
-        name = DECODER + "layers.0.experts.gate_up_proj.weight_global_scale"
-        tensors[name] = torch.ones(len(tensors[name]), 3)
+def test_global_scales_of_stacks(plain: Export, tmp_path: Path) -> None:
+    """[E, 2], which must agree, or [E, 1]; no others."""
+    name = DECODER + "layers.0.experts.gate_up_proj"
 
+    def given(to: str, scales: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+        def change(tensors: dict[str, torch.Tensor]) -> None:
+            stacked(tensors, ".")
+            tensors[name + ".weight_global_scale"] = scales(tensors[name + ".weight_global_scale"]).contiguous()
+
+        return plain.changed(tmp_path / to, change)
+
+    before, after = (open_artifact(path).weights[name] for path in (plain.path, given("one", lambda two: two[:, :1])))
+    assert torch.equal(before.dequantize(), after.dequantize())
+    unlike = open_artifact(given("unlike", lambda two: two * torch.tensor([1, 2]))).weights
+    with pytest.raises(InputError, match=r"experts\.0\.up_proj\.weight_global_scale is .*; gate and up must share it"):
+        unlike[name]
     with pytest.raises(InputError, match=r"experts\.0\.gate_proj\.weight_global_scale is missing and .*gate_up_proj"):
-        open_artifact(plain.changed(tmp_path / "three", change))
+        open_artifact(given("three", lambda two: two[:, :1].expand(-1, 3)))
 
 
 def test_copies_of_the_encoder(plain: Export, tmp_path: Path) -> None:
