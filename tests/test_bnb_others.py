@@ -76,6 +76,7 @@ def test_experts_apart(way: str, double: bool, tmp_path: Path) -> None:
         assert weight.scheme is NF4 and weight.shape == theirs.shape
         assert torch.equal(weight.dequantize(), theirs), name
         assert torch.equal(weight[1].dequantize(), theirs[1])
+    assert "RANDOM" in str(artifact.weights.without_import), "seen with transformers 5.23"
     stored = artifact.weights.everything()
     tensors = load_file(path / "model.safetensors")
     assert sum(s.nbytes for s in stored.values()) == sum(t.nbytes for t in tensors.values())
@@ -117,6 +118,7 @@ def test_saved_by_transformers(double: bool, tmp_path: Path, monkeypatch: pytest
     orphans = [name for name in tensors if name.startswith("model.encoder.language_model.") and STATE in name]
     assert len(orphans) == 40, "transformers leaves them out: then what follows has nothing to show"
     weights, packed = open_artifact(tmp_path / "saved").weights, 0
+    assert weights.without_import is None, "transformers does not open it, with or without"
     for name, module in model.named_modules():
         if type(module).__name__ == "Linear4bit" and name.startswith("model.decoder."):
             weight, state = weights[name + ".weight"], module.weight.quant_state

@@ -4,6 +4,7 @@ weights; saved again to the byte; and what it does without the import."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,12 @@ def test_packed_in_memory_and_saved_to_the_byte(artifact: Path, tmp_path: Path) 
     bnb = artifact.name.startswith("bnb4")
     assert kinds.count(PackedExperts) > 0 and (kinds.count(PackedLinear) > 0) == bnb
     assert "Linear4bit" not in {kind.__name__ for kind in kinds}
+    sizes = {(m.out_features, m.in_features) for m in model.modules() if isinstance(m, PackedLinear)}
+    source = load_file(TINY / "model.safetensors")
+    matrices = {
+        tuple(weight.shape) for name, weight in source.items() if re.match(r"model.decoder.*_proj\.weight", name)
+    }
+    assert sizes == (matrices if bnb else set())
     stored = sum(spec.nbytes for spec in open_artifact(artifact).weights.everything().values())
     assert model.get_memory_footprint() < 1.1 * stored
     model.save_pretrained(tmp_path / "again")
@@ -112,6 +119,25 @@ def test_damage_is_one_line(artifact: Path, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="damaged"):
         opened(tmp_path / "damaged", torch.bfloat16)
+
+
+def test_a_missing_tensor_is_one_line(artifact: Path, tmp_path: Path) -> None:
+    """A packed weight's scale, which transformers knows nothing of, and a plain weight, which it would make up."""
+    tensors = load_file(artifact / "model.safetensors")
+    scale = max(n for n in tensors if ".experts." in n and n.endswith((".weight_scale_2", ".absmax")))
+    for number, name in enumerate((scale, "model.decoder.layers.1.pre_feedforward_layernorm.weight")):
+        shutil.copytree(artifact, lacking := tmp_path / str(number))
+        kept = {key: value for key, value in tensors.items() if key != name}
+        save_file(kept, lacking / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match=re.escape(f"tensor {name} is missing")):
+            opened(lacking, torch.bfloat16)
+
+
+def test_inspect_names_the_line(artifacts: dict[str, Path]) -> None:
+    for recipe, path in artifacts.items():
+        result = CliRunner().invoke(main, ["inspect", str(path)])
+        does = "raises" if recipe.startswith("bnb4") else "gives the experts RANDOM weights and only warns"
+        assert f"after `import dgq.runtime.hf`; without that line it {does}" in result.output, result.output
 
 
 def test_without_the_import(artifacts: dict[str, Path]) -> None:
