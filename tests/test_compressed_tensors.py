@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,13 +16,13 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.quant_scheme import NVFP4, NVFP4A16
 from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
+from micro import two_steps
 from safetensors.torch import load_file, save_file
 
 from dgq.quant.dense import F32
 from dgq.quant.errors import InputError
 from dgq.quant.types import Packed
 from dgq.runtime.artifact import open_artifact
-from dgq.runtime.model import Model
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
@@ -114,15 +113,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Export:
     return Export(tmp_path_factory.mktemp("compressed") / "tiny", False)
 
 
-def logits(weights: Any, config: Any) -> torch.Tensor:
-    model, generator = Model(config, weights), torch.Generator().manual_seed(3)
-    cache = model.new_cache(1)
-    model.encode(torch.randint(12, config.vocab, (1, 40), generator=generator), cache)
-    canvas = torch.randint(0, config.vocab, (1, config.canvas), generator=generator)
-    first = model.decode(canvas, cache)
-    return torch.cat((first, model.decode(canvas, cache, first)))
-
-
 def test_weights_and_logits(export: Export) -> None:
     artifact = open_artifact(export.path)
     assert artifact.kind == "nvfp4" and artifact.weights.without_import is None
@@ -134,7 +124,7 @@ def test_weights_and_logits(export: Export) -> None:
         decoded[name] = Packed(F32, weight.shape, {"": theirs})
     assert packed == sum(".experts." in n or (n.endswith("_proj.weight") and "layers." in n) for n in decoded)
     torch.testing.assert_close(
-        logits(artifact.weights, artifact.config), logits(decoded, artifact.config), atol=1e-4, rtol=0
+        two_steps(artifact.weights, artifact.config), two_steps(decoded, artifact.config), atol=1e-4, rtol=0
     )
     scale = artifact.weights[DECODER + "layers.0.experts.down_proj"].parts.get("input_scale")
     assert bool((scale == 1 / INPUT).all()) if export.activations else scale is None
