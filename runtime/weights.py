@@ -24,6 +24,7 @@ from dgq.quant.gguf_file import GGUFReader
 from dgq.quant.gguf_guests import Guest, stays_packed
 from dgq.quant.hf_dir import FLOATS, HFDir
 from dgq.quant.modelopt import Modelopt
+from dgq.quant.nf4 import BLOCK
 from dgq.quant.own_layout import OwnLayout
 from dgq.quant.types import Entry, Layout, Packed
 from dgq.runtime.config import ModelConfig
@@ -237,6 +238,16 @@ class DirWeights(Weights):
             return "raises"
         random = isinstance(self._layout, (Modelopt, ExpertsApart))
         return "gives the experts RANDOM weights and only warns" if random else None
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Double quantisation's absmax that are decoded, and what that costs."""
+        if not isinstance(self._layout, ExpertsApart) or not self._layout.base.double:
+            return ()
+        experts = sum(math.prod(self.shapes[name]) for name in self._quantised if len(self.shapes[name]) == 3)
+        more = 3 * experts / BLOCK / MIB  # a byte becomes four
+        said = f"absmax quantised an expert at a time become float32 when loaded, {more:,.1f} MiB more"
+        return (f"{self._dir.path.name}: {said}",)
 
     def vision_tensor(self, name: str) -> Tensor:
         return self._dir.tensor(name)

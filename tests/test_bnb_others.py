@@ -39,12 +39,12 @@ WAYS: dict[str, Callable[[str, int], dict[str, list[str]]]] = {
 pytestmark = pytest.mark.xdist_group("bitsandbytes")
 
 
-def apart(path: Path, way: str, double: bool) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A micro model with quantised experts; and they, by bitsandbytes' decoder."""
-    config = micro_config()
-    config["text_config"]["moe_intermediate_size"] = 64
+def apart(
+    source: dict[str, torch.Tensor], way: str, double: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A model's tensors with quantised experts; and they, by bitsandbytes' decoder."""
     tensors, decoded = {}, {}
-    for name, weight in micro_tensors(config).items():
+    for name, weight in source.items():
         owner, _, last = name.rpartition(".")
         if not owner.endswith(".experts"):
             tensors[name] = weight
@@ -60,15 +60,25 @@ def apart(path: Path, way: str, double: bool) -> tuple[Path, dict[str, torch.Ten
                 state.dtype = torch.float32
                 values.append(functional.dequantize_4bit(packed, state))
         decoded[name] = torch.cat(values).view(weight.shape)
-    said = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double).to_dict()
-    config["quantization_config"] = said
+    return tensors, decoded
+
+
+def said(double: bool, **more: Any) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, **more)
+
+
+def written(path: Path, way: str, double: bool) -> tuple[Path, dict[str, torch.Tensor]]:
+    config = micro_config()
+    config["text_config"]["moe_intermediate_size"] = 64
+    tensors, decoded = apart(micro_tensors(config), way, double)
+    config["quantization_config"] = said(double).to_dict()
     return write_micro(path, config, tensors, shards=0), decoded
 
 
 @pytest.mark.parametrize("double", (False, True), ids=("single", "double"))
 @pytest.mark.parametrize("way", WAYS)
 def test_experts_apart(way: str, double: bool, tmp_path: Path) -> None:
-    path, decoded = apart(tmp_path / "apart", way, double)
+    path, decoded = written(tmp_path / "apart", way, double)
     artifact = open_artifact(path)
     assert artifact.kind == "bnb4" and len(decoded) == 4
     for name, theirs in decoded.items():
@@ -76,6 +86,7 @@ def test_experts_apart(way: str, double: bool, tmp_path: Path) -> None:
         assert weight.scheme is NF4 and weight.shape == theirs.shape
         assert torch.equal(weight.dequantize(), theirs), name
         assert torch.equal(weight[1].dequantize(), theirs[1])
+    assert len(artifact.weights.remarks) == double
     assert "RANDOM" in str(artifact.weights.without_import), "seen with transformers 5.23"
     stored = artifact.weights.everything()
     tensors = load_file(path / "model.safetensors")
@@ -87,7 +98,7 @@ def test_experts_apart(way: str, double: bool, tmp_path: Path) -> None:
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    path, _ = apart(tmp_path / "apart", "Linears", False)
+    path, _ = written(tmp_path / "apart", "Linears", False)
     tensors = load_file(path / "model.safetensors")
     name = "model.decoder.layers.1.experts.2.up_proj.weight"
     lacking = {key: value for key, value in tensors.items() if key != name + ".absmax"}
@@ -106,13 +117,9 @@ def test_saved_by_transformers(double: bool, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit", Bnb4BitHfQuantizer)  # as before dgq.runtime.hf
     skipped = ["lm_head", "model.encoder.vision_tower", "model.encoder.embed_vision", r".*\.router"]
     skipped += ["model.decoder.embed_tokens", "model.encoder.language_model.embed_tokens"]
-    said = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=double,
-        llm_int8_skip_modules=skipped,
+    model = DiffusionGemmaForBlockDiffusion.from_pretrained(
+        TINY, dtype=torch.bfloat16, quantization_config=said(double, llm_int8_skip_modules=skipped)
     )
-    model = DiffusionGemmaForBlockDiffusion.from_pretrained(TINY, dtype=torch.bfloat16, quantization_config=said)
     model.save_pretrained(tmp_path / "saved")
     tensors = load_file(tmp_path / "saved" / "model.safetensors")
     orphans = [name for name in tensors if name.startswith("model.encoder.language_model.") and STATE in name]

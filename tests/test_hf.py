@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from test_bnb_others import apart, said
 from transformers import DiffusionGemmaForBlockDiffusion
 
 import dgq.runtime.hf  # noqa: F401
@@ -138,6 +139,27 @@ def test_inspect_names_the_line(artifacts: dict[str, Path]) -> None:
         result = CliRunner().invoke(main, ["inspect", str(path)])
         does = "raises" if recipe.startswith("bnb4") else "gives the experts RANDOM weights and only warns"
         assert f"after `import dgq.runtime.hf`; without that line it {does}" in result.output, result.output
+
+
+def test_experts_apart_open_too(tmp_path: Path) -> None:
+    """bitsandbytes 4-bit with a quant_state an expert, which others write; saving says that it is read only."""
+    shutil.copytree(TINY, path := tmp_path / "apart")
+    shutil.copytree(TINY, plain := tmp_path / "plain")
+    source = load_file(TINY / "model.safetensors")
+    tensors, values = apart(source, "Linears", True)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    save_file(source | values, plain / "model.safetensors", {"format": "pt"})
+    config = json.loads((TINY / "config.json").read_text()) | {"quantization_config": said(True).to_dict()}
+    (path / "config.json").write_text(json.dumps(config))
+    model, reference = (opened(one, torch.float32) for one in (path, plain))
+    ids, canvas = torch.arange(20, 40)[None], torch.arange(100, 164)[None]
+    with torch.no_grad():
+        found, theirs = (m(input_ids=ids, decoder_input_ids=canvas).logits for m in (model, reference))
+    torch.testing.assert_close(found, theirs, atol=1e-5, rtol=0)
+    codes = sum(part.numel() for name, part in tensors.items() if name.endswith(".absmax"))
+    assert f"float32 when loaded, {3 * codes / 2**20:,.1f} MiB more" in open_artifact(path).weights.remarks[0]
+    with pytest.raises(InputError, match="this layout is read only"):
+        model.save_pretrained(tmp_path / "again")
 
 
 def test_without_the_import(artifacts: dict[str, Path]) -> None:
