@@ -51,6 +51,7 @@ _RECIPE = click.option("--recipe", help="Recipe name or .toml file. [default: nv
 @click.option("--to", "to", type=_FORMATS, help="Format of the artifact. [default: the sizes of every recipe]")
 @_RECIPE
 @REVISION
+@ADAPTER
 @click.option("--threads", type=click.IntRange(1, 1024), help="To convert with. [default: CPU cores]")
 @click.option("--no-probe", is_flag=True, help="Do not try how fast this machine is: no estimate of time.")
 @JSON
@@ -59,6 +60,7 @@ def plan(
     to: str | None,
     recipe: str | None,
     revision: str | None,
+    adapters: tuple[Path, ...],
     threads: int | None,
     no_probe: bool,
     as_json: bool,
@@ -74,7 +76,7 @@ def plan(
 
     if to is None and recipe is not None:
         raise InputError("--recipe: needs --to, the recipe's format; without both, plan shows every recipe's size")
-    source = open_source(src, revision, weights=False)
+    source = open_source(src, revision, weights=False, adapters=adapters)
     if to is None:
         found = choices(source)
         return show.print_json({"source": src, "recipes": found}) if as_json else show_choices.choices(src, found)

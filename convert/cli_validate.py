@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from dgq.convert.options import DEVICE, JSON, REVISION, stop
+from dgq.convert.options import ADAPTER, DEVICE, JSON, REVISION, stop
 
 
 @click.command()
@@ -34,6 +34,7 @@ from dgq.convert.options import DEVICE, JSON, REVISION, stop
     "--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="Of activations. [auto: bf16 on CUDA]"
 )
 @REVISION
+@ADAPTER
 @JSON
 def validate(
     artifacts: tuple[str, ...],
@@ -48,6 +49,7 @@ def validate(
     device: str,
     dtype: str,
     revision: str | None,
+    adapters: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """Say what artifacts lost against SRC: numbers, pictures, and exit code 1 where a limit of the gate is broken.
@@ -71,7 +73,7 @@ def validate(
     with count_bar("validating") as advance:
         report = flow.validate(
             list(artifacts), against, out.expanduser() if out else None, reference, limits, options, advance, note,
-            revision,
+            revision, adapters,
         )  # fmt: skip
     if report is None:
         return

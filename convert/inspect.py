@@ -84,9 +84,8 @@ def _rows(weights: Weights) -> list[Row]:
 
 def _transformers(opened: Artifact | Source) -> tuple[str, ...]:
     """What a user of transformers must know of packed weights."""
-    if not isinstance(opened, Artifact) or opened.kind not in ("nvfp4", "bnb4"):
+    if not isinstance(opened, Artifact) or (without := opened.weights.without_import) is None:
         return ()
-    without = "gives the experts RANDOM weights and only warns" if opened.kind == "nvfp4" else "raises"
     return (f"transformers opens it after `import dgq.runtime.hf`; without that line it {without}",)
 
 

@@ -12,7 +12,7 @@ same command goes on where it broke off, and under torchrun units are dealt out 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from dgq.runtime.names import EMBEDDING
 def validate(
     asked: list[str], against: str | None, out: Path | None, file: Path | None, gate: Gate, options: Options,
     advance: Callable[[int, int], None], notice: Callable[[str], None], revision: str | None = None,
+    adapters: Sequence[Path] = (),
 ) -> Json | None:  # fmt: skip
     """Judge artifacts and write the report to the directory `out`; the content of its report.json, None in all
     processes of torchrun but the first. Without artifacts only the reference `file` is made."""
@@ -51,7 +52,7 @@ def validate(
         if options.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        return _validate(asked, against, out, file, gate, options, advance, notice, revision)
+        return _validate(asked, against, out, file, gate, options, advance, notice, revision, adapters)
     finally:
         if several:
             dist.destroy_process_group()
@@ -60,6 +61,7 @@ def validate(
 def _validate(
     asked: list[str], against: str | None, out: Path | None, file: Path | None, gate: Gate, options: Options,
     advance: Callable[[int, int], None], notice: Callable[[str], None], revision: str | None,
+    adapters: Sequence[Path],
 ) -> Json | None:  # fmt: skip
     target = out or file
     if target is None:
@@ -71,7 +73,9 @@ def _validate(
     there = file is not None and file.exists()
     if not there and against is None:
         raise InputError("--against SRC is needed, unless --reference names a file that is there")
-    source = open_model(against, revision) if against else None
+    if adapters and against is None:
+        raise InputError("--adapter: needs --against SRC, into which it is merged")
+    source = open_model(against, revision, adapters) if against else None
     artifacts = _open(asked, options)
     remarks = {name: template_remarks(artifact, source) for name, artifact in artifacts.items()}
     for name, lines in remarks.items():
@@ -141,8 +145,12 @@ def _identity(
     }
     return {
         "dgq": dgq_version(), "artifacts": asked, "files": files, "options": asdict(options),
-        "reference": kept.about["weights"] if kept else str(file),
+        "reference": kept.about["weights"] if kept else str(file), "adapters": _adapters(source),
     }  # fmt: skip
+
+
+def _adapters(source: Artifact | None) -> list[Json]:
+    return [one.about for one in source.weights.adapters] if source and isinstance(source.weights, Source) else []
 
 
 def _units(source: Artifact | None, artifacts: dict[str, Artifact], kept: Reference | None, options: Options) -> int:
@@ -192,8 +200,10 @@ def _reference(source: Artifact | None, against: str | None, options: Options, w
     kept = work.each("reference-fixed", len(several), lambda unit: states(lazy.model, found, several[unit], seed))
     lazy.drop()
     table = source.weights[EMBEDDING]
+    merged = [str(one["name"]) for one in _adapters(source)]
     said_of = {
-        "name": against, "weights": weights_digest(source.weights) if isinstance(source.weights, Source) else None,
+        "name": f"{against} with {', '.join(merged)}" if merged else against,
+        "weights": weights_digest(source.weights) if isinstance(source.weights, Source) else None,
         "config": asdict(config), "generation": asdict(source.generation),
         "bytes": sum(weight.nbytes for weight in source.weights.everything().values()),
         "prompts": about, "seed": seed, "quick": options.quick, "dtype": str(options.precision), "rows": rows,

@@ -9,21 +9,28 @@
                       weight_global_scale   F32      [1]            1 / modelopt's weight_scale_2
                       input_global_scale    F32      [1]            1 / modelopt's input_scale; W4A4 only
 
+Experts may also be stacked, as llm-compressor's repacking saves them; then `unfused` names the bytes of each module:
+
+    …experts.gate_up_proj.weight_packed [E, 2I, H/2], weight_scale [E, 2I, H/16], global scales [E, 2] or [E, 1]
+    …experts.down_proj.weight_packed    [E, H, I/2],  weight_scale [E, H, I/16],  global scales [E, 1] or [E]
+    (or …experts.gate_up_proj_packed, …_scale, …_global_scale and so on)
+
 Source: compressed-tensors 0.20, NVFP4PackedCompressor. It divides a block's scale by the global one; dgq multiplies it
 by the reciprocal, so that decoded weights differ by a rounding of float32.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from dgq.quant.modelopt import PROJECTIONS, checked_scales, joined_bytes, modules, shared_scalar
 from dgq.quant.nvfp4 import BLOCK, NVFP4
-from dgq.quant.types import Entry, Packed, Scheme, Stored
+from dgq.quant.types import Entry, Packed, Scheme, Spec, Stored
 
 METHOD, FORMAT = "compressed-tensors", "nvfp4-pack-quantized"
 # What a group says of its weights, None: the key may be absent.
@@ -121,3 +128,43 @@ class CompressedTensors:
             scales = torch.stack([shared_scalar(stored, [base + suffix for base in group]) for group in groups])
             whole[key] = scales.reciprocal().view(-1, *(1 for _ in shape[1:])).expand(*shape[:-1], 1)
         return Packed(NVFP4, shape, whole)
+
+
+_STACKED = re.compile(
+    r"(.*\.experts)\.(gate_up_proj|down_proj)[._](?:(?:weight_)?(packed|scale|global_scale)|(input_global_scale))"
+)
+
+
+def unfused(specs: Mapping[str, Spec], experts: int) -> dict[str, Spec]:
+    """Stacks of so many experts' tensors become a tensor a module; what has no shape of a stack stays as it is."""
+    found: dict[str, Spec] = {}
+    for name, spec in specs.items():
+        pieces = _pieces(spec, experts)
+        found |= {name: spec} if not pieces or any(piece in specs for piece in pieces) else pieces
+    return found
+
+
+def _pieces(spec: Spec, experts: int) -> dict[str, Spec]:
+    match = _STACKED.fullmatch(spec.name)
+    if not match or spec.shape[:1] != (experts,) or not spec.numel:
+        return {}
+    owner, last, suffix = match[1], match[2], match[4] or f"weight_{match[3]}"
+    parts = PROJECTIONS[last]
+    shape: tuple[int, ...] = (1,)
+    numbers, each = spec.numel // experts, (spec.stop - spec.start) // experts
+    if suffix.endswith("global_scale"):
+        if numbers not in (1, len(parts)):
+            return {}
+        size = each // numbers
+        step = size if numbers == len(parts) else 0
+    else:
+        if len(spec.shape) != 3 or spec.shape[1] % len(parts):
+            return {}
+        shape = (spec.shape[1] // len(parts), spec.shape[2])
+        size = step = each // len(parts)
+    pieces = {}
+    for expert in range(experts):
+        for number, part in enumerate(parts):
+            name, start = f"{owner}.{expert}.{part}.{suffix}", spec.start + expert * each + number * step
+            pieces[name] = replace(spec, name=name, shape=shape, start=start, stop=start + size)
+    return pieces

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dgq.quant.bnb import BitsAndBytes
+from dgq.quant.bnb_experts import experts_apart
 from dgq.quant.compressed_tensors import CompressedTensors
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFReader
@@ -144,8 +146,10 @@ def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, Dir
     said = quantization(path, raw)
     layout = None if said is None else said.layout()
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
-    directory = TiedDir(path) if isinstance(layout, CompressedTensors) else HFDir(path)
-    return "safetensors" if said is None else said.kind, config, DirWeights(directory, config, layout, vision)
+    tied = isinstance(layout, (CompressedTensors, BitsAndBytes))
+    directory = TiedDir(path, config.experts) if tied else HFDir(path)
+    apart = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
+    return "safetensors" if said is None else said.kind, config, DirWeights(directory, config, apart, vision)
 
 
 def _mmproj(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> Mmproj | None:

@@ -1,5 +1,6 @@
 """A safetensors directory that may hold tied weights twice, as llm-compressor saves them: the encoder's copies of the
 decoder's, and lm_head's of the embedding. One is listed; when it is read, the other is held against it, byte for byte.
+transformers' bitsandbytes saves the encoder's quant_states without weights: these are copies too.
 
 input_global_scale is not compared: each side saw activations of its own. The decoder's is taken.
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dgq.quant.compressed_tensors import unfused
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import HFDir, read_index
 from dgq.quant.types import Spec
@@ -20,10 +22,11 @@ OWN = ("layer_scalar", "input_global_scale")  # last words of names that the enc
 
 
 class TiedDir(HFDir):
-    """See the module. Global scales without dimensions (modelopt's, converted) are listed as [1]."""
+    """See the module. Global scales without dimensions (modelopt's, converted) are listed as [1], and stacks of
+    `experts` experts in compressed-tensors' layout as a tensor a module."""
 
-    def __init__(self, path: Path) -> None:
-        specs = {name: _with_dimension(spec) for name, spec in read_index(path).items()}
+    def __init__(self, path: Path, experts: int) -> None:
+        specs = {name: _with_dimension(spec) for name, spec in unfused(read_index(path), experts).items()}
         copies = {name: original for name in specs if (original := _original(name)) in specs and original is not None}
         super().__init__(path, {name: spec for name, spec in specs.items() if name not in copies})
         twins = {original: specs[copy] for copy, original in copies.items() if not copy.endswith(OWN)}

@@ -17,11 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dgq.quant.bnb import LONGEST_STATE, STATE
+from dgq.quant.bnb import LONGEST_STATE, STATE, BitsAndBytes
+from dgq.quant.bnb_experts import ExpertsApart
 from dgq.quant.errors import InputError
 from dgq.quant.gguf_file import GGUFReader
 from dgq.quant.gguf_guests import Guest, stays_packed
 from dgq.quant.hf_dir import FLOATS, HFDir
+from dgq.quant.modelopt import Modelopt
+from dgq.quant.nf4 import BLOCK
 from dgq.quant.own_layout import OwnLayout
 from dgq.quant.types import Entry, Layout, Packed
 from dgq.runtime.config import ModelConfig
@@ -57,6 +60,11 @@ class Weights(Mapping[str, Packed]):
     def only_dgq(self) -> bool:
         """Whether no other program has a loader for their layout."""
         return False
+
+    @property
+    def without_import(self) -> str | None:
+        """What transformers does with it unless `import dgq.runtime.hf` came before; None if that changes nothing."""
+        return None
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -221,6 +229,25 @@ class DirWeights(Weights):
     @property
     def only_dgq(self) -> bool:
         return isinstance(self._layout, OwnLayout)
+
+    @property
+    def without_import(self) -> str | None:
+        if not any(".experts." in name for name in self._quantised):
+            return None
+        if isinstance(self._layout, BitsAndBytes):
+            return "raises"
+        random = isinstance(self._layout, (Modelopt, ExpertsApart))
+        return "gives the experts RANDOM weights and only warns" if random else None
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Double quantisation's absmax that are decoded, and what that costs."""
+        if not isinstance(self._layout, ExpertsApart) or not self._layout.base.double:
+            return ()
+        experts = sum(math.prod(self.shapes[name]) for name in self._quantised if len(self.shapes[name]) == 3)
+        more = 3 * experts / BLOCK / MIB  # a byte becomes four
+        said = f"absmax quantised an expert at a time become float32 when loaded, {more:,.1f} MiB more"
+        return (f"{self._dir.path.name}: {said}",)
 
     def vision_tensor(self, name: str) -> Tensor:
         return self._dir.tensor(name)

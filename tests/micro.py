@@ -70,3 +70,15 @@ def write_micro(
         weight_map |= dict.fromkeys(part, file)
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return path
+
+
+def two_steps(weights: Any, config: Any) -> torch.Tensor:
+    """Logits of a canvas behind 40 tokens, without and with self-conditioning, weights decoded at every use."""
+    from dgq.runtime.model import Model
+
+    model, generator = Model(config, weights, keep_decoded=0), torch.Generator().manual_seed(3)
+    cache = model.new_cache(1)
+    model.encode(torch.randint(12, config.vocab, (1, 40), generator=generator), cache)
+    canvas = torch.randint(0, config.vocab, (1, config.canvas), generator=generator)
+    first = model.decode(canvas, cache)
+    return torch.cat((first, model.decode(canvas, cache, first)))

@@ -18,7 +18,9 @@ from test_bad_input import error_of
 from transformers import DiffusionGemmaForBlockDiffusion
 
 from dgq.convert.cli import main
+from dgq.convert.reference import read_reference
 from dgq.convert.source import Source, open_source
+from dgq.convert.stats import weights_digest
 from dgq.runtime.names import DECODER, ENCODER
 
 TINY_A = Path(__file__).parent / "golden" / "tinyA"
@@ -185,6 +187,17 @@ def test_converted_run_and_verified(made: dict[str, Any], tmp_path: Path) -> Non
     dgq(*verify, "--adapter", paths[0])
     for given, problem in (((), "made with --adapter patterns"), (("--adapter", str(paths[1])), "not those")):
         assert problem in error_of(*map(str, verify), *given)
+    planned = json.loads(dgq("plan", TINY_A, "--to", "gguf", "--no-probe", "--adapter", paths[0], "--json"))
+    assert any(notice.startswith("adapter patterns: merged") for notice in planned["notices"])
+    (tmp_path / "asked.jsonl").write_text('{"prompt": "the", "answer": "a"}\n')
+    asked = ("--quick", "--prompts", tmp_path / "asked.jsonl", "--reference", tmp_path / "reference")
+    dgq("validate", "--against", TINY_A, "--adapter", paths[0], *asked)
+    about = read_reference(tmp_path / "reference").about
+    assert about["weights"] == weights_digest(open_source(str(merged))) != weights_digest(open_source(str(TINY_A)))
+    assert about["name"] == f"{TINY_A} with patterns"
+    again = ("validate", str(tmp_path / "gguf"), "--reference", str(tmp_path / "reference"), "-o", str(tmp_path / "r"))
+    assert "made from other weights" in error_of(*again, "--against", str(TINY_A))
+    assert "needs --against" in error_of(*again, "--adapter", str(paths[0]))
     assert "quantised already" in error_of("run", str(tmp_path / "gguf"), "x", "--adapter", str(paths[0]))
     one = json.loads(dgq("run", TINY_A, "the", "--adapter", paths[0], "--steps", 2, "--json"))
     assert one["tokens"] == json.loads(dgq("run", merged, "the", "--steps", 2, "--json"))["tokens"]

@@ -411,7 +411,6 @@ BNB: dict[str, Case] = {
     "blocks of 128": Case(said(bnb_4bit_blocksize=128), ("config.json", "bnb_4bit_blocksize 128", "64")),
     "double a text": Case(said(bnb_4bit_use_double_quant="false"), ("config.json", "use_double_quant 'false'")),
     "below the encoder's name": Case(renamed(QUERY, ENCODER_QUERY), (QUERY + " is missing", ENCODER_QUERY)),
-    "copies for the encoder": Case(renamed(QUERY, ENCODER_QUERY, keep=True), (SINGLE, ENCODER_QUERY, "not part")),
     "modelopt's file beside it": Case(
         written("hf_quant_config.json", '{"quantization": {"quant_algo": "NVFP4"}}'),
         ("hf_quant_config.json", "'NVFP4'", "config.json", "stale"),

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,13 +16,13 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.quant_scheme import NVFP4, NVFP4A16
 from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
+from micro import two_steps
 from safetensors.torch import load_file, save_file
 
 from dgq.quant.dense import F32
 from dgq.quant.errors import InputError
 from dgq.quant.types import Packed
 from dgq.runtime.artifact import open_artifact
-from dgq.runtime.model import Model
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
@@ -114,18 +113,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Export:
     return Export(tmp_path_factory.mktemp("compressed") / "tiny", False)
 
 
-def logits(weights: Any, config: Any) -> torch.Tensor:
-    model, generator = Model(config, weights), torch.Generator().manual_seed(3)
-    cache = model.new_cache(1)
-    model.encode(torch.randint(12, config.vocab, (1, 40), generator=generator), cache)
-    canvas = torch.randint(0, config.vocab, (1, config.canvas), generator=generator)
-    first = model.decode(canvas, cache)
-    return torch.cat((first, model.decode(canvas, cache, first)))
-
-
 def test_weights_and_logits(export: Export) -> None:
     artifact = open_artifact(export.path)
-    assert artifact.kind == "nvfp4"
+    assert artifact.kind == "nvfp4" and artifact.weights.without_import is None
     decoded, packed = {}, 0
     for name, weight in artifact.weights.items():
         theirs = export.decoded[name]
@@ -134,10 +124,70 @@ def test_weights_and_logits(export: Export) -> None:
         decoded[name] = Packed(F32, weight.shape, {"": theirs})
     assert packed == sum(".experts." in n or (n.endswith("_proj.weight") and "layers." in n) for n in decoded)
     torch.testing.assert_close(
-        logits(artifact.weights, artifact.config), logits(decoded, artifact.config), atol=1e-4, rtol=0
+        two_steps(artifact.weights, artifact.config), two_steps(decoded, artifact.config), atol=1e-4, rtol=0
     )
     scale = artifact.weights[DECODER + "layers.0.experts.down_proj"].parts.get("input_scale")
     assert bool((scale == 1 / INPUT).all()) if export.activations else scale is None
+
+
+def stacked(tensors: dict[str, torch.Tensor], way: str) -> None:
+    """Experts as llm-compressor's repacking saves them: gate's rows before up's, scalars [E, 2], down's [E, 1]. way:
+    what stands before the suffix, "." for a module's tensors, "_" for parameters of their own."""
+    owners = {name.split(".experts.")[0] + ".experts." for name in tensors if ".experts.0." in name}
+    for owner in owners:
+        suffixes = {name.rpartition(".")[2] for name in tensors if name.startswith(owner + "0.")}
+        for suffix in suffixes:
+            apart = [
+                [tensors.pop(f"{owner}{expert}.{part}.{suffix}") for part in ("gate_proj", "up_proj", "down_proj")]
+                for expert in range(sum(n.startswith(owner) and n.endswith(f"down_proj.{suffix}") for n in tensors))
+            ]
+            name = suffix.removeprefix("weight_") if way == "_" else suffix
+            whole = [torch.cat((gate.view(torch.uint8), up.view(torch.uint8))).view(up.dtype) for gate, up, _ in apart]
+            tensors[f"{owner}gate_up_proj{way}{name}"] = torch.stack(whole)
+            tensors[f"{owner}down_proj{way}{name}"] = torch.stack([down for _, _, down in apart])
+
+
+@pytest.mark.parametrize("way", (".", "_"))
+def test_stacked_experts(export: Export, tmp_path: Path, way: str) -> None:
+    """Same weights, to the bit, whoever's name they have; held against the encoder's copies, per expert."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if ".experts." in n]:
+            tensors[ENCODER + name.removeprefix(DECODER)] = tensors[name].clone()
+        tensors[ENCODER + "layers.0.experts.1.up_proj.weight_packed"][3, 1] ^= 1
+        stacked(tensors, way)
+
+    path = export.changed(tmp_path / "stacked", change)
+    names = load_file(path / "model.safetensors").keys()
+    assert not any(".experts.0." in name for name in names) and len(names) < 1000
+    before, after = open_artifact(export.path).weights, open_artifact(path).weights
+    for name in set(before) - {damaged := DECODER + "layers.0.experts.gate_up_proj"}:
+        assert before[name].parts.keys() == after[name].parts.keys()
+        assert all(torch.equal(part, after[name].parts[key]) for key, part in before[name].parts.items()), name
+    with pytest.raises(
+        InputError, match=r"language_model\.layers\.0\.experts\.1\.up_proj\.weight_packed is not a copy"
+    ):
+        after[damaged]
+
+
+def test_global_scales_of_stacks(plain: Export, tmp_path: Path) -> None:
+    """[E, 2], which must agree, or [E, 1]; no others."""
+    name = DECODER + "layers.0.experts.gate_up_proj"
+
+    def given(to: str, scales: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+        def change(tensors: dict[str, torch.Tensor]) -> None:
+            stacked(tensors, ".")
+            tensors[name + ".weight_global_scale"] = scales(tensors[name + ".weight_global_scale"]).contiguous()
+
+        return plain.changed(tmp_path / to, change)
+
+    before, after = (open_artifact(path).weights[name] for path in (plain.path, given("one", lambda two: two[:, :1])))
+    assert torch.equal(before.dequantize(), after.dequantize())
+    unlike = open_artifact(given("unlike", lambda two: two * torch.tensor([1, 2]))).weights
+    with pytest.raises(InputError, match=r"experts\.0\.up_proj\.weight_global_scale is .*; gate and up must share it"):
+        unlike[name]
+    with pytest.raises(InputError, match=r"experts\.0\.gate_proj\.weight_global_scale is missing and .*gate_up_proj"):
+        open_artifact(given("three", lambda two: two[:, :1].expand(-1, 3)))
 
 
 def test_copies_of_the_encoder(plain: Export, tmp_path: Path) -> None:

@@ -238,7 +238,9 @@ def micro_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = micro_config() | {"canvas_length": 24}
     source = write_micro(folder / "source", config)
     generation = json.loads((source / "generation_config.json").read_text())
-    generation |= {"max_denoising_steps": 7, "t_max": 0.9, "stability_threshold": 2}
+    generation |= {"max_denoising_steps": 7, "t_min": 0.3, "t_max": 0.9}  # no loader's defaults
+    generation |= {"stability_threshold": 2, "confidence_threshold": 0.01}
+    generation["sampler_config"] |= {"entropy_bound": 0.2}
     (source / "generation_config.json").write_text(json.dumps(generation))
     return next(convert(source, folder / "out", "gguf").glob("*.gguf"))
 

@@ -4,6 +4,7 @@ weights; saved again to the byte; and what it does without the import."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from test_bnb_others import apart, said
 from transformers import DiffusionGemmaForBlockDiffusion
 
 import dgq.runtime.hf  # noqa: F401
@@ -27,15 +29,20 @@ RECIPES = ("nvfp4", "nvfp4-w4a16", "bnb4", "bnb4-dq")
 pytestmark = pytest.mark.xdist_group("bitsandbytes")
 
 
-@pytest.fixture(scope="module", params=RECIPES)
-def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path: Path = tmp_path_factory.mktemp("hf") / request.param
-    to = request.param.partition("-")[0]
-    scale = ["--input-scale", "0.01"] if request.param == "nvfp4" else []
-    command = ["convert", str(TINY), "--to", to, "--recipe", request.param, "--effort", "stock", "-o", str(path)]
-    result = CliRunner().invoke(main, command + scale)
-    assert result.exit_code == 0, result.output
-    return path
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    paths = {recipe: tmp_path_factory.mktemp("hf") / recipe for recipe in RECIPES}
+    for recipe, path in paths.items():
+        to, scale = recipe.partition("-")[0], ["--input-scale", "0.01"] if recipe == "nvfp4" else []
+        command = ["convert", str(TINY), "--to", to, "--recipe", recipe, "--effort", "stock", "-o", str(path)]
+        result = CliRunner().invoke(main, command + scale)
+        assert result.exit_code == 0, result.output
+    return paths
+
+
+@pytest.fixture(params=RECIPES)
+def artifact(request: pytest.FixtureRequest, artifacts: dict[str, Path]) -> Path:
+    return artifacts[request.param]
 
 
 def opened(path: Path, dtype: torch.dtype) -> Any:
@@ -66,7 +73,7 @@ def test_logits_and_tokens(artifact: Path, tmp_path: Path) -> None:
     texts = []
     for one in (model, reference):
         torch.manual_seed(1)
-        out = one.generate(ids, max_new_tokens=2 * config.canvas)
+        out = one.generate(ids, max_new_tokens=2 * config.canvas, max_denoising_steps=6, disable_compile=True)
         texts.append(getattr(out, "sequences", out))
     assert torch.equal(*texts) and texts[0].shape[1] > 20
 
@@ -77,6 +84,12 @@ def test_packed_in_memory_and_saved_to_the_byte(artifact: Path, tmp_path: Path) 
     bnb = artifact.name.startswith("bnb4")
     assert kinds.count(PackedExperts) > 0 and (kinds.count(PackedLinear) > 0) == bnb
     assert "Linear4bit" not in {kind.__name__ for kind in kinds}
+    sizes = {(m.out_features, m.in_features) for m in model.modules() if isinstance(m, PackedLinear)}
+    source = load_file(TINY / "model.safetensors")
+    matrices = {
+        tuple(weight.shape) for name, weight in source.items() if re.match(r"model.decoder.*_proj\.weight", name)
+    }
+    assert sizes == (matrices if bnb else set())
     stored = sum(spec.nbytes for spec in open_artifact(artifact).weights.everything().values())
     assert model.get_memory_footprint() < 1.1 * stored
     model.save_pretrained(tmp_path / "again")
@@ -109,14 +122,61 @@ def test_damage_is_one_line(artifact: Path, tmp_path: Path) -> None:
         opened(tmp_path / "damaged", torch.bfloat16)
 
 
-def test_without_the_import(artifact: Path) -> None:
+def test_a_missing_tensor_is_one_line(artifact: Path, tmp_path: Path) -> None:
+    """A packed weight's scale, which transformers knows nothing of, and a plain weight, which it would make up."""
+    tensors = load_file(artifact / "model.safetensors")
+    scale = max(n for n in tensors if ".experts." in n and n.endswith((".weight_scale_2", ".absmax")))
+    for number, name in enumerate((scale, "model.decoder.layers.1.pre_feedforward_layernorm.weight")):
+        shutil.copytree(artifact, lacking := tmp_path / str(number))
+        kept = {key: value for key, value in tensors.items() if key != name}
+        save_file(kept, lacking / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match=re.escape(f"tensor {name} is missing")):
+            opened(lacking, torch.bfloat16)
+
+
+def test_inspect_names_the_line(artifacts: dict[str, Path]) -> None:
+    for recipe, path in artifacts.items():
+        result = CliRunner().invoke(main, ["inspect", str(path)])
+        does = "raises" if recipe.startswith("bnb4") else "gives the experts RANDOM weights and only warns"
+        assert f"after `import dgq.runtime.hf`; without that line it {does}" in result.output, result.output
+
+
+def test_experts_apart_open_too(tmp_path: Path) -> None:
+    """bitsandbytes 4-bit with a quant_state an expert, which others write; saving says that it is read only."""
+    shutil.copytree(TINY, path := tmp_path / "apart")
+    shutil.copytree(TINY, plain := tmp_path / "plain")
+    source = load_file(TINY / "model.safetensors")
+    tensors, values = apart(source, "Linears", True)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    save_file(source | values, plain / "model.safetensors", {"format": "pt"})
+    config = json.loads((TINY / "config.json").read_text()) | {"quantization_config": said(True).to_dict()}
+    (path / "config.json").write_text(json.dumps(config))
+    model, reference = (opened(one, torch.float32) for one in (path, plain))
+    ids, canvas = torch.arange(20, 40)[None], torch.arange(100, 164)[None]
+    with torch.no_grad():
+        found, theirs = (m(input_ids=ids, decoder_input_ids=canvas).logits for m in (model, reference))
+    torch.testing.assert_close(found, theirs, atol=1e-5, rtol=0)
+    codes = sum(part.numel() for name, part in tensors.items() if name.endswith(".absmax"))
+    assert f"float32 when loaded, {3 * codes / 2**20:,.1f} MiB more" in open_artifact(path).weights.remarks[0]
+    with pytest.raises(InputError, match="this layout is read only"):
+        model.save_pretrained(tmp_path / "again")
+
+
+def test_without_the_import(artifacts: dict[str, Path]) -> None:
     """bitsandbytes: an error. modelopt's: transformers takes it, with random experts and a warning, as README says."""
-    code = (
-        "import sys, torch, transformers\n"
-        f"transformers.DiffusionGemmaForBlockDiffusion.from_pretrained({str(artifact)!r}, dtype=torch.bfloat16)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    if artifact.name.startswith("bnb4"):
-        assert done.returncode != 0 and "experts" in done.stderr
-    else:
-        assert done.returncode == 0 and "newly initialized" in done.stderr and "experts.gate_up_proj" in done.stderr
+    code = """import sys, torch, transformers
+for path in sys.argv[1:]:
+    print("##", path, file=sys.stderr)
+    try:
+        transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(path, dtype=torch.bfloat16)
+        print("opened", file=sys.stderr)
+    except Exception as error:
+        print("raised", error, file=sys.stderr)
+"""
+    command = [sys.executable, "-c", code, *map(str, artifacts.values())]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stderr
+    for recipe, path in artifacts.items():
+        words = said.partition(f"## {path}\n")[2].partition("## ")[0]
+        assert "experts.gate_up_proj" in words, words
+        random = "newly initialized" in words and "opened" in words
+        assert ("raised" in words, random) == (recipe.startswith("bnb4"), not recipe.startswith("bnb4")), words

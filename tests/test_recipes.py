@@ -119,7 +119,8 @@ def test_it_says_that_only_dgq_opens_it(source: Path, everything: Path) -> None:
     assert any("opens in dgq only" in line for line in json.loads((everything / "dgq.json").read_text())["notices"])
     options = ("--to", "nvfp4", "--recipe", "nvfp4-all", "--no-probe")
     assert "NVFP4-all-dgq opens in dgq only" in dgq("plan", source, *options).stderr
-    assert "opens in dgq only: vLLM" in dgq("inspect", everything).stdout
+    said = dgq("inspect", everything).stdout
+    assert "opens in dgq only: vLLM" in said and "dgq.runtime.hf" not in said
     assert json.loads(dgq("inspect", everything, "--json").stdout)["opens_in"] == config["opens_in"]
 
 
