@@ -55,8 +55,8 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """Weights that are decided on together. trials: scheme, or both if there are two -> each weight's; sizes: the same -> bytes, with
-    BF16's."""
+    """Weights that are decided on together. trials: scheme, or "a/b" of two -> each weight's; sizes: the same -> bytes,
+    with BF16's."""
 
     name: str
     weights: tuple[str, ...]
@@ -81,9 +81,9 @@ def mix(
     fixed = smallest.nbytes - sum(min(part.sizes.values()) for part in several)
     whole = fixed + sum(part.sizes[BF16] for part in several)
     if budget < smallest.nbytes:
-        raise InputError(f"--bytes {budget}: {to} takes {smallest.nbytes} at least, everything in its fewest bits")
+        raise InputError(f"--bytes {budget:,}: {to} takes {smallest.nbytes:,} at least, everything in its fewest bits")
     if budget >= whole:
-        raise InputError(f"--bytes {budget}: {whole} hold everything in BF16; there is nothing to choose")
+        raise InputError(f"--bytes {budget:,}: {whole:,} hold everything in BF16; there is nothing to choose")
     found, data = documents(source, prompts)
     found = [document for document in found if not document.open]
     if not found:
