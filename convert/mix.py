@@ -5,8 +5,8 @@
     --bytes - what is not up for choice  ─────────────────────────────────────┘
 
 A part is a kind of matrix in some layers that follow each other, the self-conditioning, or the embedding. Losses are
-taken to add up, which they do while they are small; what the whole choice loses is measured in the end, beside the
-format's default recipe. Rows that a scheme does not divide take another of about as many bits.
+added up; the whole loses less than that (on `tiny` the sum is 2.4 times as much), so it is measured in the end, beside
+the format's default recipe. Rows that a scheme does not divide take another of about as many bits.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ def mix(
     check_target(out)
     if out.suffix != ".toml":
         raise InputError(f"-o {out}: a recipe's name ends in .toml")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"-o {out}: there is no directory {out.absolute().parent}")
     layers = len(source.config.layers)
     several = parts(source, to, min(groups or (layers if layers <= EACH_LAYER else GROUPS), layers))
     least = _assigned(several, [min(part.sizes, key=part.sizes.__getitem__) for part in several])
@@ -200,9 +202,7 @@ def choose(options: Sequence[Sequence[Option]], room: int) -> list[int]:
         order = order[torch.cat((torch.ones(1, dtype=torch.bool), losses[order][1:] < best[:-1]))]
         if len(order) > STATES:
             cell = sizes[order] * STATES // room
-            last = torch.cat((cell[1:] != cell[:-1], torch.ones(1, dtype=torch.bool)))
-            last[0] = True  # the smallest, with which there is always a way on
-            order = order[last]
+            order = order[torch.cat((cell[1:] != cell[:-1], torch.ones(1, dtype=torch.bool)))]
         trail.append((order // len(each), order % len(each)))
         size, loss = sizes[order], losses[order]
     picked, at = [], len(size) - 1

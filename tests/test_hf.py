@@ -23,7 +23,20 @@ from dgq.runtime.artifact import open_artifact
 from dgq.runtime.hf_modules import PackedExperts, PackedLinear
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
-RECIPES = ("nvfp4", "nvfp4-w4a16", "bnb4", "bnb4-dq")
+RECIPES = ("nvfp4", "nvfp4-w4a16", "bnb4", "bnb4-dq", "bnb4-mixed")
+MIXED = """
+[[rule]]
+match = "model.decoder.layers.0.experts.*"
+scheme = "bf16"
+
+[[rule]]
+match = "model.decoder.layers.2.experts.down_proj"
+scheme = "bf16"
+
+[[rule]]
+match = "model.decoder.layers.2.self_attn.k_proj.weight"
+scheme = "bf16"
+"""
 pytestmark = pytest.mark.xdist_group("bitsandbytes")
 
 
@@ -32,7 +45,12 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     path: Path = tmp_path_factory.mktemp("hf") / request.param
     to = request.param.partition("-")[0]
     scale = ["--input-scale", "0.01"] if request.param == "nvfp4" else []
-    command = ["convert", str(TINY), "--to", to, "--recipe", request.param, "--effort", "stock", "-o", str(path)]
+    recipe = request.param
+    if recipe == "bnb4-mixed":
+        head, *rules = (TINY.parent / "bnb4.toml").read_text().partition("[[rule]]")
+        recipe = str(path.with_suffix(".toml"))
+        Path(recipe).write_text(head + MIXED + "".join(rules))
+    command = ["convert", str(TINY), "--to", to, "--recipe", recipe, "--effort", "stock", "-o", str(path)]
     result = CliRunner().invoke(main, command + scale)
     assert result.exit_code == 0, result.output
     return path

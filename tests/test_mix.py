@@ -194,7 +194,8 @@ def test_directories_mix_too(micro: Path, tmp_path: Path, to: str) -> None:
         ("1KB", "mine.toml", "gguf takes 626,864 at least"),
         ("3MB", "mine.toml", "hold everything in BF16; there is nothing to choose"),
         ("1MB", "mine.txt", "a recipe's name ends in .toml"),
-        ("1MB", "there.toml", "already exists"),
+        ("1MB", "none/mine.toml", "there is no directory"),
+        ("1MB", "there.toml", "exists already"),
     ],
 )
 def test_what_is_wrong_ends_in_one_line(micro: Path, tmp_path: Path, size: str, out: str, said: str) -> None:
