@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -18,7 +19,7 @@ from micro import micro_config, write_micro
 from safetensors import safe_open
 from torch.nn import functional
 
-from dgq.convert import mix
+from dgq.convert import mix, trials
 from dgq.convert.cli import main
 from dgq.convert.mix import Option, choose
 from dgq.convert.plan import make_plan
@@ -112,12 +113,12 @@ def test_a_trial_is_the_model_with_these_weights(micro: Path, tmp_path: Path) ->
         {f"{DECODER}self_conditioning.up_proj.weight": "q4_k", f"{DECODER}layers.0.mlp.up_proj.weight": "q4_k"},
         {EMBEDDING: "q6_k"},
     ]
-    trials = [{name: SCHEMES[scheme] for name, scheme in trial.items()} for trial in changed]
+    asked = [{name: SCHEMES[scheme] for name, scheme in trial.items()} for trial in changed]
     plan, steps = make_plan(source, find_recipe("gguf")), []
     with Meter(plan, made, tmp_path, "cpu", 1) as meter:
         meter.prepare(lambda: None)
-        found = meter.kl(trials, lambda: steps.append(1))
-        assert len(steps) == meter.steps(trials)
+        found = meter.kl(asked, lambda: steps.append(1))
+        assert len(steps) == meter.steps(asked)
     assert not list(tmp_path.iterdir())
     weights = {name: source[name] for name in source}
     models = [Model(source.config, weights, "cpu", torch.float32)]
@@ -203,6 +204,14 @@ def test_what_is_wrong_ends_in_one_line(micro: Path, tmp_path: Path, size: str, 
     result = dgq("mix", micro, "--to", "gguf", "--bytes", size, "-o", tmp_path / out)
     assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1, result.output
     assert [file.name for file in tmp_path.iterdir()] == ["there.toml"]
+
+
+def test_a_full_disk_is_known_before(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 20))
+    options = ("--prompts", micro / "prompts.jsonl", "--device", "cpu", "-o", tmp_path / "mine.toml")
+    result = dgq("mix", micro, "--to", "gguf", "--bytes", "1MB", *options)
+    assert result.exit_code == 2 and "GiB of disk while it measures" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_prompts_without_an_answer_are_nothing_to_measure_on(micro: Path, tmp_path: Path) -> None:
