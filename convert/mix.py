@@ -5,7 +5,7 @@
     --bytes - what is not up for choice  ─────────────────────────────────────┘
 
 A part is a kind of matrix in some layers that follow each other, the self-conditioning, or the embedding. Losses are
-added up; the whole loses less than that (on `tiny` the sum is 2.4 times as much), so it is measured in the end, beside
+added up; the whole loses less than that (on `tiny` the sum is 2.7 times as much), so it is measured in the end, beside
 the format's default recipe. Rows that a scheme does not divide take another of about as many bits.
 """
 
