@@ -16,6 +16,7 @@ import click
 
 from dgq.convert.bench_cli import bench
 from dgq.convert.cli_calibrate import calibrate
+from dgq.convert.cli_mix import mix
 from dgq.convert.cli_publish import publish
 from dgq.convert.cli_validate import validate
 from dgq.convert.cli_verify import verify
@@ -283,6 +284,7 @@ def run(
 
 main.add_command(bench)
 main.add_command(calibrate)
+main.add_command(mix)
 main.add_command(validate)
 main.add_command(verify)
 main.add_command(publish)

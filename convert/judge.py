@@ -17,7 +17,7 @@ from dgq.convert.fixed import measured
 from dgq.convert.free import free_batches, run
 from dgq.convert.gate import Gate, judged
 from dgq.convert.hashes import describe
-from dgq.convert.provenance import FILE
+from dgq.convert.provenance import FILE, coverage_of
 from dgq.convert.questions import LEVELS
 from dgq.convert.reference import Reference, combined
 from dgq.convert.sensitivity import Part, parts, restored
@@ -151,6 +151,7 @@ class Judge:
             "quantized_share": sum(stored[name].numel for name in below) / numel,
             "experts_share": sum(text[n].numel for n in routed if n in below) / sum(text[n].numel for n in routed),
             "schemes": {name: weight.scheme for name, weight in text.items()},
+            "calibration": coverage_of(artifact),
             "config": self._config(), "generation": plain(asdict(artifact.generation)),
             "activations": self.options.activations if self._scaled else None, "device": self.options.device,
             "cost": {name: float(value) for name, value in spent.items()}, "source": about,

@@ -18,8 +18,11 @@ import torch
 
 from dgq.convert.hashes import describe, dgq_version, digest
 from dgq.convert.plan import Plan
-from dgq.convert.stats import Stats
+from dgq.convert.stats import FLOOR, Stats
+from dgq.quant.errors import InputError
+from dgq.quant.hf_dir import read_json
 from dgq.quant.imatrix import Imatrix
+from dgq.runtime.artifact import Artifact
 
 FILE = "dgq.json"
 LIBRARIES = ("torch", "numpy", "safetensors", "gguf", "libggml-python")  # whose code makes or writes the bytes
@@ -74,3 +77,19 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
 
 def text(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=1) + "\n"
+
+
+def coverage_of(artifact: Artifact) -> dict[str, Any] | None:
+    """The "starved" experts ("layer.expert" -> tokens) that an artifact's calibration saw in fewer than "floor" tokens.
+    None without a dgq.json of its files, or if nothing was calibrated. InputError for one that dgq does not write."""
+    file = artifact.weights.files[0].parent / FILE
+    if not file.is_file():
+        return None
+    said = read_json(file)
+    files, calibration = said.get("files"), said.get("calibration")
+    if calibration is None or not isinstance(files, dict) or any(f.name not in files for f in artifact.weights.files):
+        return None
+    starved = calibration.get("starved") if isinstance(calibration, dict) else None
+    if not isinstance(starved, dict) or not all(type(seen) is int for seen in starved.values()):
+        raise InputError(f"{file}: its calibration is not what dgq writes there; damaged")
+    return {"floor": FLOOR, "starved": starved}

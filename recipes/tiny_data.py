@@ -291,9 +291,7 @@ def windows(docs: list[str], tok: Tokenizer, least: int = 161) -> Iterator[dict[
 
 def main() -> None:
     args = argparse.ArgumentParser(description="Builds the data, tokenizer and prompts of `tiny`.")
-    args.add_argument(
-        "--work", type=Path, required=True, help="where tokens.npz and words.json go (not for the repository)"
-    )
+    args.add_argument("--work", type=Path, required=True, help="where tokens.npz and words.json go (not to be kept)")
     args.add_argument("--rows", type=int, default=110_000, help="packed chat sequences")
     args.add_argument("--windows", type=Path, help="file for pieces of all held-out documents")
     opt = args.parse_args()

@@ -182,10 +182,17 @@ def _stacks(module: str) -> list[str]:
 
 
 def _untie(model: nn.Module, weights: DirWeights) -> None:
-    """transformers ties the stacks' parameters by patterns, of which those for experts find nothing any more."""
-    gone = {name.rpartition(".")[2] for name in weights.packed} & {"gate_up_proj", "down_proj"}
+    """transformers ties the stacks' parameters by patterns, of which those for experts find nothing where these are
+    packed; layers whose experts are not are named one by one."""
+    routed = {"gate_up_proj", "down_proj"}
+    packed = {name.rpartition(".")[0] for name in weights.packed}
     inner: Any = model.get_submodule("model")
-    inner._tied_weights_keys = {k: v for k, v in inner._tied_weights_keys.items() if k.rpartition("*")[2] not in gone}
+    tied = {k: v for k, v in inner._tied_weights_keys.items() if k.rpartition("*")[2] not in routed}
+    for name in weights:
+        owner, _, last = name.rpartition(".")
+        if last in routed and owner not in packed:
+            tied[ENCODER.removeprefix("model.") + name.removeprefix(DECODER)] = name.removeprefix("model.")
+    inner._tied_weights_keys = tied
     whole: Any = model
     whole.all_tied_weights_keys = whole.get_expanded_tied_weights_keys(all_submodels=True)
 

@@ -117,6 +117,15 @@ class Stream:
         layer = Layer(self.config, index, weights, self.dtype, watch)
         return LayerOf(layer, scalars, self.config, self._frequencies[layer.shape.is_sliding], watch)
 
+    def changed(self, layer: LayerOf, weights: Mapping[str, Packed]) -> LayerOf:
+        """`layer` with other values of some of its weights, named in full; the rest is shared with it."""
+        own, prefix = layer.layer, f"{DECODER}layers.{layer.layer.index}."
+        found = dict(own.weights) | {name.removeprefix(prefix): weight for name, weight in weights.items()}
+        return LayerOf(
+            Layer(self.config, own.index, found, self.dtype), layer.scalars, self.config,
+            self._frequencies[own.shape.is_sliding], None,
+        )  # fmt: skip
+
     @torch.inference_mode()
     def leave(self, chunk: Chunk, x: Tensor, watch: Watch | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Logits of a chunk's canvases, some at a time: which, (rows, canvas, vocab) float32."""
@@ -187,7 +196,7 @@ class LayerOf:
     def __init__(
         self, layer: Layer, scalars: list[Tensor], config: ModelConfig, frequencies: Tensor, watch: Watch | None
     ) -> None:
-        self.layer, self._scalars, self._watch, self._frequencies = layer, scalars, watch, frequencies
+        self.layer, self.scalars, self._watch, self._frequencies = layer, scalars, watch, frequencies
         self._window = config.window if layer.shape.is_sliding else None
 
     @torch.inference_mode()
@@ -246,7 +255,7 @@ class LayerOf:
             kinds = chunk.kind.repeat_interleave(chunk.canvases.shape[1])
             self._watch.kinds = torch.cat((kinds.new_zeros(chunk.encoded), kinds))[part].to(x.device)
         decoder = torch.arange(part.start, part.stop, device=x.device).unsqueeze(1) >= chunk.encoded
-        return self.layer.feed(x) * torch.where(decoder, self._scalars[1], self._scalars[0])
+        return self.layer.feed(x) * torch.where(decoder, self.scalars[1], self.scalars[0])
 
     def _parts(self, x: Tensor) -> Iterator[slice]:
         step = FEED_TOKENS[x.device.type]

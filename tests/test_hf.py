@@ -25,15 +25,32 @@ from dgq.runtime.artifact import open_artifact
 from dgq.runtime.hf_modules import PackedExperts, PackedLinear
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
-RECIPES = ("nvfp4", "nvfp4-w4a16", "bnb4", "bnb4-dq")
+RECIPES = ("nvfp4", "nvfp4-w4a16", "bnb4", "bnb4-dq", "bnb4-mixed")
+MIXED = """
+[[rule]]
+match = "model.decoder.layers.0.experts.*"
+scheme = "bf16"
+
+[[rule]]
+match = "model.decoder.layers.2.experts.down_proj"
+scheme = "bf16"
+
+[[rule]]
+match = "model.decoder.layers.2.self_attn.k_proj.weight"
+scheme = "bf16"
+"""
 pytestmark = pytest.mark.xdist_group("bitsandbytes")
 
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     paths = {recipe: tmp_path_factory.mktemp("hf") / recipe for recipe in RECIPES}
-    for recipe, path in paths.items():
-        to, scale = recipe.partition("-")[0], ["--input-scale", "0.01"] if recipe == "nvfp4" else []
+    for name, path in paths.items():
+        to, scale, recipe = name.partition("-")[0], ["--input-scale", "0.01"] if name == "nvfp4" else [], name
+        if name == "bnb4-mixed":
+            head, *rules = (TINY.parent / "bnb4.toml").read_text().partition("[[rule]]")
+            recipe = str(path.with_suffix(".toml"))
+            Path(recipe).write_text(head + MIXED + "".join(rules))
         command = ["convert", str(TINY), "--to", to, "--recipe", recipe, "--effort", "stock", "-o", str(path)]
         result = CliRunner().invoke(main, command + scale)
         assert result.exit_code == 0, result.output

@@ -25,7 +25,7 @@ from dgq.convert.passes import Rows
 from dgq.convert.refine import LEAN, Hessians
 from dgq.convert.samples import BINS, chunks, documents, doubled
 from dgq.convert.source import Source, open_source
-from dgq.convert.stats import WATCHED, read_stats
+from dgq.convert.stats import FLOOR, WATCHED, read_stats
 from dgq.quant.hf_dir import HFDir
 from dgq.quant.imatrix import read_imatrix
 from dgq.quant.schemes import SCHEMES
@@ -261,6 +261,14 @@ def test_starved_experts_are_named(micro: Path, tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "out" / "dgq.json").read_text())["calibration"]["starved"] == found["starved"]
+    (path / "asked.jsonl").write_text(json.dumps(PROMPTS[0]))
+    options = ("--quick", "--prompts", path / "asked.jsonl", "-o", tmp_path / "report", "--device", "cpu")
+    assert dgq("validate", tmp_path / "out", "--against", path, *options).exit_code in (0, 1)
+    (one,) = json.loads((tmp_path / "report" / "report.json").read_text())["artifacts"]
+    assert one["calibration"] == {"floor": FLOOR, "starved": found["starved"]}
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert f"out: {len(found['starved'])} experts saw fewer than {FLOOR} tokens" in page
+    assert all(f"{name} ({seen})" in page for name, seen in found["starved"].items())
 
 
 def test_imatrix(micro: Path, stats: Path, tmp_path: Path) -> None:
