@@ -278,17 +278,32 @@ def write_prompts(folder: Path, text: dict[bool, list[str]], tok: Tokenizer) -> 
             (folder / f"{file}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 
+def windows(docs: list[str], tok: Tokenizer, least: int = 161) -> Iterator[dict[str, Any]]:
+    """Whole documents, cut between words into pieces of at least so many tokens; what is left over is dropped."""
+    for number, doc in enumerate(docs):
+        held: list[str] = []
+        for word in doc.split(" "):
+            held.append(word)
+            if len(tok.encode(" ".join(held))) >= least:
+                yield {"text": " ".join(held), "document": number}
+                held = []
+
+
 def main() -> None:
     args = argparse.ArgumentParser(description="Builds the data, tokenizer and prompts of `tiny`.")
     args.add_argument(
         "--work", type=Path, required=True, help="where tokens.npz and words.json go (not for the repository)"
     )
     args.add_argument("--rows", type=int, default=110_000, help="packed chat sequences")
+    args.add_argument("--windows", type=Path, help="file for pieces of all held-out documents")
     opt = args.parse_args()
     text, rare = texts()
     tok = train_tokenizer(text[False])
     save_tokenizer(tok, HERE / "tiny")
     write_prompts(HERE / "prompts", text, tok)
+    if opt.windows:
+        rows = windows(text[True], tok)
+        opt.windows.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     arrays: dict[str, Any] = {}
     for side, name, rows in ((False, "train", opt.rows), (True, "held", 1000)):
         arrays[f"{name}_chats"] = pack_chats(tok, rows, seed=7 + side, held_out=side)

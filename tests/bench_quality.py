@@ -1,7 +1,8 @@
 """What quantised `tiny` lost beside the reference quantisers' own work: the meter of calibration and error feedback.
 
     python tests/bench_quality.py [--seeds 0 1] [--formats nvfp4 bnb4 gguf] [--efforts fast standard] [--free 512]
-                                  [--stats FILE …] [--rounds N] [--texts 64] [--device cpu|cuda]
+                                  [--stats FILE …] [--rounds N] [--texts 64 | --windows] [--device cpu|cuda]
+                                  [--draws 1] [--workers N] [--folder DIR] [--peers own|stock]
 
     fixed canvases   a held-out text's first 96 tokens, then a canvas of its next 64, each replaced by a random one with
                      probability .25/.5/.75/1; without self-conditioning and on BF16's own logits of that canvas.
@@ -16,20 +17,26 @@ Peers, by their own code, in float32 as dgq's artifacts: modelopt's export (weig
 quantize_4bit and dequantize_4bit; ggml's quantize_chunk in libgguf's build at Q4_K_M's types, decoded by gguf-py,
 without and with an imatrix of the encoder on clean text, as llama-imatrix counts. All but that are held to stock's.
 
---stats: files of `dgq calibrate tiny --seed S`, one a seed, which are made otherwise. Tables, and one JSON line.
+--windows: instead of the 64 texts, all held-out documents cut into 296 pieces (tests/golden/heldout_windows.jsonl, by
+recipes/tiny_data.py); then documents are resampled, not pieces. --draws: so many series of random numbers continue each
+prompt. --folder: keeps what is made, and takes what is there. --peers stock: modelopt and bitsandbytes are not
+asked, as stock's bytes are theirs (which a run without this option holds). --stats: files of `dgq calibrate tiny --seed
+S`, one a seed, which are made otherwise. Tables, and one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -57,10 +64,11 @@ PEERS = {"nvfp4": ("modelopt",), "bnb4": ("bitsandbytes",), "gguf": ("ggml", "gg
 LIMITS = {"modelopt": {"fast": 0.85, "standard": 0.6}, "bitsandbytes": {"fast": 0.95, "standard": 0.38},
           "ggml": {"fast": 1.0, "standard": 0.42}, "ggml imatrix": {"standard": 0.65}}  # fmt: skip
 E2M1 = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+WINDOWS = Path(__file__).parent / "golden/heldout_windows.jsonl"
 Weights = dict[str, Tensor]
 Table = dict[str, dict[str, Any]]
-# steps of a canvas and whether it stopped early (prompts * blocks,), NaN where a row had ended; first canvases, as
-# committed (prompts, canvas)
+# steps of a canvas and whether it stopped early (prompts, draws * blocks), NaN where a row had ended; first canvases,
+# as committed (prompts, draws, canvas)
 Free = tuple[Tensor, Tensor, Tensor]
 Sides = dict[tuple[str, str], list[str]]  # format, effort -> artifacts: one a calibration seed, or one if without data
 
@@ -167,17 +175,19 @@ def run_dgq(*arguments: object) -> None:
 
 
 def convert(to: str, out: Path, effort: str, device: str, *more: object) -> Artifact:
-    run_dgq("convert", "tiny", "--to", to, "--recipe", RECIPES[to], "-o", out, "--effort", effort, "--device", device,
-            "--threads", 1, *more)  # fmt: skip
+    if not out.exists():
+        run_dgq("convert", "tiny", "--to", to, "--recipe", RECIPES[to], "-o", out, "--effort", effort,
+                "--device", device, "--threads", 1, *more)  # fmt: skip
     return open_model(str(out))
 
 
-def peers(to: str, source: Artifact, folder: Path) -> dict[str, Weights]:
+def peers(to: str, source: Artifact, folder: Path, stock: Weights | None) -> dict[str, Weights]:
+    """stock: taken for what modelopt and bitsandbytes write."""
     planned = {t.source: t for t in make_plan(open_source("tiny"), find_recipe(to, RECIPES[to])).weights if t.source}
     if to == "nvfp4":
-        return {"modelopt": modelopt(source, folder)}
+        return {"modelopt": stock or modelopt(source, folder)}
     if to == "bnb4":
-        return {"bitsandbytes": bitsandbytes(source, planned)}
+        return {"bitsandbytes": stock or bitsandbytes(source, planned)}
     importance = clean_text_importance(source, planned)
     return {"ggml": ggml(source, planned, {}), "ggml imatrix": ggml(source, planned, importance)}
 
@@ -187,8 +197,9 @@ def calibrated(options: argparse.Namespace, folder: Path) -> dict[int, Path]:
         return dict(zip(options.seeds, options.stats, strict=True)) if options.stats else {}
     more = ("--device", options.device, *(("--rounds", options.rounds) if options.rounds else ()))
     for seed in options.seeds:
-        run_dgq("calibrate", "tiny", "--seed", seed, "-o", folder / f"{seed}", *more)
-        note(f"calibrated with seed {seed}")
+        if not (folder / f"{seed}").exists():
+            run_dgq("calibrate", "tiny", "--seed", seed, "-o", folder / f"{seed}", *more)
+            note(f"calibrated with seed {seed}")
     return {seed: folder / f"{seed}" for seed in options.seeds}
 
 
@@ -199,26 +210,31 @@ def build(options: argparse.Namespace, source: Artifact, folder: Path) -> tuple[
     stats = calibrated(options, folder)
     for to in options.formats:
         stock = convert(to, folder / f"{to}-stock", "stock", "cpu").weights
-        for name, found in peers(to, source, folder).items():
-            differ = [n for n, weight in found.items() if not torch.equal(weight, stock[n].dequantize())]
+        decoded = {n: weight.dequantize() for n, weight in stock.items()}
+        for name, found in peers(to, source, folder, decoded if options.peers == "stock" else None).items():
+            differ = [n for n, weight in found.items() if not torch.equal(weight, decoded[n])]
             note(f"{name}: {len(differ)} of {len(found)} weights differ from {to} --effort stock")
             assert name == "ggml imatrix" or not differ, differ[0]
             packed = {n: Packed(SCHEMES["f32"], tuple(weight.shape), {"": weight}) for n, weight in found.items()}
-            models[name] = Model(source.config, packed, options.device, torch.float32)
+            models[name] = Model(source.config, packed, options.measure or options.device, torch.float32)
         for effort in options.efforts:
             made = {f"{to} {effort} {seed}": ("--stats", file) for seed, file in stats.items()}
             for name, more in made.items() if effort == "standard" else ((f"{to} {effort}", ()),):
                 artifact = convert(to, folder / name.replace(" ", "-"), effort, options.device, *more)
-                models[name] = artifact.load(options.device, torch.float32)
+                models[name] = artifact.load(options.measure or options.device, torch.float32)
                 sides.setdefault((to, effort), []).append(name)
                 note(f"{name} converted")
     return models, sides
 
 
-def texts_of(source: Artifact) -> Tensor:
-    """(texts, prefix + canvas) token ids; all held-out texts are longer."""
+def texts_of(source: Artifact, windows: bool) -> tuple[Tensor, Tensor]:
+    """(texts, prefix + canvas) token ids; all are longer. And the number of the document that each is from."""
     length = PREFIX + source.config.canvas
-    return torch.tensor([source.tokenizer.encode(item["text"])[:length] for item in read("heldout_text.jsonl")])
+    items = read("heldout_text.jsonl")
+    if windows:
+        items = [json.loads(line) for line in WINDOWS.read_text("utf-8").splitlines()]
+    ids = torch.tensor([source.tokenizer.encode(item["text"])[:length] for item in items])
+    return ids, torch.tensor([item.get("document", number) for number, item in enumerate(items)])
 
 
 def noised(clean: Tensor, seed: int, vocab: int) -> Tensor:
@@ -231,14 +247,17 @@ def noised(clean: Tensor, seed: int, vocab: int) -> Tensor:
 
 
 def fixed(
-    reference: Model, models: Mapping[str, Model], source: Artifact, seeds: list[int], texts: int
+    reference: Model, models: Mapping[str, Model], ids: Tensor, vocab: int, seeds: list[int], workers: int = 1
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """KL and top-1 agreement (seeds, texts) of each model, means over levels and self-conditioning."""
-    ids, device = texts_of(source), reference.device
-    canvases = [noised(ids[:, PREFIX:], seed, source.config.vocab) for seed in seeds]
-    sums = {name: (torch.zeros(len(seeds), texts), torch.zeros(len(seeds), texts)) for name in models}
-    for start in range(0, texts, ROWS):
-        own = slice(start, min(start + ROWS, texts))
+    """KL and top-1 agreement (seeds, texts) of each model on texts (texts, prefix + canvas), means over levels and
+    self-conditioning."""
+    device = reference.device
+    canvases = [noised(ids[:, PREFIX:], seed, vocab) for seed in seeds]
+    sums = {name: (torch.zeros(len(seeds), len(ids)), torch.zeros(len(seeds), len(ids))) for name in models}
+
+    def some(start: int) -> dict[str, tuple[Tensor, Tensor]]:
+        own = slice(start, min(start + ROWS, len(ids)))
+        found = {name: (kl[:, own].clone(), same[:, own].clone()) for name, (kl, same) in sums.items()}
         prompts = ids[own, :PREFIX].to(device)
         caches = {}
         for model in (reference, *models.values()):
@@ -252,25 +271,56 @@ def fixed(
                 log_p = wanted.log_softmax(-1)
                 p, best = log_p.exp(), wanted.argmax(-1)
                 for name, model in models.items():
-                    found = model.decode(canvas, caches[model], given)
-                    kl = (p * (log_p - found.log_softmax(-1))).sum(-1).mean(-1)
-                    same = (best == found.argmax(-1)).float().mean(-1)
-                    for kept, value in zip(sums[name], (kl, same), strict=True):
-                        kept[number, own] += value.cpu() / (2 * len(LEVELS))
+                    logits = model.decode(canvas, caches[model], given)
+                    kl = (p * (log_p - logits.log_softmax(-1))).sum(-1).mean(-1)
+                    same = (best == logits.argmax(-1)).float().mean(-1)
+                    for kept, value in zip(found[name], (kl, same), strict=True):
+                        kept[number] += value.cpu() / (2 * len(LEVELS))
+        return found
+
+    starts = range(0, len(ids), ROWS)
+    for start, found in zip(starts, spread(some, starts, workers), strict=True):
+        for name, both in found.items():
+            for kept, value in zip(sums[name], both, strict=True):
+                kept[:, start : start + ROWS] = value
     return sums
 
 
-def interval(a: Tensor, b: Tensor | None = None, resamples: int = 2000) -> list[float]:
-    """Mean of a, or mean of a over mean of b, and between what bounds 95 % of it lie when both are resampled together;
-    NaN is no value."""
+def spread(work: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """work of each, in order; by forked processes, if there are to be several."""
+    if workers == 1:
+        yield from map(work, items)
+        return
+    global _work
+    _work = work
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        yield from pool.imap(_worked, items)
+
+
+def _worked(item: Any) -> Any:
+    return _work(item)
+
+
+def interval(a: Tensor, b: Tensor | None = None, group: Tensor | None = None, resamples: int = 2000) -> list[float]:
+    """Mean of a (rows, …), or mean of a over mean of b, and between what bounds 95 % of it lie when both are resampled
+    together, by rows, or by groups (rows,) of them; NaN is no value."""
+    group = torch.arange(len(a)) if group is None else group.unique(return_inverse=True)[1]
+
+    def sums(x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.reshape(len(x), -1).double()
+        zeros = x.new_zeros(int(group.max()) + 1)
+        return zeros.index_add(0, group, x.nansum(-1)), zeros.index_add(0, group, (~x.isnan()).sum(-1).double())
+
+    parts = [sums(x) for x in ([a] if b is None else [a, b])]
 
     def figure(picks: Tensor) -> Tensor:
-        mean = a[picks].nanmean(-1)
-        return mean if b is None else mean / b[picks].nanmean(-1)
+        means = [total[picks].sum(-1) / count[picks].sum(-1) for total, count in parts]
+        return means[0] if b is None else means[0] / means[1]
 
-    picks = torch.randint(0, len(a), (resamples, len(a)), generator=torch.Generator().manual_seed(0))
-    bounds = figure(picks).quantile(torch.tensor([0.025, 0.975]))
-    return [round(float(value), 5) for value in (figure(torch.arange(len(a))), *bounds)]
+    groups = len(parts[0][0])
+    picks = torch.randint(0, groups, (resamples, groups), generator=torch.Generator().manual_seed(0))
+    bounds = figure(picks).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return [round(float(value), 5) for value in (figure(torch.arange(groups)), *bounds)]
 
 
 def show(title: str, rows: Table) -> None:
@@ -288,7 +338,7 @@ def show(title: str, rows: Table) -> None:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip(), flush=True)
 
 
-def report_fixed(measured: Mapping[str, tuple[Tensor, Tensor]], sides: Sides) -> tuple[Table, Table]:
+def report_fixed(measured: Mapping[str, tuple[Tensor, Tensor]], sides: Sides, documents: Tensor) -> tuple[Table, Table]:
     means, ratios = {}, {}
     for name, (kl, same) in measured.items():
         means[name] = {"mean KL": round(float(kl.mean()), 6), "top-1": round(float(same.mean()), 5)}
@@ -296,64 +346,76 @@ def report_fixed(measured: Mapping[str, tuple[Tensor, Tensor]], sides: Sides) ->
         each = torch.stack([measured[name][0].mean(0) for name in names])
         for peer in PEERS[to]:
             theirs, limit = measured[peer][0].mean(0), LIMITS[peer].get(effort)
-            ratio = interval(each.mean(0), theirs)
+            ratio = interval(each.mean(0), theirs, documents)
             ratios[f"{to} {effort} / {peer}"] = {
-                "KL ratio (95 % of texts)": ratio, "limit": limit, "held": limit and ratio[2] <= limit,
+                "KL ratio (95 % of documents)": ratio, "limit": limit, "held": limit and ratio[2] <= limit,
                 "each calibration": str([round(float(kl.mean() / theirs.mean()), 3) for kl in each]),
             }  # fmt: skip
     return means, ratios
 
 
-def free_run(model: Model, source: Artifact, tasks: list[list[int]], texts: list[list[int]], blocks: int) -> Free:
-    """A canvas for each task, `blocks` for each text."""
-    steps = torch.full((len(tasks) + len(texts), blocks), torch.nan)
-    early, first = steps.clone(), []
-    for prompts, length, base in ((tasks, 1, 0), (texts, blocks, len(tasks))):
+def free_run(model: Model, source: Artifact, parts: list[tuple[list[list[int]], int]], draws: int) -> Free:
+    """parts: prompts, and how many canvases each is continued by. The same random numbers for every model."""
+    steps, early, first = [], [], []
+    base, most = 0, max(blocks for _, blocks in parts)
+    for prompts, blocks in parts:
         for start in range(0, len(prompts), FREE_ROWS):
             batch = prompts[start : start + FREE_ROWS]
             rows = range(base + start, base + start + len(batch))
-            tokens = length * source.config.canvas
-            result = generate(model, batch, source.generation, tokens, seed=0, rows=rows)
-            first.append(result.canvases[:, : source.config.canvas])
-            for row, took, stopped in zip(rows, result.steps, result.stopped_early, strict=True):
-                steps[row, : len(took)] = torch.tensor(took).float()
-                early[row, : len(took)] = torch.tensor(stopped).float()
-    return steps.flatten(), early.flatten(), torch.cat(first)
+            taken = torch.full((2, len(batch), draws, most), torch.nan)
+            canvases = []
+            for draw in range(draws):
+                tokens = blocks * source.config.canvas
+                result = generate(model, batch, source.generation, tokens, seed=draw, rows=rows)
+                canvases.append(result.canvases[:, : source.config.canvas])
+                for i, (took, stopped) in enumerate(zip(result.steps, result.stopped_early, strict=True)):
+                    taken[:, i, draw, : len(took)] = torch.tensor([[float(n) for n in took], stopped])
+            steps.append(taken[0].flatten(1))
+            early.append(taken[1].flatten(1))
+            first.append(torch.stack(canvases, 1))
+        base += len(prompts)
+    return torch.cat(steps), torch.cat(early), torch.cat(first)
 
 
 def agreement(a: Tensor, b: Tensor, pad: int) -> Tensor:
-    """Canvases (prompts, canvas) -> share of equal tokens (prompts,) where not both have ended."""
+    """Canvases (prompts, draws, canvas) -> share of equal tokens (prompts, draws) where not both have ended."""
     counted = (a != pad) | (b != pad)
     return ((a == b) & counted).sum(-1) / counted.sum(-1)
 
 
 def free(
-    reference: Model, models: Mapping[str, Model], source: Artifact, wanted: int, texts: int, peer_of: dict[str, str]
-) -> Table:
-    """Half tasks (256 at most), the rest texts, continued until BF16 has made enough canvases."""
+    reference: Model, models: Mapping[str, Model], source: Artifact, texts: tuple[Tensor, Tensor],
+    options: argparse.Namespace, peer_of: dict[str, str],
+) -> Table:  # fmt: skip
+    """Half tasks (256 at most), the rest texts, continued until there is room for enough canvases."""
+    wanted, draws = options.free, options.draws
     tasks = [source.tokenizer.chat(item["messages"]) for item in read("heldout_tasks.jsonl")[: max(1, wanted // 2)]]
-    prompts = texts_of(source)[:texts, :PREFIX].tolist()
-    blocks, made = -(-(wanted - len(tasks)) // len(prompts)) - 1, 0
-    while made < wanted and PREFIX + (blocks + 1) * source.config.canvas <= source.config.context:
-        blocks += 1
-        base = free_run(reference, source, tasks, prompts, blocks)
-        made = int((~base[0].isnan()).sum())
-    note(f"BF16 wrote {made} canvases: {len(tasks)} tasks, {len(prompts)} texts of {blocks}")
+    prompts = texts[0][:, :PREFIX].tolist()
+    blocks = -(-(wanted // draws - len(tasks)) // len(prompts)) if options.blocks is None else options.blocks
+    parts = [(tasks, 1), (prompts, max(1, blocks))]
+    documents = torch.cat((-1 - torch.arange(len(tasks)), texts[1]))
+    everybody = {"bf16": reference, **models}
+    done = spread(lambda name: free_run(everybody[name], source, parts, draws), everybody, options.workers)
     rows, agreed = Table(), Weights()
-    for name, model in {"bf16": reference, **models}.items():
-        steps, early, first = base if model is reference else free_run(model, source, tasks, prompts, blocks)
+    for name, (steps, early, first) in zip(everybody, done, strict=True):
+        if name == "bf16":
+            base = steps, early, first
+            note(f"BF16 wrote {int((~steps.isnan()).sum())} canvases: {len(tasks)} tasks, {len(prompts)} texts")
         agreed[name] = same = agreement(first, base[2], source.generation.pad_id)
+        peer = same - agreed[peer_of[name]] if name in peer_of else None
+        of_texts = slice(len(tasks), None)
         rows[name] = {
             "canvases": int((~steps.isnan()).sum()),
             "steps": round(float(steps.nanmean()), 3),
-            "ratio to BF16's": interval(steps, base[0]),
+            "ratio to BF16's": interval(steps, base[0], documents),
             "stop early": round(float(early.nanmean()), 4),
-            "ratio to it": interval(early, base[1]),
-            "equal tokens": interval(same),
+            "ratio to it": interval(early, base[1], documents),
+            "equal tokens": interval(same, group=documents),
             "of tasks": interval(same[: len(tasks)]),
-            "of texts": interval(same[len(tasks) :]),
-            "minus the peer's": interval(same - agreed[peer_of[name]]) if name in peer_of else None,
-        }
+            "of texts": interval(same[of_texts], group=documents[of_texts]),
+            "of texts, minus the peer's":
+                None if peer is None else interval(peer[of_texts], group=documents[of_texts]),
+        }  # fmt: skip
         note(f"{name} wrote")
     return rows
 
@@ -364,24 +426,36 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=tuple(RECIPES), default=list(RECIPES))
     parser.add_argument("--efforts", nargs="*", choices=("fast", "standard"), default=["fast", "standard"])
     parser.add_argument("--free", type=int, default=512, metavar="N", help="canvases to write freely; 0: none")
+    parser.add_argument("--blocks", type=int, help="canvases a text")
+    parser.add_argument("--draws", type=int, default=1, help="series of random numbers a prompt")
     parser.add_argument("--stats", type=Path, nargs="+", help="made by dgq calibrate, one a seed")
     parser.add_argument("--rounds", type=int, help="of calibration")
     parser.add_argument("--texts", type=int, default=64, choices=range(1, 65), metavar="N", help="the first ones")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--windows", action="store_true", help="all held-out documents")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for making artifacts; and measuring")
+    parser.add_argument("--measure", choices=("cpu", "cuda"), help="other device for measuring")
+    parser.add_argument("--peers", choices=("own", "stock"), default="own")
+    parser.add_argument("--workers", type=int, default=1, help="processes that measure on a CPU")
+    parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     source = open_model("tiny")
-    reference = source.load(options.device, torch.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        models, sides = build(options, source, Path(folder))
-        measured = fixed(reference, models, source, options.seeds, options.texts)
+    texts = texts_of(source, options.windows)
+    if not options.windows:
+        texts = texts[0][: options.texts], texts[1][: options.texts]
+    with ExitStack() as stack:
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(exist_ok=True)
+        models, sides = build(options, source, folder)
+        reference = source.load(options.measure or options.device, torch.float32)
+        measured = fixed(reference, models, texts[0], source.config.vocab, options.seeds, options.workers)
     note("fixed canvases measured")
-    report = dict(zip(("fixed", "ratios"), report_fixed(measured, sides), strict=True))
+    report = dict(zip(("fixed", "ratios"), report_fixed(measured, sides, texts[1]), strict=True))
     show("fixed canvases", report["fixed"])
     show("against the peer", report["ratios"])
     if options.free:
         peer_of = {name: PEERS[to][-1] for (to, _), names in sides.items() for name in names}
-        report["free running"] = free(reference, models, source, options.free, options.texts, peer_of)
+        report["free running"] = free(reference, models, source, texts, options, peer_of)
         show("free running", report["free running"])
     print(json.dumps({"options": vars(options), **report}, default=str))
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from bench_quality import RECIPES, fixed, interval, note, read
+from bench_quality import RECIPES, fixed, interval, note, read, texts_of
 from click.testing import CliRunner
 
 from dgq.convert import refine
@@ -85,7 +85,8 @@ def main() -> None:
                 models[f"{arm} {seed}"], starved = converted(to, options.recipe, stats, folder / f"{arm}{seed}", lean)
                 good &= starved == wanted
                 note(f"{arm} {seed} converted")
-        measured = fixed(source.load("cpu", torch.float32), models, source, options.seeds, options.texts)
+        ids = texts_of(source, windows=False)[0][: options.texts]
+        measured = fixed(source.load("cpu", torch.float32), models, ids, source.config.vocab, options.seeds)
     each = {arm: [measured[f"{arm} {seed}"][0].mean(0) for seed in options.seeds] for arm in ("leaning", "pooled")}
     mean = {arm: torch.stack(found).mean(0) for arm, found in each.items()}
     ratio = interval(mean["leaning"], mean["pooled"])
