@@ -2,8 +2,8 @@
 
     residual -> x / rms(x) * gain -> weight       column i of the weight multiplies what was scaled by gain_i
 
-E[x_i²] would be gain_i² if the residual's channels were alike. They are not, and gains partly make up for it: weighing
-by |gain|, half way to no weights, loses less on `tiny`. Only weights that a norm feeds directly have such columns.
+E[x_i²] would be gain_i² if the residual's channels were alike; they are not, and |gain| does better on `tiny`. Weights
+that no norm feeds are ggml's as ever. NVFP4 and NF4 gain nothing by it, and keep to the squared error.
 """
 
 from __future__ import annotations
