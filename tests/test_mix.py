@@ -19,13 +19,13 @@ from micro import micro_config, write_micro
 from safetensors import safe_open
 from torch.nn import functional
 
-from dgq.convert import gains, mix, trials
+from dgq.convert import mix, trials
 from dgq.convert.cli import main
 from dgq.convert.mix import Option, choose
 from dgq.convert.plan import make_plan
 from dgq.convert.recipes import find_recipe
 from dgq.convert.samples import chunks, documents
-from dgq.convert.source import Source, open_source
+from dgq.convert.source import open_source
 from dgq.convert.trials import Meter
 from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed
@@ -122,9 +122,7 @@ def test_a_trial_is_the_model_with_these_weights(micro: Path, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
     weights = {name: source[name] for name in source}
     models = [Model(source.config, weights, "cpu", torch.float32)]
-    models += [
-        Model(source.config, weights | _ggmls(source, weights, trial), "cpu", torch.float32) for trial in changed
-    ]
+    models += [Model(source.config, weights | _ggmls(weights, trial), "cpu", torch.float32) for trial in changed]
     lost = [[] for _ in changed]
     for chunk in made:
         for canvas, owner in zip(chunk.canvases, chunk.owner, strict=True):
@@ -141,17 +139,12 @@ def test_a_trial_is_the_model_with_these_weights(micro: Path, tmp_path: Path) ->
         assert kl == pytest.approx(sum(several) / len(several), rel=1e-3) and kl > 1e-6
 
 
-def _ggmls(source: Source, weights: dict[str, Packed], trial: dict[str, str]) -> dict[str, Packed]:
+def _ggmls(weights: dict[str, Packed], trial: dict[str, str]) -> dict[str, Packed]:
     found = {}
     for name, scheme in trial.items():
         kind = gguf.GGMLQuantizationType[scheme.upper()]
         values = weights[name].dequantize().numpy()
-        gain = gains.importance(source, name)  # tests/test_gains.py holds it to the norms
-        packed = libgguf.quantize_rows(
-            np.ascontiguousarray(values.reshape(-1, values.shape[-1])),
-            kind,
-            imatrix=None if gain is None else gain.numpy(),
-        )
+        packed = libgguf.quantize_rows(np.ascontiguousarray(values.reshape(-1, values.shape[-1])), kind)
         rows = gguf.quants.dequantize(
             np.asarray(packed).view(np.uint8).reshape(values.size // values.shape[-1], -1), kind
         )
