@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from dgq.convert import gains
 from dgq.convert.budget import UNSAID, Budget
 from dgq.convert.gguf_metadata import rope_freqs
 from dgq.convert.plan import Plan, PlannedTensor
@@ -26,7 +25,7 @@ from dgq.quant.imatrix import Imatrix
 from dgq.quant.types import Packed, Scheme
 from dgq.runtime import mmproj
 
-SEARCHED = ("nvfp4", "nf4")  # by effort fast; ggml's own search is as good, but for what a column weighs (gains.py)
+SEARCHED = ("nvfp4", "nf4")  # by effort fast; ggml's own search leaves nothing to gain without data
 CALIBRATED = ("standard", "max")  # efforts that take STATS
 SLICE = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements quantised at a time, or one expert: 4 and 64 MiB of float32
 
@@ -123,8 +122,6 @@ def slices(
     """The slices of a tensor along its first axis, `rows` long or as suits the device."""
     weights = options.imatrix.weights if options.imatrix is not None else {}
     importance = weights.get(tensor.name)
-    if options.effort == "fast" and plan.recipe.format == "gguf" and tensor.source and tensor.scheme.bits < 16:
-        importance = gains.importance(plan.source, tensor.source)
     scheme = plan.layout.slices if len(tensor.entries) > 1 else tensor.scheme
     scale = scales.values.get(tensor.name) if scales else None
     length = tensor.shape[0] if tensor.shape else 1
