@@ -117,8 +117,8 @@ def test_tokens_are_the_cpus(recipe: str | None, tmp_path: Path) -> None:
 
 
 def test_images_by_kernels(tmp_path: Path) -> None:
-    """Prompts with images on slots: in float32 the CPU's tokens; by kernels in bfloat16, a prompt's keys and values as
-    the reference's operations make them, in pieces and at once, and an answer."""
+    """Prompts with images on slots: in float32 the CPU's tokens; by kernels in bfloat16, in pieces and at once, a
+    prompt's keys and values as near to float32's as the reference's operations in bfloat16 are; and an answer."""
     import numpy as np
     import PIL.Image
 
@@ -143,16 +143,30 @@ def test_images_by_kernels(tmp_path: Path) -> None:
     ]
     assert results[0].tokens == results[1].tokens
 
-    fast, plain = artifact.load("cuda"), artifact.load("cuda", torch.bfloat16, kernels=False)
-    held = []
-    for passes, step in ((Plain(plain), 512), (Fast(fast), 512), (Fast(fast), 80)):
-        slots = Slots(fast.config, 1, len(ids) + 256, "cuda", torch.bfloat16)
+    exact, fast = artifact.load("cuda", torch.float32), artifact.load("cuda")
+    plain = artifact.load("cuda", torch.bfloat16, kernels=False)
+
+    def held(passes: Plain | Fast, dtype: torch.dtype, step: int) -> list[torch.Tensor]:
+        slots = Slots(fast.config, 1, len(ids) + 256, "cuda", dtype)
         for piece in pieces(prompts[1:], step):
             view = Prompt(slots, 0, piece.start, piece.stop - piece.start)
             part = torch.tensor(prompts[1][piece], device="cuda")[None]
             passes.encode_prompt(part, view, pictures(prompts[1:], piece, fast.device))
-        held.append([buffer.float() for buffer in slots.buffers])
-    for one in held[1:]:
-        for layer, (ours, theirs) in enumerate(zip(one, held[0], strict=True)):
-            assert float((ours - theirs).norm() / theirs.norm()) < 0.02 * (layer + 1)
+        return [buffer.float() for buffer in slots.buffers]
+
+    def off(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> list[tuple[float, float]]:
+        """Each layer's error, of all places and of the median place."""
+        errors = []
+        for one, other in zip(ours, theirs, strict=True):
+            places = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp_min(1e-9)
+            errors.append((float((one - other).norm() / other.norm()), float(places[other.norm(dim=-1) > 0].median())))
+        return errors
+
+    truth = held(Plain(exact), torch.float32, 512)
+    for one, other in zip(held(Plain(exact), torch.float32, 80), truth, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    noise = off(held(Plain(plain), torch.bfloat16, 512), truth)
+    for step in (512, 80):
+        for (whole, median), (most, usual) in zip(off(held(Fast(fast), torch.bfloat16, step), truth), noise, strict=True):
+            assert whole < 1.25 * most + 1e-3 and median < 1.1 * usual, (step, whole, most, median, usual)
     assert generate(fast, prompts[1:], artifact.generation, 64, seed=7).steps[0]
