@@ -44,7 +44,7 @@ def shared_out(pool: Executor | None) -> AbstractContextManager[Any]:
 
 class _Products(TorchDispatchMode):
     def __init__(self, pool: Executor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._pool = pool
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
