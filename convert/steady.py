@@ -3,7 +3,7 @@
     a @ b     rows of the result, or columns if these are more, in pieces of PIECE multiplications, each by one thread
               of a pool; the pieces are the same whatever the pool's size
 
-MKL cuts a product by the threads it has, and each cut rounds otherwise. All else, a few hundredths of the arithmetic,
+MKL cuts products, and the inverse of a matrix, by the threads it has, and each cut rounds otherwise. All but products
 is done by the caller's thread. Another CPU may have other instructions, of which MKL takes the best: its bits differ.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PIECE = 1 << 26  # 2 ms of a core; fetching a thread takes a fortieth of it
+PIECE = 1 << 26  # some milliseconds of a core
 ALIGNED = 64  # rows or columns: whole registers, whatever the instructions
 
 
