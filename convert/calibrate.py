@@ -14,7 +14,7 @@ The headroom is for what a short calibration has not seen (on `tiny`, held-out t
 costs nothing: block scales are floats, a power of two moves them within their range and changes no rounding, and what
 exceeds the scale would be cut off. modelopt has none by default.
 
-An amax is rounded up to eight bits of mantissa: sums in another order (threads, a GPU) then hardly ever show.
+An amax is rounded up to eight bits of mantissa: sums in another order (a GPU) then hardly ever show.
 """
 
 from __future__ import annotations

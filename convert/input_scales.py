@@ -13,6 +13,7 @@ from dgq.convert.calibrate import input_scales, scales_from
 from dgq.convert.plan import Plan
 from dgq.convert.slices import InputScales
 from dgq.convert.stats import Stats
+from dgq.convert.steady import one_thread, shared_out
 from dgq.quant.errors import InputError
 
 HEADROOM = 1.2  # of the weights' bytes: what a calibration on a GPU needs besides them, at least
@@ -53,7 +54,7 @@ def scales_of(stats: Stats) -> InputScales:
 
 def _calibrated(plan: Plan, device: str) -> InputScales:
     where = _where(plan, device)
-    with show.count_bar("calibrating input scales") as advance:
+    with show.count_bar("calibrating input scales") as advance, one_thread(where) as pool, shared_out(pool):
         return InputScales(*input_scales(plan.source, where, advance))
 
 

@@ -3,8 +3,9 @@
 It lists the source (repository, revision, SHA-256 of every file), the recipe and its rules, the versions of the
 libraries that took part, each tensor's scheme, the share of parameters quantised, and the SHA-256 of every other file
 of the artifact. Its last key is the SHA-256 of its own text without that key. No dates and no local paths: the same
-input gives the same bytes. made_on names the device where bytes may depend on it: what was calibrated; and on a CPU the
-number of torch's threads, on which the sums of error feedback depend (OMP_NUM_THREADS sets it). Elsewhere null.
+input gives the same bytes. made_on names the device where bytes may depend on it: what was calibrated; "cpu" or "cuda".
+Elsewhere null. On a CPU they do not depend on the number of threads; one with other instructions (AVX2, AVX-512) may
+add up in another order.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from dgq.convert.hashes import describe, dgq_version, digest
 from dgq.convert.plan import Plan
@@ -41,8 +40,6 @@ def document(
     """The content of dgq.json. sources, files: file name -> {"bytes", "sha256"}; input_scales: how they were found;
     device: it was made on."""
     where = plan.source.where
-    if stats is not None and device == "cpu":
-        device = f"cpu, torch threads: {torch.get_num_threads()}"
     calibrated = stats is not None or (input_scales or {}).get("method") == "calibrated"
     content: dict[str, Any] = {
         "dgq": dgq_version(),

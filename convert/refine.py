@@ -16,6 +16,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate
@@ -29,15 +30,17 @@ from dgq.convert.memory import JOINED, WIDEST, Needs, Sizes, at_once, trips
 from dgq.convert.passes import Passes, Rows
 from dgq.convert.plan import Plan, PlannedTensor
 from dgq.convert.slices import InputScales, Options, Slice, slices
+from dgq.convert.steady import one_thread, shared_out
 from dgq.quant.errors import InputError
 from dgq.quant.feedback import by_matrix, feedback
-from dgq.quant.types import Packed
+from dgq.quant.types import Packed, Scheme
 from dgq.runtime.chunk import Chunk
 from dgq.runtime.names import DECODER, EMBEDDING
 from dgq.runtime.stream import Stream
 
 LEAN = 1024.0
 SWEEPS = {"standard": 0, "max": 2}
+FEW = 1 << 22  # elements of experts that a thread of the CPU quantises at once
 TOKENS = 1 << 18  # of the samples at most: their states lie on disk, 47 GB for the 26B in bfloat16
 
 
@@ -140,14 +143,16 @@ def refined(
     layers = len(source.config.layers)
     with ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile(dir=scratch, buffering=0)) for _ in range(layers + 2)]
+        pool = stack.enter_context(one_thread(options.device))
         passes = Passes(stream, chunks, range(len(chunks)), files[0], files[1:])
-        step("samples, first pass")
-        passes.first(lambda: step("samples, first pass"))
-        step("samples, second pass")
-        passes.enter(None)
-        for index in range(layers):
-            passes.layer(index, None)
+        with shared_out(pool):
+            step("samples, first pass")
+            passes.first(lambda: step("samples, first pass"))
             step("samples, second pass")
+            passes.enter(None)
+            for index in range(layers):
+                passes.layer(index, None)
+                step("samples, second pass")
         last = min((_place(stage, layers) for stage in wanted), default=0)
         stages: list[int | str] = ["leave", *reversed(range(layers)), "enter"]
         for stage in stages:
@@ -159,12 +164,13 @@ def refined(
             for number, part in enumerate(parts, 1):
                 step(f"samples, back to {stage}" + (f", {number} of {len(parts)}" if len(parts) > 1 else ""))
                 sense.watch(part)
-                passes.back(stage, sense, again=number < len(parts))
+                with shared_out(pool):
+                    passes.back(stage, sense, again=number < len(parts))
                 if options.device == "cuda":
                     torch.cuda.empty_cache()  # activations make room for matrices
                 for tensor in tensors:
                     if str(tensor.source) in part:
-                        yield from _quantised(plan, tensor, part[str(tensor.source)], sense, options, scales)
+                        yield from _quantised(plan, tensor, part[str(tensor.source)], sense, options, scales, pool)
 
 
 def used(chunks: list[Chunk]) -> list[Chunk]:
@@ -208,8 +214,9 @@ def _stage(name: str) -> int | str:
 
 
 def _quantised(
-    plan: Plan, tensor: PlannedTensor, part: slice, sense: Hessians, options: Options, scales: InputScales | None
-) -> Iterator[tuple[Slice, Packed]]:
+    plan: Plan, tensor: PlannedTensor, part: slice, sense: Hessians, options: Options, scales: InputScales | None,
+    pool: Executor | None,
+) -> Iterator[tuple[Slice, Packed]]:  # fmt: skip
     """Of a matrix everything, of experts those of `part`."""
     name, columns = str(tensor.source), tensor.shape[-1]
     for job in slices(plan, tensor, options, scales, at_once(tensor, options.device)):
@@ -218,5 +225,21 @@ def _quantised(
         inputs, outputs = sense.of(name, job.part)
         if tensor.source == EMBEDDING:  # a head to some, a table of vectors to others
             inputs = inputs + inputs.diagonal(dim1=1, dim2=2).mean() * torch.eye(columns, device=inputs.device)
-        quantise = partial(feedback, hessian=inputs, scheme=job.scheme, outputs=outputs, sweeps=SWEEPS[options.effort])
+        quantise = partial(_few_at_once, inputs, outputs, job.scheme, SWEEPS[options.effort], pool)
         yield job, job.quantised(partial(by_matrix, quantise))
+
+
+def _few_at_once(
+    hessian: Tensor, outputs: Tensor | None, scheme: Scheme, sweeps: int, pool: Executor | None, weight: Tensor
+) -> dict[str, Tensor]:
+    """feedback(), FEW elements or one expert for each of the pool's threads; without a pool all side by side."""
+
+    def done(part: slice) -> dict[str, Tensor]:
+        own = outputs if outputs is None or len(outputs) == 1 else outputs[part]
+        return feedback(weight[part], hessian[part], scheme, own, sweeps=sweeps)
+
+    step = max(1, FEW // weight[0].numel())
+    if pool is None or step >= len(weight):
+        return done(slice(None))
+    found = list(pool.map(done, [slice(start, start + step) for start in range(0, len(weight), step)]))
+    return {suffix: torch.cat([parts[suffix] for parts in found]) for suffix in found[0]}

@@ -43,6 +43,7 @@ from dgq.convert.stats import (
     watched,
     weights_digest,
 )
+from dgq.convert.steady import one_thread, shared_out
 from dgq.convert.trajectories import walked
 from dgq.quant.errors import InputError
 from dgq.quant.imatrix import write_imatrix
@@ -69,7 +70,8 @@ def calibrated(
     try:
         if imatrix is not None:
             check_target(imatrix)
-        found = survey(source, out, prompts, seed, rounds, device, dtype, progress, notice, budget, trajectories)
+        with one_thread(device) as pool, shared_out(pool):
+            found = survey(source, out, prompts, seed, rounds, device, dtype, progress, notice, budget, trajectories)
         if imatrix is not None and (not several or dist.get_rank() == 0):
             export_imatrix(imatrix, source, out, found)
         return found if not several or dist.get_rank() == 0 else None

@@ -20,22 +20,27 @@ from test_publish import report
 from dgq.convert.publish import Asked, Ready, prepare
 
 FORMATS = {"bnb4": "bnb4", "bnb4-dq": "bnb4", "nvfp4": "nvfp4", "nvfp4-w4a16": "nvfp4", "q4_k_m": "gguf",
-           "stats": "nvfp4"}  # fmt: skip
+           "nvfp4-stats": "nvfp4", "bnb4-max": "bnb4", "q4_k_m-max": "gguf"}  # fmt: skip
 NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"
 CONVERT = """
-import sys; import torch; from pathlib import Path
+import sys; from pathlib import Path
 from click.testing import CliRunner; from dgq.convert.cli import main
+from dgq.convert import refine, steady; from dgq.quant import feedback
 root, threads = Path(sys.argv[1]), sys.argv[2]
+steady.PIECE, refine.FEW = 1 << 16, 1 << 14  # so that these small products are shared out, and experts
+stats = root / "its.stats"
+said = CliRunner().invoke(main, ["calibrate", str(root / "source"), "--prompts", str(root / "prompts.jsonl"),
+                                 "-o", str(stats), "--device", "cpu"])
+assert said.exit_code == 0, said.output
 for name, to in {formats}.items():
     words = ["convert", str(root / "source"), "--to", to, "--recipe", name, "--threads", threads]
     words += ["-o", str(root / name)]
     if name == "nvfp4": words += ["--input-scale", "0.01"]
-    if name == "stats":
-        torch.set_num_threads(2)  # on which the sums of error feedback depend, and which dgq.json names
-        said = CliRunner().invoke(main, ["calibrate", str(root / "source"), "--prompts", str(root / "prompts.jsonl"),
-                                         "-o", str(root / "its.stats"), "--device", "cpu"])
-        assert said.exit_code == 0, said.output
-        words[5] = "nvfp4"; words += ["--stats", str(root / "its.stats"), "--device", "cpu"]
+    recipe, _, how = name.partition("-")
+    if how in ("stats", "max"):
+        feedback.ROW_GROUPS = 64 if how == "stats" else 4  # as it is: what depended on threads shows; and quicker
+        words[5] = recipe
+        words += ["--stats", str(stats), "--device", "cpu", "--effort", "max" if how == "max" else "standard"]
     result = CliRunner().invoke(main, words); assert result.exit_code == 0, result.output
     words = ["publish", str(root / name), "--repo", "a/b", "--dry-run", "--force", "--json"]
     result = CliRunner().invoke(main, words); assert result.exit_code == 0, result.output
@@ -63,8 +68,10 @@ def twice(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_the_same_bytes_from_two_processes(twice: list[Path], name: str) -> None:
     one, other = ({file.name: file.read_bytes() for file in (root / name).iterdir()} for root in twice)
     assert one == other
+    assert (twice[0] / "its.stats").read_bytes() == (twice[1] / "its.stats").read_bytes()
     said = json.loads(one["dgq.json"])
-    how = ("standard", "cpu, torch threads: 2") if name == "stats" else ("fast", None)
+    effort = {"stats": "standard", "max": "max"}.get(name.partition("-")[2])
+    how = (effort, "cpu") if effort else ("fast", None)
     assert (said["effort"], said["made_on"]) == how
     cards = [(root / f"{name}.card.json").read_text() for root in twice]
     assert cards[0] == cards[1] and "## Proof" in cards[0]
