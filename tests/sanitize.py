@@ -23,6 +23,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ def kernels() -> dict[str, Any]:
     return {name: kernel for name, kernel in found.items() if id(kernel) not in called}
 
 
-def counted(found: dict[str, Any]) -> Counter[str]:
-    """How often each is launched from now on."""
+@contextmanager
+def counted(found: dict[str, Any]) -> Iterator[Counter[str]]:
+    """How often each is launched meanwhile."""
     launches: Counter[str] = Counter()
 
     def count(name: str, kernel: Any) -> None:
@@ -67,7 +69,11 @@ def counted(found: dict[str, Any]) -> Counter[str]:
 
     for name, kernel in found.items():
         count(name, kernel)
-    return launches
+    try:
+        yield launches
+    finally:
+        for kernel in found.values():
+            del kernel.run
 
 
 def cases(device: str) -> Cases:
@@ -308,12 +314,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.list or not picked:
         print(*picked, *(f"kernel {name}" for name in found), sep="\n")
         return 0 if picked else 2
-    launches = counted(found)
-    for name in picked:
-        print(name, flush=True)
-        all_cases[name]()
-        if chosen.device == "cuda":
-            torch.cuda.synchronize()
+    with counted(found) as launches:
+        for name in picked:
+            print(name, flush=True)
+            all_cases[name]()
+            if chosen.device == "cuda":
+                torch.cuda.synchronize()
     missing = [] if chosen.only else sorted(found.keys() - launches.keys())
     print(json.dumps({"device": chosen.device, "cases": len(picked), "launches": launches, "not_launched": missing}))
     return 1 if missing else 0
