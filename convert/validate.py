@@ -25,6 +25,7 @@ from dgq.convert.free import free_batches, run
 from dgq.convert.gate import Gate
 from dgq.convert.generate import open_model
 from dgq.convert.hashes import dgq_version
+from dgq.convert.inspect import provenance_of
 from dgq.convert.journal import check_target
 from dgq.convert.judge import Json, Judge, Lazy, Options, has_input_scales, plain
 from dgq.convert.questions import LEVELS, batches, questions, written
@@ -77,7 +78,10 @@ def _validate(
         raise InputError("--adapter: needs --against SRC, into which it is merged")
     source = open_model(against, revision, adapters) if against else None
     artifacts = _open(asked, options)
-    remarks = {name: template_remarks(artifact, source) for name, artifact in artifacts.items()}
+    remarks = {
+        name: (*template_remarks(artifact, source), *_adapter_remarks(artifact, adapters, file if there else None))
+        for name, artifact in artifacts.items()
+    }
     for name, lines in remarks.items():
         for line in lines:
             notice(f"{name}: {line}")
@@ -147,6 +151,18 @@ def _identity(
         "dgq": dgq_version(), "artifacts": asked, "files": files, "options": asdict(options),
         "reference": kept.about["weights"] if kept else str(file), "adapters": _adapters(source),
     }  # fmt: skip
+
+
+def _adapter_remarks(artifact: Artifact, given: Sequence[Path], kept: Path | None) -> tuple[str, ...]:
+    """That the reference is not what was quantised: dgq.json names adapters, and there is no --adapter. A kept
+    reference tells by its name what was merged into it."""
+    merged = (provenance_of(artifact) or {}).get("adapters") or []
+    if not merged or given:
+        return ()
+    if kept is not None and all(name in str(read_reference(kept).about["name"]) for name in merged):
+        return ()
+    names = " ".join(f"--adapter {name}" for name in merged)
+    return (f"dgq.json names a merged adapter; without {names} it is compared with a base that was not quantised",)
 
 
 def _adapters(source: Artifact | None) -> list[Json]:

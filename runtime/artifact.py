@@ -26,6 +26,7 @@ from dgq.quant.bnb import BitsAndBytes
 from dgq.quant.bnb_experts import experts_apart
 from dgq.quant.compressed_tensors import CompressedTensors
 from dgq.quant.errors import InputError
+from dgq.quant.fp8 import Mixed
 from dgq.quant.gguf_file import GGUFReader
 from dgq.quant.hf_dir import HFDir, read_json
 from dgq.runtime.config import ModelConfig
@@ -146,9 +147,11 @@ def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, Dir
     said = quantization(path, raw)
     layout = None if said is None else said.layout()
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
-    tied = isinstance(layout, (CompressedTensors, BitsAndBytes))
+    tied = isinstance(layout.base if isinstance(layout, Mixed) else layout, (CompressedTensors, BitsAndBytes))
     directory = TiedDir(path, config.experts) if tied else HFDir(path)
     apart = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
+    if isinstance(apart, Mixed):
+        apart = dataclasses.replace(apart, specs=directory.specs)
     return "safetensors" if said is None else said.kind, config, DirWeights(directory, config, apart, vision)
 
 
