@@ -78,14 +78,14 @@ def _validate(
         raise InputError("--adapter: needs --against SRC, into which it is merged")
     source = open_model(against, revision, adapters) if against else None
     artifacts = _open(asked, options)
+    kept = read_reference(file) if there and file is not None else None
     remarks = {
-        name: (*template_remarks(artifact, source), *_adapter_remarks(artifact, adapters, file if there else None))
+        name: (*template_remarks(artifact, source), *_adapter_remarks(artifact, adapters, kept))
         for name, artifact in artifacts.items()
     }
     for name, lines in remarks.items():
         for line in lines:
             notice(f"{name}: {line}")
-    kept = read_reference(file) if there and file is not None else None
     if kept is not None:
         _check_kept(kept, file, source, options)
     work = Work(target, _identity(asked, artifacts, source, kept, file, options), advance, notice)
@@ -153,16 +153,15 @@ def _identity(
     }  # fmt: skip
 
 
-def _adapter_remarks(artifact: Artifact, given: Sequence[Path], kept: Path | None) -> tuple[str, ...]:
-    """That the reference is not what was quantised: dgq.json names adapters, and there is no --adapter. A kept
-    reference tells by its name what was merged into it."""
+def _adapter_remarks(artifact: Artifact, given: Sequence[Path], kept: Reference | None) -> tuple[str, ...]:
+    """That the reference may not be what was quantised: dgq.json names adapters, and none was given. A reference that
+    is kept tells by its name what was merged into it (see _reference)."""
     merged = (provenance_of(artifact) or {}).get("adapters") or []
-    if not merged or given:
-        return ()
-    if kept is not None and all(name in str(read_reference(kept).about["name"]) for name in merged):
+    held = str(kept.about["name"]).rpartition(" with ")[2].split(", ") if kept else []
+    if not merged or given or held == merged:
         return ()
     names = " ".join(f"--adapter {name}" for name in merged)
-    return (f"dgq.json names a merged adapter; without {names} it is compared with a base that was not quantised",)
+    return (f"made with {names}, which was not given: unless the reference holds it, this is not what was quantised",)
 
 
 def _adapters(source: Artifact | None) -> list[Json]:

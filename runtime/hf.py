@@ -70,7 +70,9 @@ class _Packed(HfQuantizer):  # type: ignore[misc]
         path = Path(checkpoint_files[0]).parent
         _, _, weights = open_weights(path, read_json(path / "config.json"))
         if weights.is_mixed:
-            raise InputError(f"{path}: FP8 or mixed precision, which `import dgq.runtime.hf` does not open; dgq run does")
+            raise InputError(
+                f"{path}: FP8 or mixed precision, which `import dgq.runtime.hf` does not open; dgq run does"
+            )
         self._weights, patterns = weights, set()
         with torch.device("meta"):
             for name in weights.packed:

@@ -18,7 +18,8 @@ from dgq.quant.hf_dir import HFDir, read_index
 from dgq.quant.types import Spec
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER
 
-OWN = ("layer_scalar", "input_global_scale", "input_scale")  # last words of names that the encoder has values of its own for
+# Last words of names that the encoder has values of its own for.
+OWN = ("layer_scalar", "input_global_scale", "input_scale")
 
 
 class TiedDir(HFDir):

@@ -252,8 +252,8 @@ class DirWeights(Weights):
             eights = [self._stored(name) for name in self._quantised if self._layout.scheme_of(name) is FP8]
             numel = sum(one.numel for one in eights)
             said = f"{len(eights)} weights are FP8, which dgq has no kernels for: on a GPU they are decoded to BF16"
-            more = f"{2 * numel / MIB:,.1f} MiB of memory instead of {numel / MIB:,.1f}"
-            return (f"{self._dir.path.name}: {said} when loaded, {more}",) if eights else ()
+            memory = f"{2 * numel / MIB:,.1f} MiB of memory instead of {numel / MIB:,.1f}"
+            return (f"{self._dir.path.name}: {said} when loaded, {memory}",) if eights else ()
         if not isinstance(self._layout, ExpertsApart) or not self._layout.base.double:
             return ()
         experts = sum(math.prod(self.shapes[name]) for name in self._quantised if len(self.shapes[name]) == 3)
