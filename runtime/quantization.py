@@ -1,6 +1,6 @@
 """What a safetensors directory says of its own quantisation, and the layout it means.
 
-    config.json "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4" | "W4A16_NVFP4" | "FP8" | …, …}
+    config.json "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4" | "W4A16_NVFP4" | "FP8", …}
                                        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION",
                                         "quantized_layers": {module: {"quant_algo": …}}, …}
                                        {"quant_method": "bitsandbytes", "load_in_4bit": true, …}

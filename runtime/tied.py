@@ -2,7 +2,7 @@
 decoder's, and lm_head's of the embedding. One is listed; when it is read, the other is held against it, byte for byte.
 transformers' bitsandbytes saves the encoder's quant_states without weights: these are copies too.
 
-Input scales are not compared: each side saw activations of its own. The decoder's is taken.
+input_global_scale is not compared: each side saw activations of its own. The decoder's is taken.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from dgq.quant.hf_dir import HFDir, read_index
 from dgq.quant.types import Spec
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER
 
-# Last words of names that the encoder has values of its own for.
-OWN = ("layer_scalar", "input_global_scale", "input_scale")
+OWN = ("layer_scalar", "input_global_scale")  # last words of names that the encoder has values of its own for
 
 
 class TiedDir(HFDir):

@@ -146,7 +146,7 @@ class GGUFWeights(Weights):
 
     @property
     def files(self) -> list[Path]:
-        return [self.reader.path, *([self.mmproj.reader.path] if self.mmproj else [])]
+        return [*self.reader.files, *([self.mmproj.reader.path] if self.mmproj else [])]
 
 
 def _check_rope(reader: GGUFReader, config: ModelConfig) -> None:

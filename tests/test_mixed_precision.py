@@ -177,7 +177,7 @@ def test_compressed_tensors(tmp_path: Path, strategy: str) -> None:
                 decoded[base + ".weight"] = decompressed(state, four)
             else:
                 state, decoded[base + ".weight"] = eight(rows, eights)
-                if strategy == "tensor":
+                if strategy == "tensor":  # the encoder has its own
                     state["input_scale"] = torch.ones(1)
             tensors |= {f"{base}.{key}": value for key, value in state.items()}
             if ".self_attn." in base:
