@@ -55,7 +55,7 @@ def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
             "context": config.context,
         },
         "sampler": vars(generation.sampler) | {"eos_ids": list(generation.eos_ids)},
-        "provenance": _provenance(opened) if isinstance(opened, Artifact) else None,
+        "provenance": provenance_of(opened) if isinstance(opened, Artifact) else None,
         "opens_in": ONLY_DGQ if weights.only_dgq else None,
         "remarks": [*weights.remarks, *_transformers(opened), *template_remarks(opened)],
         "vision": _vision(weights),
@@ -89,7 +89,7 @@ def _transformers(opened: Artifact | Source) -> tuple[str, ...]:
     return (f"transformers opens it after `import dgq.runtime.hf`; without that line it {without}",)
 
 
-def _provenance(artifact: Artifact) -> dict[str, Any] | None:
+def provenance_of(artifact: Artifact) -> dict[str, Any] | None:
     """What dgq.json beside the weights says of them; None without one, or if it does not list their files."""
     file = artifact.weights.files[0].parent / FILE
     if not file.is_file():

@@ -25,6 +25,7 @@ from dgq.convert.free import free_batches, run
 from dgq.convert.gate import Gate
 from dgq.convert.generate import open_model
 from dgq.convert.hashes import dgq_version
+from dgq.convert.inspect import provenance_of
 from dgq.convert.journal import check_target
 from dgq.convert.judge import Json, Judge, Lazy, Options, has_input_scales, plain
 from dgq.convert.questions import LEVELS, batches, questions, written
@@ -77,11 +78,14 @@ def _validate(
         raise InputError("--adapter: needs --against SRC, into which it is merged")
     source = open_model(against, revision, adapters) if against else None
     artifacts = _open(asked, options)
-    remarks = {name: template_remarks(artifact, source) for name, artifact in artifacts.items()}
+    kept = read_reference(file) if there and file is not None else None
+    remarks = {
+        name: (*template_remarks(artifact, source), *_adapter_remarks(artifact, adapters, kept))
+        for name, artifact in artifacts.items()
+    }
     for name, lines in remarks.items():
         for line in lines:
             notice(f"{name}: {line}")
-    kept = read_reference(file) if there and file is not None else None
     if kept is not None:
         _check_kept(kept, file, source, options)
     work = Work(target, _identity(asked, artifacts, source, kept, file, options), advance, notice)
@@ -147,6 +151,17 @@ def _identity(
         "dgq": dgq_version(), "artifacts": asked, "files": files, "options": asdict(options),
         "reference": kept.about["weights"] if kept else str(file), "adapters": _adapters(source),
     }  # fmt: skip
+
+
+def _adapter_remarks(artifact: Artifact, given: Sequence[Path], kept: Reference | None) -> tuple[str, ...]:
+    """That the reference may not be what was quantised: dgq.json names adapters, and none was given. A reference that
+    is kept tells by its name what was merged into it (see _reference)."""
+    merged = (provenance_of(artifact) or {}).get("adapters") or []
+    held = str(kept.about["name"]).rpartition(" with ")[2].split(", ") if kept else []
+    if not merged or given or held == merged:
+        return ()
+    names = " ".join(f"--adapter {name}" for name in merged)
+    return (f"made with {names}, which was not given: unless the reference holds it, this is not what was quantised",)
 
 
 def _adapters(source: Artifact | None) -> list[Json]:

@@ -1,4 +1,5 @@
-"""NVFP4 in compressed-tensors' layout (nvfp4-pack-quantized), as llm-compressor exports it. Read, never written.
+"""NVFP4 in compressed-tensors' layout (nvfp4-pack-quantized), as llm-compressor exports it. Read, never written. Groups
+of FP8 beside it are quant/fp8.py's.
 
     …layers.L.experts.gate_up_proj (E, 2I, H)  ->  …layers.L.experts.E.gate_proj.  and  …up_proj.
     …layers.L.experts.down_proj    (E, H, I)   ->  …layers.L.experts.E.down_proj.
@@ -33,6 +34,7 @@ from dgq.quant.nvfp4 import BLOCK, NVFP4
 from dgq.quant.types import Entry, Packed, Scheme, Spec, Stored
 
 METHOD, FORMAT = "compressed-tensors", "nvfp4-pack-quantized"
+_EIGHTS, _SEVERAL = ("float-quantized", "naive-quantized"), "mixed-precision"
 # What a group says of its weights, None: the key may be absent.
 _WEIGHTS: dict[str, tuple[Any, ...]] = {
     "num_bits": (4,),
@@ -42,11 +44,12 @@ _WEIGHTS: dict[str, tuple[Any, ...]] = {
     "symmetric": (True, None),
     "dynamic": (False, None),
 }
+_EIGHT_BITS = _WEIGHTS | {"num_bits": (8,), "group_size": (None,), "strategy": ("tensor", "channel")}
 
 
 def refused(said: Mapping[str, Any]) -> str | None:
     """What of a quantization_config dgq does not read, in a few words; None if it reads all."""
-    if said.get("format") != FORMAT:
+    if said.get("format") not in (FORMAT, *_EIGHTS, _SEVERAL):
         return f"format {str(said.get('format'))[:40]!r}"
     for key in ("sparsity_config", "transform_config"):
         if said.get(key):
@@ -58,19 +61,24 @@ def refused(said: Mapping[str, Any]) -> str | None:
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
             return f"group {name[:40]!r} without weights"
-        if group.get("format") not in (FORMAT, None):
-            return f"group {name[:40]!r} of format {str(group['format'])[:40]!r}"
-        for key, allowed in _WEIGHTS.items():
+        if (form := _format(said, group)) not in (FORMAT, *_EIGHTS):
+            return f"group {name[:40]!r} of format {str(form)[:40]!r}"
+        for key, allowed in (_WEIGHTS if form == FORMAT else _EIGHT_BITS).items():
             if weights.get(key) not in allowed:
                 return f"group {name[:40]!r} with {key} {str(weights.get(key))[:40]!r}"
-    if len({_rounds_inputs(group) for group in groups.values()}) > 1:
-        return "groups with input scales and groups without"
     return None
 
 
-def layout_of(said: Mapping[str, Any]) -> CompressedTensors:
-    """Of a quantization_config that is not refused()."""
-    return CompressedTensors(any(_rounds_inputs(group) for group in said["config_groups"].values()))
+def layout_of(said: Mapping[str, Any]) -> tuple[CompressedTensors, set[bool], bool]:
+    """Of a quantization_config that is not refused(): the layout; whether its groups of NVFP4 have input scales; and
+    whether there are groups of FP8."""
+    groups = [(_format(said, group), group) for group in said["config_groups"].values()]
+    inputs = {_rounds_inputs(group) for form, group in groups if form == FORMAT}
+    return CompressedTensors(True in inputs), inputs, any(form != FORMAT for form, _ in groups)
+
+
+def _format(said: Mapping[str, Any], group: Mapping[str, Any]) -> Any:
+    return group.get("format") or said.get("format")
 
 
 def _rounds_inputs(group: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ GGUF counts dimensions backwards (row length first); everything here is in torch
 from __future__ import annotations
 
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -99,6 +100,15 @@ _SCALARS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 
 _STRING, _ARRAY = 8, 9
 
 
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # as gguf-split names them
+
+
+def is_later_part(path: Path) -> bool:
+    """Whether it is by its name a part of a file that gguf-split cut, and the first lies beside it."""
+    match = _PART.fullmatch(path.name)
+    return match is not None and int(match[2]) > 1 and path.with_name(f"{match[1]}-00001-of-{match[3]}.gguf").is_file()
+
+
 class _Header:
     """Reads a GGUF header value by value, and believes no length: what reaches beyond the file is a ValueError."""
 
@@ -153,11 +163,14 @@ class GGUFReader(Mapping[str, Packed]):
     """A GGUF file: `.metadata` (key -> plain Python value) and a mapping tensor name -> Packed, mapped, not loaded.
 
     The header is read here and not by the gguf package, which takes 24 s for a vocabulary of 262,144 and trusts every
-    length; the two are compared in the tests.
+    length; the two are compared in the tests. A file that gguf-split cut is opened by its first part, with the others
+    beside it. files: all of them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, whole: bool = True) -> None:
+        """whole: not as a part of one."""
         self.path = path
+        self.files = [path]
         self.metadata: dict[str, Any] = {}
         self._tensors: dict[str, _Tensor] = {}
         if not path.is_file():
@@ -165,9 +178,38 @@ class GGUFReader(Mapping[str, Packed]):
         try:
             with path.open("rb") as file:
                 self._parse(_Header(file, path.stat().st_size), path.stat().st_size)
-            self._data = np.memmap(path, dtype=np.uint8, mode="c")  # copy-on-write: torch wants writable memory
+            data = np.memmap(path, dtype=np.uint8, mode="c")  # copy-on-write: torch wants writable memory
         except (OSError, ValueError, OverflowError) as error:
             raise InputError(f"{path}: not readable as GGUF ({error}); truncated or damaged, fetch it again") from None
+        self._data = dict.fromkeys(self._tensors, data)
+        if whole:
+            self._join()
+
+    def _join(self) -> None:
+        """Add the tensors of the other parts. InputError for a part that is missing, another's, or not the first."""
+        count, number = (self.metadata.get(f"split.{key}", 0) for key in ("count", "no"))
+        if type(count) is not int or type(number) is not int:
+            raise InputError(f"{self.path}: split.count and split.no are no numbers; damaged, fetch it again")
+        if count in (0, 1):
+            return
+        match = _PART.fullmatch(self.path.name)
+        if match is None or (int(match[2]), int(match[3])) != (number + 1, count):
+            said = f"is part {number + 1} of {count}, whose name ends in -{number + 1:05d}-of-{count:05d}.gguf"
+            raise InputError(f"{self.path}: {said}; give it its name back")
+        names = [f"{match[1]}-{part + 1:05d}-of-{count:05d}.gguf" for part in range(count)]
+        if number:
+            raise InputError(f"{self.path}: is part {number + 1} of {count}; name the first, {names[0]}")
+        for part, name in enumerate(names[1:], 1):
+            other = GGUFReader(self.path.with_name(name), whole=False)
+            if [other.metadata.get(f"split.{key}") for key in ("count", "no")] != [count, part]:
+                raise InputError(f"{other.path}: is not part {part + 1} of {count}, as its name says; fetch it again")
+            if twice := self._tensors.keys() & other.keys():
+                raise InputError(f"{other.path}: tensor {min(twice)} lies in a part before it; fetch them again")
+            self._tensors |= other._tensors
+            self._data |= other._data
+            self.files.append(other.path)
+        if (told := self.metadata.get("split.tensors.count")) not in (None, len(self)):
+            raise InputError(f"{self.path}: its {count} parts hold {len(self)} tensors, not {told}; fetch them again")
 
     def _parse(self, header: _Header, size: int) -> None:
         if header.take(4) != b"GGUF":
@@ -230,7 +272,7 @@ class GGUFReader(Mapping[str, Packed]):
 
     def __getitem__(self, name: str) -> Packed:
         scheme, tensor = self.scheme(name), self._tensors[name]
-        raw = torch.from_numpy(self._data[tensor.start : tensor.stop])
+        raw = torch.from_numpy(self._data[name][tensor.start : tensor.stop])
         if isinstance(scheme, Guest):
             rows = raw.view(*tensor.shape[:-1], scheme.nbytes(tensor.shape[-1:]))
             return received(scheme, tensor.shape, rows, f"{self.path}: {name}")

@@ -50,7 +50,7 @@ def encode(x: torch.Tensor, scale_2: torch.Tensor) -> tuple[torch.Tensor, torch.
     """x (…, in) and a float32 scale_2 broadcasting to (…, 1) -> codes uint8 (…, in), one a byte, and E4M3 scales."""
     x = x.detach().float()
     scales = _block_scales(largest(x, BLOCK), scale_2)
-    steps = (_e4m3_values(scales) * scale_2).unsqueeze(-1)
+    steps = (e4m3_values(scales) * scale_2).unsqueeze(-1)
     return _codes(x.unflatten(-1, (-1, BLOCK)), steps).flatten(-2), scales
 
 
@@ -60,7 +60,8 @@ def _block_scales(amax: torch.Tensor, scale_2: torch.Tensor) -> torch.Tensor:
     return scale.clamp(SCALE_MIN, SCALE_MAX).to(torch.float8_e4m3fn)
 
 
-def _e4m3_values(scales: torch.Tensor) -> torch.Tensor:
+def e4m3_values(scales: torch.Tensor) -> torch.Tensor:
+    """float8_e4m3fn, any shape -> float32."""
     if scales.device.type != "cpu":
         return scales.float()
     return _E4M3.index_select(0, scales.view(torch.uint8).flatten().int()).view(scales.shape)
@@ -107,7 +108,7 @@ class NVFP4Scheme:
         amax = largest(weight, BLOCK)
         scale_2 = global_scale(amax.amax((-2, -1), keepdim=True))
         scales = _block_scales(amax, scale_2)
-        steps = (_e4m3_values(scales) * scale_2).view(-1, 1)
+        steps = (e4m3_values(scales) * scale_2).view(-1, 1)
         blocks = weight.reshape(-1, BLOCK)
         packed = torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8, device=weight.device)
         for part in pieces(weight.numel(), BLOCK, weight.device):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dgq.quant.dense import BF16, F16, F32
+from dgq.quant.fp8 import FP8
 from dgq.quant.ggml import Q4_K, Q5_0, Q6_K, Q8_0
 from dgq.quant.gguf_guests import guest
 from dgq.quant.nf4 import NF4, NF4_DQ
@@ -15,7 +16,9 @@ SCHEMES: dict[str, Scheme] = {
 
 
 def stored_bits(name: str) -> float:
-    """Bits a weight of a scheme, or of one of ggml's types that dgq only reads (quant/gguf_guests.py)."""
+    """Bits a weight of a scheme, or of one of those that dgq only reads (quant/fp8.py, quant/gguf_guests.py)."""
+    if name == FP8.name:
+        return FP8.bits
     if name in SCHEMES:
         return SCHEMES[name].bits
     found = guest(name.upper())

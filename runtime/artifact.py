@@ -2,7 +2,7 @@
 
     DIR/config.json, *.safetensors, tokenizer     kind "safetensors"     config and tokenizer from their files
     the same, quantised as its config.json says   kind "nvfp4", "bnb4"   modelopt's, compressed-tensors', bitsandbytes'
-    DIR/config.json, one *.gguf, tokenizer        kind "gguf"            the same, weights from the .gguf
+    DIR/config.json, one *.gguf, tokenizer        kind "gguf"            the same, weights from the .gguf (or its parts)
     file.gguf                                     kind "gguf"            everything from its metadata
 
 A .gguf beside safetensors is opened by its own name. A .gguf's vision tower is the mmproj*.gguf beside it, opened with
@@ -26,7 +26,8 @@ from dgq.quant.bnb import BitsAndBytes
 from dgq.quant.bnb_experts import experts_apart
 from dgq.quant.compressed_tensors import CompressedTensors
 from dgq.quant.errors import InputError
-from dgq.quant.gguf_file import GGUFReader
+from dgq.quant.fp8 import Mixed
+from dgq.quant.gguf_file import GGUFReader, is_later_part
 from dgq.quant.hf_dir import HFDir, read_json
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.mmproj import ARCH, Mmproj, find_mmproj, is_mmproj, only_mmproj
@@ -117,7 +118,7 @@ def open_artifact(path: Path | str) -> Artifact:
         if path.suffix != ".gguf":
             raise InputError(f"{path}: expected a directory or a .gguf file")
         return _open_gguf(path)
-    ggufs = sorted(file for file in path.glob("*.gguf") if not is_mmproj(file))
+    ggufs = sorted(file for file in path.glob("*.gguf") if not (is_mmproj(file) or is_later_part(file)))
     if len(ggufs) == 1 and not (path / "config.json").is_file():
         raise InputError(
             f"{path}: has no config.json; name the file, {ggufs[0].name}, to open it without its directory"
@@ -146,9 +147,11 @@ def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, Dir
     said = quantization(path, raw)
     layout = None if said is None else said.layout()
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
-    tied = isinstance(layout, (CompressedTensors, BitsAndBytes))
+    tied = isinstance(layout.base if isinstance(layout, Mixed) else layout, (CompressedTensors, BitsAndBytes))
     directory = TiedDir(path, config.experts) if tied else HFDir(path)
     apart = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
+    if isinstance(apart, Mixed):
+        apart = dataclasses.replace(apart, specs=directory.specs)
     return "safetensors" if said is None else said.kind, config, DirWeights(directory, config, apart, vision)
 
 

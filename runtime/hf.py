@@ -69,6 +69,10 @@ class _Packed(HfQuantizer):  # type: ignore[misc]
             raise InputError(f"{type(model).__name__} from packed weights; dgq opens {_FOR}.from_pretrained(directory)")
         path = Path(checkpoint_files[0]).parent
         _, _, weights = open_weights(path, read_json(path / "config.json"))
+        if weights.is_mixed:
+            raise InputError(
+                f"{path}: FP8 or mixed precision, which `import dgq.runtime.hf` does not open; dgq run does"
+            )
         self._weights, patterns = weights, set()
         with torch.device("meta"):
             for name in weights.packed:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dgq.quant.dense import BF16
+from dgq.quant.fp8 import FP8
 from dgq.quant.types import Packed
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.layers import DECODE_BUDGET
@@ -151,7 +152,7 @@ def for_kernels(
         elif (key := product_of.get(name)) is None:
             loaded.weights[name] = _plain(weight) if len(weight.shape) > 1 else weight
         else:
-            waiting[name] = _plain(weight) if decode else weight
+            waiting[name] = _plain(weight) if decode or weight.scheme is FP8 else weight
             if all(member in waiting for member in products[key]):
                 loaded.products[key], back = _product([waiting.pop(member) for member in products[key]], key, source)
                 loaded.weights |= dict(zip(products[key], back, strict=True))

@@ -1,6 +1,8 @@
 """What a safetensors directory says of its own quantisation, and the layout it means.
 
-    config.json "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4" | "W4A16_NVFP4", …}
+    config.json "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4" | "W4A16_NVFP4" | "FP8", …}
+                                       {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION",
+                                        "quantized_layers": {module: {"quant_algo": …}}, …}
                                        {"quant_method": "bitsandbytes", "load_in_4bit": true, …}
                                        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", …}
                                        {"quant_method": "dgq", "q8_0": […], …}
@@ -20,6 +22,7 @@ from typing import Any
 from dgq.quant.bnb import BitsAndBytes
 from dgq.quant.compressed_tensors import METHOD, CompressedTensors, layout_of, refused
 from dgq.quant.errors import InputError
+from dgq.quant.fp8 import Mixed
 from dgq.quant.hf_dir import read_json
 from dgq.quant.modelopt import HF_QUANT_CONFIG, W4A4, W4A16, Modelopt
 from dgq.quant.nf4 import BLOCK
@@ -28,7 +31,8 @@ from dgq.quant.own_layout import METHOD as OWN
 from dgq.quant.own_layout import OwnLayout
 from dgq.quant.own_layout import layout_of as own_layout_of
 
-OPENS = "dgq opens modelopt's and compressed-tensors' NVFP4, bitsandbytes' 4-bit and its own"
+OPENS = "dgq opens modelopt's and compressed-tensors' NVFP4 and FP8, bitsandbytes' 4-bit and its own"
+_SEVERAL, _EIGHTS = "MIXED_PRECISION", ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")  # modelopt's quant_algos
 _BITSANDBYTES: dict[str, tuple[Any, ...]] = {  # a key's values that dgq reads, None: the key may be absent
     "load_in_8bit": (False, None),
     "load_in_4bit": (True,),
@@ -53,7 +57,7 @@ class Quantization:
         """ "nvfp4" or "bnb4": the format's name."""
         return "bnb4" if isinstance(self.layout(), BitsAndBytes) else "nvfp4"
 
-    def layout(self) -> Modelopt | BitsAndBytes | CompressedTensors | OwnLayout:
+    def layout(self) -> Modelopt | BitsAndBytes | CompressedTensors | OwnLayout | Mixed:
         """InputError, naming the method, for layouts that dgq does not read."""
         if self.method == "modelopt":
             return self._modelopt()
@@ -62,17 +66,26 @@ class Quantization:
         if self.method == METHOD:
             if what := refused(self.raw):
                 raise InputError(f"{self.source}: compressed-tensors with {what}, which dgq does not open; {OPENS}")
-            return layout_of(self.raw)
+            base, inputs, eights = layout_of(self.raw)
+            return Mixed(base, either=len(inputs) > 1) if eights or len(inputs) > 1 else base
         if self.method == OWN:
             return own_layout_of(self.raw, str(self.source))
         raise InputError(f"{self.source}: quantised as {self.method[:40]!r}, which dgq does not open; {OPENS}")
 
-    def _modelopt(self) -> Modelopt:
+    def _modelopt(self) -> Modelopt | Mixed:
         algo = self.raw.get("quant_algo")
-        if algo not in (W4A4, W4A16):
-            raise InputError(f"{self.source}: modelopt's quant_algo {str(algo)[:40]!r} is not opened; {OPENS}")
+        layers = self.raw.get("quantized_layers") if algo == _SEVERAL else {"": self.raw}
+        if not isinstance(layers, dict) or not layers or not all(isinstance(one, dict) for one in layers.values()):
+            raise InputError(f"{self.source}: {algo} without quantized_layers, an object; fetch the file again")
+        for name, layer in layers.items():
+            if (found := layer.get("quant_algo")) not in (W4A4, W4A16, *_EIGHTS):
+                of = f" of {name[:80]}" if name else ""
+                raise InputError(f"{self.source}: modelopt's quant_algo {str(found)[:40]!r}{of} is not opened; {OPENS}")
         _check_group_size(self.raw, self.source)
-        return Modelopt(activations=algo == W4A4)
+        _check_group_size({"config_groups": layers}, self.source)
+        algos = {layer["quant_algo"] for layer in layers.values()}
+        base = Modelopt(activations=W4A4 in algos)
+        return base if algos in ({W4A4}, {W4A16}) else Mixed(base, either={W4A4, W4A16} <= algos)
 
     def _bitsandbytes(self) -> BitsAndBytes:
         for key, allowed in _BITSANDBYTES.items():

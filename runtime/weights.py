@@ -20,6 +20,7 @@ from torch import Tensor
 from dgq.quant.bnb import LONGEST_STATE, STATE, BitsAndBytes
 from dgq.quant.bnb_experts import ExpertsApart
 from dgq.quant.errors import InputError
+from dgq.quant.fp8 import FP8, Mixed
 from dgq.quant.gguf_file import GGUFReader
 from dgq.quant.gguf_guests import Guest, stays_packed
 from dgq.quant.hf_dir import FLOATS, HFDir
@@ -145,7 +146,7 @@ class GGUFWeights(Weights):
 
     @property
     def files(self) -> list[Path]:
-        return [self.reader.path, *([self.mmproj.reader.path] if self.mmproj else [])]
+        return [*self.reader.files, *([self.mmproj.reader.path] if self.mmproj else [])]
 
 
 def _check_rope(reader: GGUFReader, config: ModelConfig) -> None:
@@ -213,6 +214,11 @@ class DirWeights(Weights):
         return self._dir[name]
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether modules are stored in several ways, FP8 among them or not."""
+        return isinstance(self._layout, Mixed)
+
+    @property
     def packed(self) -> tuple[str, ...]:
         """Canonical names of the weights that are stored quantised."""
         return tuple(self._quantised)
@@ -241,7 +247,13 @@ class DirWeights(Weights):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Double quantisation's absmax that are decoded, and what that costs."""
+        """What is decoded, FP8 or double quantisation's absmax, and what that costs."""
+        if isinstance(self._layout, Mixed):
+            eights = [self._stored(name) for name in self._quantised if self._layout.scheme_of(name) is FP8]
+            numel = sum(one.numel for one in eights)
+            said = f"{len(eights)} weights are FP8, which dgq has no kernels for: on a GPU they are decoded to BF16"
+            memory = f"{2 * numel / MIB:,.1f} MiB of memory instead of {numel / MIB:,.1f}"
+            return (f"{self._dir.path.name}: {said} when loaded, {memory}",) if eights else ()
         if not isinstance(self._layout, ExpertsApart) or not self._layout.base.double:
             return ()
         experts = sum(math.prod(self.shapes[name]) for name in self._quantised if len(self.shapes[name]) == 3)

@@ -1,9 +1,11 @@
 """nvidia-modelopt's own NVFP4, in a process of its own (it patches what it imports):
 
-    python oracle_modelopt.py SRC OUT nvfp4|nvfp4-w4a16|nvfp4-all [X Y]
+    python oracle_modelopt.py SRC OUT nvfp4|nvfp4-w4a16|nvfp4-all|mixed|fp8 [X Y]
 
 exports the checkpoint SRC to OUT as modelopt's DiffusionGemma recipe does (weight-only: without its input and KV cache
-quantisers; all: and with a weight quantiser in every Linear of the text model but the router). With X, a safetensors
+quantisers; all: and with a weight quantiser in every Linear of the text model but the router; mixed: and with FP8, one
+scale a matrix in attention and one a row in the dense MLP; fp8: FP8 alone, in the experts too; these two
+also write OUT/decoded, the weights as modelopt decodes them). With X, a safetensors
 file of {"x", "input_scale"}, x rounded to NVFP4 by NVFP4QTensor goes to Y.
 """
 
@@ -22,7 +24,7 @@ def export(src: str, out: str, recipe: str) -> None:
 
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(src, dtype=torch.bfloat16)
     config: dict[str, Any] = load_recipe("huggingface/diffusion_gemma/ptq/nvfp4_experts_only").quantize.model_dump()
-    if recipe != "nvfp4":
+    if recipe not in ("nvfp4", "mixed"):
         config["quant_cfg"] = [
             rule
             for rule in config["quant_cfg"]
@@ -36,12 +38,46 @@ def export(src: str, out: str, recipe: str) -> None:
         off = [rule for rule in off if rule["quantizer_name"] != "*self_conditioning*"]
         config["quant_cfg"] = [off[0], experts | {"quantizer_name": "*weight_quantizer"}, *off[1:]]
 
+    if recipe in ("mixed", "fp8"):
+        eight = {"num_bits": (4, 3), "axis": None}
+        rows = {"num_bits": (4, 3), "axis": 0}
+        tokens = {"num_bits": (4, 3), "type": "dynamic", "block_sizes": {-1: None}}
+        rules = [
+            {"quantizer_name": f"*{stack}.layers.*.{part}.*{kind}_quantizer", "cfg": cfg, "enable": True}
+            for stack in ("decoder", "language_model")
+            for part, weights, inputs in (("self_attn", eight, eight), ("mlp", rows, tokens))
+            for kind, cfg in (("proj.weight", weights), ("proj.input", inputs))
+        ]
+        if recipe == "fp8":
+            config["quant_cfg"] = [r for r in config["quant_cfg"] if r.get("enable") is False]
+            rules.append({"quantizer_name": "*.experts.*weight_quantizer", "cfg": eight, "enable": True})
+        config["quant_cfg"] += rules
+
     def calibrate(model: Any) -> None:
         torch.manual_seed(0)
         model.generate(torch.randint(5, 500, (1, 8)), max_new_tokens=1, max_denoising_steps=1, disable_compile=True)
 
-    mtq.quantize(model, config, calibrate if recipe == "nvfp4" else None)
+    mtq.quantize(model, config, calibrate if recipe in ("nvfp4", "mixed", "fp8") else None)
     export_hf_checkpoint(model, dtype=torch.bfloat16, export_dir=out)
+
+
+def decode(out: str) -> None:
+    """OUT/decoded, safetensors: the exported modules' weights in float32, by modelopt's tensors."""
+    import torch
+    from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
+    from safetensors.torch import load_file, save_file
+
+    tensors, decoded = load_file(f"{out}/model.safetensors"), {}
+    for name in [n for n in tensors if n.endswith(".weight") and n + "_scale" in tensors]:
+        weight, scale = tensors[name], tensors[name + "_scale"]
+        if weight.dtype == torch.uint8:
+            shape, more = (weight.shape[0], 2 * weight.shape[1]), {"double_scale": tensors[name + "_scale_2"]}
+            packed = NVFP4QTensor(torch.Size(shape), torch.float32, weight)
+            decoded[name] = packed.dequantize(torch.float32, scale=scale, block_sizes={-1: 16}, **more)
+        else:
+            eight = FP8QTensor(weight.shape, torch.float32, weight)
+            decoded[name] = eight.dequantize(torch.float32, scale=scale if scale.dim() == 0 else scale[:, None])
+    save_file({name: weight.contiguous() for name, weight in decoded.items()}, f"{out}/decoded")
 
 
 def round_to_nvfp4(source: str, target: str) -> None:
@@ -58,5 +94,7 @@ def round_to_nvfp4(source: str, target: str) -> None:
 
 if __name__ == "__main__":
     export(*sys.argv[1:4])
+    if sys.argv[3] in ("mixed", "fp8"):
+        decode(sys.argv[2])
     if len(sys.argv) > 4:
         round_to_nvfp4(*sys.argv[4:6])

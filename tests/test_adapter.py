@@ -197,6 +197,17 @@ def test_converted_run_and_verified(made: dict[str, Any], tmp_path: Path) -> Non
     assert about["name"] == f"{TINY_A} with patterns"
     again = ("validate", str(tmp_path / "gguf"), "--reference", str(tmp_path / "reference"), "-o", str(tmp_path / "r"))
     assert "made from other weights" in error_of(*again, "--against", str(TINY_A))
+    remark = "made with --adapter patterns, which was not given"
+    for number, (given, warned) in enumerate(
+        {("--against", TINY_A): True, ("--reference", tmp_path / "reference"): False}.items()
+    ):
+        asks = ("--quick", "--prompts", tmp_path / "asked.jsonl", *given) if warned else given
+        report = tmp_path / f"report{number}"
+        done = CliRunner().invoke(main, list(map(str, ("validate", tmp_path / "gguf", "-o", report, *asks))))
+        assert done.exit_code in (0, 1), done.output  # a gate is none of this test's business
+        (judged,) = json.loads((report / "report.json").read_text())["artifacts"]
+        assert any(line.startswith(remark) for line in judged["remarks"]) == warned
+        assert (remark in (report / "report.html").read_text()) == warned == (remark in " ".join(done.output.split()))
     assert "needs --against" in error_of(*again, "--adapter", str(paths[0]))
     assert "quantised already" in error_of("run", str(tmp_path / "gguf"), "x", "--adapter", str(paths[0]))
     one = json.loads(dgq("run", TINY_A, "the", "--adapter", paths[0], "--steps", 2, "--json"))

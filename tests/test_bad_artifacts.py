@@ -310,10 +310,10 @@ NVFP4: dict[str, Case] = {
         both(unsaid, removed("hf_quant_config.json")), ("experts.gate_up_proj is missing", "4 missing, 144 unknown")
     ),
     "unknown algorithm": Case(
-        both(said(quant_algo="FP8"), removed("hf_quant_config.json")), ("config.json", "quant_algo 'FP8'", "NVFP4")
+        both(said(quant_algo="W8A16"), removed("hf_quant_config.json")), ("config.json", "quant_algo 'W8A16'", "NVFP4")
     ),
     "unknown algorithm, older place": Case(
-        both(unsaid, older(quant_algo="FP8")), ("hf_quant_config.json", "quant_algo 'FP8'", "NVFP4")
+        both(unsaid, older(quant_algo="W8A16")), ("hf_quant_config.json", "quant_algo 'W8A16'", "NVFP4")
     ),
     "algorithm a list": Case(both(said(quant_algo=["NVFP4"]), older(quant_algo=["NVFP4"])), ("config.json", "NVFP4")),
     "blocks of 32": Case(said(group_size=32), ("config.json", "group_size 32", "16")),

@@ -1,0 +1,206 @@
+"""FP8 beside NVFP4, and alone, as modelopt and compressed-tensors export `tiny`: weights against the libraries' own
+decoding, logits against the decoded weights. The remark on memory, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from compressed_tensors.compressors.naive_quantized import FloatQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization.quant_scheme import FP8, FP8_DYNAMIC, NVFP4
+from compressed_tensors.quantization.utils.helpers import calculate_qparams
+from micro import two_steps
+from safetensors.torch import load_file, save_file
+from test_compressed_tensors import TINY, compressed, decompressed, modules
+
+from dgq.convert.cli import main
+from dgq.quant.dense import F32
+from dgq.quant.errors import InputError
+from dgq.quant.types import Packed
+from dgq.runtime.artifact import open_artifact
+from dgq.runtime.loading import for_kernels
+from dgq.runtime.names import DECODER, ENCODER
+
+pytestmark = pytest.mark.xdist_group("modelopt")
+LAYER = DECODER + "layers.0."
+
+
+def check(path: Path, decoded: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Every weight is `decoded`'s (module's name + ".weight"), or plain; logits follow. Weight -> scheme."""
+    artifact, whole, schemes = open_artifact(path), {}, {}
+    left = dict(decoded)
+    for name, weight in artifact.weights.items():
+        schemes[name] = weight.scheme.name
+        plain = torch.empty(weight.shape)
+        found = [f"{base}.weight" for base, _ in modules(name, plain)]
+        theirs = weight.dequantize()
+        if found and found[0] in left:
+            theirs = torch.cat([left.pop(one) for one in found]).view(weight.shape)
+            torch.testing.assert_close(weight.dequantize(), theirs, atol=0, rtol=3e-7)
+        whole[name] = Packed(F32, weight.shape, {"": theirs})
+    assert not left, f"never read: {list(left)[:3]}"
+    torch.testing.assert_close(
+        two_steps(artifact.weights, artifact.config), two_steps(whole, artifact.config), atol=1e-4, rtol=0
+    )
+    return schemes
+
+
+@pytest.fixture(scope="module", params=("mixed", "fp8"))
+def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    path = tmp_path_factory.mktemp("modelopt") / request.param
+    oracle = Path(__file__).parent / "oracle_modelopt.py"
+    done = subprocess.run(
+        [sys.executable, str(oracle), str(TINY), str(path), request.param], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for file in TINY.glob("*token*"):
+        shutil.copyfile(file, path / file.name)
+    return request.param, path
+
+
+def test_modelopt(theirs: tuple[str, Path]) -> None:
+    recipe, path = theirs
+    schemes = check(path, load_file(path / "decoded"))
+    assert schemes[LAYER + "experts.down_proj"] == ("nvfp4" if recipe == "mixed" else "fp8")
+    assert {schemes[LAYER + f"{part}.weight"] for part in ("self_attn.q_proj", "mlp.down_proj")} == {"fp8"}
+    assert ("input_scale" in open_artifact(path).weights[LAYER + "experts.down_proj"].parts) == (recipe == "mixed")
+
+
+def test_modelopt_on_the_command_line(theirs: tuple[str, Path]) -> None:
+    _, path = theirs
+    weights = open_artifact(path).weights
+    eights = [one for one in weights.everything().values() if one.scheme == "fp8"]
+    numel = sum(one.numel for one in eights) / 2**20
+    said = f"{len(eights)} weights are FP8, which dgq has no kernels for"
+    memory = f"{2 * numel:,.1f} MiB of memory instead of {numel:,.1f}"
+    for arguments in (["inspect", str(path), "--json"], ["run", str(path), "Sort: b a", "--steps", "1"]):
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 0, done.output
+        told = " ".join(done.output.split())
+        assert said in told and memory in told
+    found = json.loads(CliRunner().invoke(main, ["inspect", str(path), "--json"]).stdout.splitlines()[-1])
+    assert found["by_scheme"]["fp8"]["params"] == round(numel * 2**20)
+
+
+def test_for_the_kernels_it_is_bfloat16(theirs: tuple[str, Path]) -> None:
+    _, path = theirs
+    weights = open_artifact(path).weights
+    names = [name for name in weights if name.startswith(LAYER + "self_attn.")]
+    loaded = for_kernels(names, ((name, weights[name]) for name in names), "test", decode=False)
+    q = loaded.linear(LAYER + "self_attn.qkv").parts[0]
+    assert isinstance(q, torch.Tensor) and q.dtype == torch.bfloat16
+    own = weights[LAYER + "self_attn.q_proj.weight"].dequantize(torch.bfloat16)
+    assert torch.equal(q[: len(own)], own)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"quant_algo": "W8A16"}, r"quant_algo 'W8A16' of .*q_proj is not opened"),
+        ({"quant_algo": "NVFP4", "group_size": 32}, "group_size 32, NVFP4 has 16"),
+    ],
+)
+def test_other_algorithms_of_modelopt_are_refused(
+    theirs: tuple[str, Path], tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    path = shutil.copytree(theirs[1], tmp_path / "changed")
+    (path / "hf_quant_config.json").unlink()
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["quantized_layers"][LAYER + "self_attn.q_proj"] = change
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=words):
+        open_artifact(path)
+
+
+def test_damage_is_named(theirs: tuple[str, Path], tmp_path: Path) -> None:
+    path, name = shutil.copytree(theirs[1], tmp_path / "damaged"), LAYER + "self_attn.q_proj.weight"
+    tensors = load_file(path / "model.safetensors")
+    tensors[name].view(torch.uint8)[2, 5] = 0xFF
+    tensors[LAYER + "self_attn.k_proj.weight_scale"] *= -1
+    del tensors[LAYER + "self_attn.o_proj.weight_scale"]
+    gone = tensors | {LAYER + "self_attn.o_proj.weight_scale": torch.ones(())}
+    save_file(gone, path / "model.safetensors")
+    weights = open_artifact(path).weights
+    with pytest.raises(InputError, match=r"q_proj\.weight is not a number at \[2, 5\]; damaged"):
+        weights[name]
+    with pytest.raises(InputError, match=r"k_proj\.weight_scale holds -.*, no scale; damaged"):
+        weights[LAYER + "self_attn.k_proj.weight"]
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(InputError, match=r"o_proj\.weight_scale is missing"):
+        open_artifact(path)
+
+
+def test_transformers_are_told(theirs: tuple[str, Path]) -> None:
+    import dgq.runtime.hf  # noqa: F401, I001
+    from transformers import DiffusionGemmaForBlockDiffusion
+
+    with pytest.raises(InputError, match="FP8 or mixed precision"):
+        DiffusionGemmaForBlockDiffusion.from_pretrained(theirs[1], dtype=torch.bfloat16)
+
+
+def eight(weight: torch.Tensor, scheme: QuantizationScheme) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """By the package: a module's tensors, scales in the model's bfloat16 as llm-compressor saves them; and decoded."""
+    over = (0, 1) if scheme.weights.strategy == "tensor" else (1,)
+    low, high = weight.amin(over, keepdim=len(over) == 1), weight.amax(over, keepdim=len(over) == 1)
+    scale, _ = calculate_qparams(low.reshape(-1, 1), high.reshape(-1, 1), scheme.weights)
+    scale = scale.bfloat16() if len(over) == 1 else scale.flatten().float()
+    state = FloatQuantizationCompressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+    exact = {**state, "weight_scale": scale.float()}
+    decoded = FloatQuantizationCompressor.decompress(exact, scheme)["weight"]
+    return {key: value.contiguous() for key, value in state.items()}, decoded.float()
+
+
+@pytest.mark.parametrize("strategy", ("tensor", "channel"))
+def test_compressed_tensors(tmp_path: Path, strategy: str) -> None:
+    """Experts NVFP4, attention FP8, the dense MLP plain; the encoder's copies beside."""
+    path = shutil.copytree(TINY, tmp_path / "tiny")
+    four = QuantizationScheme(**NVFP4, targets=["re:.*experts.*"], format="nvfp4-pack-quantized")
+    kind = FP8 if strategy == "tensor" else FP8_DYNAMIC
+    eights = QuantizationScheme(**kind, targets=["re:.*self_attn.*"], format="float-quantized")
+    tensors, decoded = {}, {}
+    for name, weight in load_file(path / "model.safetensors").items():
+        found = dict(modules(name, weight))
+        if not found or ".mlp." in name:
+            tensors[name] = weight
+            continue
+        for base, rows in found.items():
+            if ".experts." in base:
+                state = compressed(rows, weight[int(base.split(".")[5])].float().abs().max(), four)
+                decoded[base + ".weight"] = decompressed(state, four)
+            else:
+                state, decoded[base + ".weight"] = eight(rows, eights)
+                if strategy == "tensor":  # the encoder has its own
+                    state["input_scale"] = torch.ones(1)
+            tensors |= {f"{base}.{key}": value for key, value in state.items()}
+            if ".self_attn." in base:
+                copies = {f"{base}.{key}".replace(DECODER, ENCODER): value.clone() for key, value in state.items()}
+                copies |= {key: 2 * value for key, value in copies.items() if key.endswith("input_scale")}
+                tensors |= copies
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    groups = {"group_0": four, "group_1": eights}
+    said = QuantizationConfig(
+        config_groups=groups, format="mixed-precision", quantization_status="compressed", ignore=["lm_head"]
+    ).model_dump(mode="json") | {"quant_method": "compressed-tensors"}
+    config = json.loads((path / "config.json").read_text())
+
+    def write(quantization: dict[str, Any]) -> None:
+        (path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+
+    write(said)
+    schemes = check(path, decoded)
+    assert schemes[LAYER + "experts.gate_up_proj"] == "nvfp4" and schemes[LAYER + "self_attn.q_proj.weight"] == "fp8"
+    assert schemes[LAYER + "mlp.up_proj.weight"] == "bf16"
+    for key, value in (("strategy", "block"), ("num_bits", 4), ("type", "int"), ("symmetric", False)):
+        other = json.loads(json.dumps(said))
+        other["config_groups"]["group_1"]["weights"][key] = value
+        write(other)
+        with pytest.raises(InputError, match=f"group 'group_1' with {key} '{value}'"):
+            open_artifact(path)
