@@ -166,7 +166,7 @@ def mix(
     return about
 
 
-def _found(meter: Meter, trials: list[Trial], step: Callable[[], None]) -> Found:
+def _found(meter: Meter, trials: Sequence[Trial], step: Callable[[], None]) -> Found:
     return {"kl": torch.tensor(meter.kl(trials, step), dtype=torch.float64)}
 
 

@@ -20,6 +20,7 @@ import torch
 from click.testing import CliRunner, Result
 from micro import micro_config, write_micro
 from safetensors import safe_open
+from sparse26b import write_sparse_26b
 from test_budget import SHAPES, peak
 from torch.nn import functional
 
@@ -33,6 +34,7 @@ from dgq.convert.samples import chunks, documents
 from dgq.convert.sizes import shown
 from dgq.convert.source import open_source
 from dgq.convert.trials import Meter, TrialNeeds
+from dgq.quant.recipe import layer_of
 from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.artifact import open_artifact
@@ -216,6 +218,20 @@ def test_what_is_wrong_ends_in_one_line(micro: Path, tmp_path: Path, size: str, 
     assert [file.name for file in tmp_path.iterdir()] == ["there.toml"]
 
 
+def test_each_option_has_its_own_loss(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever trials went through the model with it."""
+    monkeypatch.setattr(trials, "BATCH", 3)
+    found = mixed(micro, "bnb4", 1_200_000, tmp_path / "mine.toml")
+    source = open_source(str(micro))
+    made = chunks(documents(source, micro / "prompts.jsonl")[0], 0, 0, source)
+    with Meter(make_plan(source, find_recipe("bnb4")), made, tmp_path, "cpu", 1) as meter:
+        meter.prepare(lambda: None)
+        for part in reversed(found["parts"]):
+            told = {option["scheme"]: option["kl"] for option in part["options"]}
+            (alone,) = meter.kl([dict.fromkeys(part["weights"], SCHEMES["nf4"])], lambda: None)
+            assert told == {"nf4": pytest.approx(alone, rel=1e-9), "bf16": 0}
+
+
 @pytest.fixture
 def short(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Few trials, some batches of them: dgq mix with --bytes and more."""
@@ -327,6 +343,33 @@ def test_what_is_counted_is_allocated(shape: str, tmp_path: Path, monkeypatch: p
     most = max(sum(n for part, n in moment.items() if "slices" not in part) for moment in counted.values())
     print(f"{shape}: {most:,} counted, {allocated:,} allocated, {most / allocated:.2f}", counted)
     assert allocated <= most <= 2 * allocated
+
+
+def test_what_the_26b_costs(tmp_path: Path) -> None:
+    """As --help says it: passes with two for BF16 and one each for what was chosen and the default recipe; GiB of disk.
+    And the floors: a card of 24 GB, 8 GiB of RAM."""
+    source = open_source(str(write_sparse_26b(tmp_path / "real")), weights=False)
+    layers, told = len(source.config.layers), " ".join(dgq("mix", "--help").stdout.split())
+    passes, counts = {}, {}
+    for to, groups in (("gguf", 5), ("nvfp4", 5), ("bnb4", 5), ("gguf", 3), ("gguf", 2), ("gguf", 1), ("gguf", 30)):
+        asked = [trial for part in mix.parts(source, to, groups) for trial in part.trials.values()]
+        first = [min(-1 if (i := layer_of(name)) is None else i for name in trial) for trial in asked]
+        passes[to, groups] = sum(layers - max(0, i) for i in first) // layers + 4
+        counts[to, groups] = len(asked)
+    assert f"{counts['gguf', 5]} trials to gguf, {passes['gguf', 5]} passes" in told
+    assert f"nvfp4 {counts['nvfp4', 5]} and {passes['nvfp4', 5]}" in told
+    assert f"bnb4 {counts['bnb4', 5]} and {passes['bnb4', 5]}" in told
+    several = [passes["gguf", groups] for groups in (3, 2, 1, 30)]
+    assert "in 3 groups {}, in 2 groups {}, in one {}, each layer for itself {};".format(*several) in told
+    disk = 4 * source.config.hidden * 8192 * (layers + 2 + trials.BATCH)
+    assert f"{disk / 2**30:.1f} GiB a chunk" in told
+    plan = make_plan(source, find_recipe("gguf"))
+    for device, most in (("cpu", 8), ("cuda", 12)):
+        moments = TrialNeeds(plan, device, Sizes.most(source.config)).moments()
+        sums = {moment: sum(parts.values()) / 2**30 for moment, parts in moments.items()}
+        print(device, {moment: round(n, 2) for moment, n in sums.items()})
+        assert 4 < max(sums.values()) < most
+        assert moments["layer"]["a trial's"] > 4 * 3 * 128 * 704 * 2816
 
 
 def test_a_full_disk_is_known_before(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
