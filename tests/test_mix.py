@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from test_budget import SHAPES, peak
 from torch.nn import functional
 
 from dgq.convert import memory, mix, trials
+from dgq.convert.budget import Budget
 from dgq.convert.cli import main
 from dgq.convert.memory import Sizes
 from dgq.convert.mix import Option, choose
@@ -34,6 +36,7 @@ from dgq.convert.samples import chunks, documents
 from dgq.convert.sizes import shown
 from dgq.convert.source import open_source
 from dgq.convert.trials import Meter, TrialNeeds
+from dgq.quant.errors import InputError
 from dgq.quant.recipe import layer_of
 from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed
@@ -312,6 +315,26 @@ def test_the_recipe_does_not_depend_on_the_budget(short: Command, micro: Path, t
     assert short("free.toml", "1MB").exit_code == 0
     assert short("held.toml", "1MB", "--ram", f"{floor}B").exit_code == 0
     assert _same(tmp_path / "held.toml", tmp_path / "free.toml")
+
+
+def test_threads_by_the_budget(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there is room for beside a layer and a trial's weights."""
+    gib = 1 << 30
+    monkeypatch.setattr(trials, "slices_ram", lambda plan: (0, gib))
+    source = open_source(str(micro))
+    plan, made = (
+        make_plan(source, find_recipe("gguf")),
+        chunks(documents(source, micro / "prompts.jsonl")[0], 0, 0, source),
+    )
+    one = sum(TrialNeeds(plan, "cpu", Sizes.of(made)).moments()["quantising"].values())
+    pools: list[int] = []
+    monkeypatch.setattr(trials, "ThreadPoolExecutor", lambda n: pools.append(n) or ThreadPoolExecutor(n))
+    for more in (0, gib - 1, 2 * gib, 99 * gib):
+        with Meter(plan, made, tmp_path, "cpu", 8, Budget(ram=one + more)):
+            pass
+    assert pools == [1, 1, 3, 8]
+    with pytest.raises(InputError, match=r"measuring \(quantising\) needs .* slices of a thread 1.0 GiB"):
+        Meter(plan, made, tmp_path, "cpu", 8, Budget(ram=one - 1))
 
 
 @pytest.mark.parametrize("shape", ["experts", "attention", "vocabulary"])
