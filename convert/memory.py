@@ -131,11 +131,14 @@ def at_once(tensor: PlannedTensor, device: str) -> int:
 
 
 class Needs:
-    """Bytes at each moment, on the device that computes. sizes: of the samples; todo: weights to refine, or none."""
+    """Bytes at each moment, on the device that computes. sizes: of the samples; todo: weights to refine, or none;
+    width: bytes of an activation, if not the device's usual ones."""
 
-    def __init__(self, source: Source, device: str, sizes: Sizes, todo: Sequence[PlannedTensor] = ()) -> None:
+    def __init__(
+        self, source: Source, device: str, sizes: Sizes, todo: Sequence[PlannedTensor] = (), width: int | None = None
+    ) -> None:
         self._config, self._device, self._sizes, self._todo = source.config, device, sizes, todo
-        self._width = 4 if device == "cpu" else 2
+        self._width = width or (4 if device == "cpu" else 2)
         self._held = {
             name: spec.numel * (2 if spec.dtype == "BF16" else self._width) for name, spec in source.text.items()
         }
@@ -205,8 +208,8 @@ class Needs:
         return max(sum(n for name, n in self._held.items() if name.startswith(prefix)) for prefix in layer)
 
     def _decoded(self, elements: int) -> int:
-        """Weights as they are multiplied, the last ones and the next; on a GPU they are stored so."""
-        return 2 * self._width * elements if self._device == "cpu" else 0
+        """Weights as they are multiplied, the last ones and the next; in bfloat16 they are stored so."""
+        return 2 * self._width * elements if self._width == 4 else 0
 
     def _matrices(self) -> Iterable[int]:
         config = self._config

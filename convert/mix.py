@@ -7,6 +7,9 @@
 A part is a kind of matrix in some layers that follow each other, the self-conditioning, or the embedding. Losses are
 added up; the whole loses less than that (on `tiny` the sum is 2.7 times as much), so it is measured in the end, beside
 the format's default recipe. Rows that a scheme does not divide take another of about as many bits.
+
+Losses lie in .NAME.mix until the recipe is written. The same command goes on from there and ends in the same bytes; so
+does one that differs in --bytes, by what the parts lose as far as that was measured.
 """
 
 from __future__ import annotations
@@ -23,12 +26,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from dgq.convert.budget import UNSAID, Budget
+from dgq.convert.hashes import dgq_version
 from dgq.convert.journal import check_target
 from dgq.convert.plan import Plan, PlannedTensor, layout_of, make_plan
 from dgq.convert.recipes import DEFAULTS, find_recipe
 from dgq.convert.samples import chunks, documents
 from dgq.convert.source import Source
-from dgq.convert.trials import Meter, Trial
+from dgq.convert.stats import weights_digest
+from dgq.convert.trials import Meter, Trial, batches
+from dgq.convert.work import Found, Work
 from dgq.quant.errors import InputError, printable
 from dgq.quant.recipe import Recipe, Rule, layer_of
 from dgq.quant.schemes import SCHEMES
@@ -67,9 +74,10 @@ class Part:
 def mix(
     source: Source, to: Format, budget: int, out: Path, prompts: Path | None, seed: int, groups: int | None, count: int,
     device: str, threads: int, advance: Callable[[int, int], None], notice: Callable[[str], None],
+    memory: Budget = UNSAID,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the recipe `out` for `budget` bytes of tensors; what it says about itself. count: chunks of samples.
-    InputError for a budget that no choice keeps, or that BF16 keeps."""
+    InputError for a budget that no choice keeps, or that BF16 keeps; for too little memory."""
     began = time.perf_counter()
     check_target(out)
     if out.suffix != ".toml":
@@ -77,7 +85,8 @@ def mix(
     if not out.absolute().parent.is_dir():
         raise InputError(f"-o {out}: there is no directory {out.absolute().parent}")
     layers = len(source.config.layers)
-    several = parts(source, to, min(groups or (layers if layers <= EACH_LAYER else GROUPS), layers))
+    groups = min(groups or (layers if layers <= EACH_LAYER else GROUPS), layers)
+    several = parts(source, to, groups)
     least = _assigned(several, [min(part.sizes, key=part.sizes.__getitem__) for part in several])
     smallest = make_plan(source, recipe(to, least))
     fixed = smallest.nbytes - sum(min(part.sizes.values()) for part in several)
@@ -94,28 +103,49 @@ def mix(
         )
     made = chunks(found, seed, 0, source)[:count]
     trials = [trial for part in several for trial in part.trials.values()]
-    done, total = 0, 0
+    stock = _stock(source, to)
+    others = [stock] if stock else []
+    identity = {
+        "dgq": dgq_version(), "weights": weights_digest(source), "data": data, "seed": seed, "chunks": count,
+        "format": to, "groups": groups, "device": device,
+    }  # fmt: skip
+    work = Work(out, identity, lambda *_: None, notice, "mix")
+    try:
+        with Meter(smallest, made, work.folder, device, threads, memory) as meter:
+            together = batches(trials)
+            left = [trials[i] for unit, own in enumerate(together) if not work.has("trials", unit) for i in own]
+            done, total = 0, (2 + len(others) + 1) * layers + meter.steps(left)
 
-    def step() -> None:
-        nonlocal done
-        done += 1
-        advance(done, total)
+            def step() -> None:
+                nonlocal done
+                done += 1
+                advance(done, total)
 
-    with Meter(smallest, made, out.absolute().parent, device, threads) as meter:
-        total = layers + meter.steps(trials) + 3 * layers
-        notice(f"{len(trials)} trials of {len(several)} parts on {sum(c.tokens for c in made)} tokens: as much work as"
-               f" {total / layers:.0f} passes of these through the model")  # fmt: skip
-        meter.prepare(step)
-        losses = iter(meter.kl(trials, step))
-        options = [[*(Option(s, part.sizes[s], next(losses)) for s in part.trials), Option(BF16, part.sizes[BF16], 0.0)]
-                   for part in several]  # fmt: skip
-        picked = [each[i] for each, i in zip(options, choose(options, budget - fixed), strict=True)]
-        chosen = _assigned(several, [option.scheme for option in picked])
-        planned = make_plan(source, recipe(to, chosen))
-        planned = replace(planned, recipe=planned.recipe.model_copy(update={"label": f"mixed-{_bits(planned):.2f}bpw"}))
-        stock = _stock(source, to)
-        both = [_quantised(one) for one in (planned, stock) if one is not None]
-        measured = meter.kl(both, step)
+            notice(f"{len(trials)} trials of {len(several)} parts: as much work as {total / layers:.0f} passes of"
+                   f" {meter.tokens:,} tokens through the model")  # fmt: skip
+            meter.prepare(step)
+            results = work.each(
+                "trials", len(together), lambda n: _found(meter, [trials[i] for i in together[n]], step)
+            )
+            losses = {
+                i: float(kl) for n, own in enumerate(together) for i, kl in zip(own, results(n)["kl"], strict=True)
+            }
+            lost = iter(losses[i] for i in range(len(trials)))
+            options = [
+                [*(Option(s, part.sizes[s], next(lost)) for s in part.trials), Option(BF16, part.sizes[BF16], 0.0)]
+                for part in several
+            ]
+            picked = [each[i] for each, i in zip(options, choose(options, budget - fixed), strict=True)]
+            chosen = _assigned(several, [option.scheme for option in picked])
+            planned = make_plan(source, recipe(to, chosen))
+            planned = replace(
+                planned, recipe=planned.recipe.model_copy(update={"label": f"mixed-{_bits(planned):.2f}bpw"})
+            )
+            both = [_quantised(one) for one in (planned, *others)]
+            measured = work.each(f"whole-{budget}", 1, lambda _: _found(meter, both, step))(0)["kl"].tolist()
+    except BaseException:
+        work.remove_if_empty()
+        raise
     about = {
         "output": str(out), "format": to, "budget": budget, "bytes": planned.nbytes, "bits_per_weight": _bits(planned),
         "kl": {"predicted": sum(option.kl for option in picked), "measured": measured[0]},
@@ -132,7 +162,12 @@ def mix(
         out.write_text(text(planned.recipe, about), "utf-8")
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error})") from None
+    work.remove()
     return about
+
+
+def _found(meter: Meter, trials: Sequence[Trial], step: Callable[[], None]) -> Found:
+    return {"kl": torch.tensor(meter.kl(trials, step), dtype=torch.float64)}
 
 
 def parts(source: Source, to: Format, groups: int) -> list[Part]:

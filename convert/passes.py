@@ -30,12 +30,14 @@ DRAFTS = 2  # steps in which a model writes what follows an open document
 
 
 class Rows(Mapping[str, Packed]):
-    """A source's weights, read and not mapped."""
+    """A source's weights, read and not mapped; some of them replaced by others."""
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, source: Source, others: Mapping[str, Packed] | None = None) -> None:
+        self._source, self._others = source, others or {}
 
     def __getitem__(self, name: str) -> Packed:
+        if name in self._others:
+            return self._others[name]
         weight = self._source[name]
         shape = weight.shape
         return Packed(weight.scheme, shape, {"": self._source.rows(name, 0, shape[0])})
@@ -86,7 +88,7 @@ class Passes:
     def enter(self, watch: Watch | None) -> None:
         """Second pass, before the first layer: self-conditioning."""
         for number in self.mine:
-            chunk, soft = self._both(number)
+            chunk, soft = self.both(number)
             self._states[0].write(number, self.stream.enter(chunk, soft, watch))
         os.fsync(self._states[0].file.fileno())
 
@@ -95,14 +97,14 @@ class Passes:
         layer = self.stream.layer(index, watch)
         states = self._states[(index + 1) % len(self._states)]
         for number in self.mine:
-            states.write(number, layer(self._both(number)[0], self._states[index % len(self._states)].read(number)))
+            states.write(number, layer(self.both(number)[0], self._states[index % len(self._states)].read(number)))
         os.fsync(states.file.fileno())
 
     def leave(self, watch: Watch | None) -> None:
         """Second pass, after the last layer: the head."""
         for number in self.mine:
             x = self._states[self.layers % len(self._states)].read(number).to(self.stream.device)
-            for _ in self.stream.leave(self._both(number)[0], x, watch):
+            for _ in self.stream.leave(self.both(number)[0], x, watch):
                 pass
 
     def back(self, stage: int | str, sense: Sense, again: bool = False) -> None:
@@ -111,7 +113,7 @@ class Passes:
         everything at once."""
         layer = self.stream.layer(stage, sense=sense) if isinstance(stage, int) else None
         for number in self.mine:
-            chunk, soft = self._both(number)
+            chunk, soft = self.both(number)
             if isinstance(stage, int):
                 assert layer is not None
                 above = self._states[stage + 1].read(number)
@@ -133,7 +135,12 @@ class Passes:
                 self.stream.pull_enter(chunk, soft, self._states[0].read(number), sense)
         self.stream.forget()
 
-    def _both(self, number: int) -> tuple[Chunk, torch.Tensor]:
+    def before(self, index: int, number: int) -> torch.Tensor:
+        """A chunk's states before layer `index` in the second pass, of which a file is kept."""
+        return self._states[index].read(number)
+
+    def both(self, number: int) -> tuple[Chunk, torch.Tensor]:
+        """A chunk as the second pass takes it, and what its canvases are conditioned on."""
         chunk = self._chunks[number]
         return doubled(chunk, self._soft.read(number).view(*chunk.canvases.shape, -1))
 

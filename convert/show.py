@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dgq.convert.plan import Plan
 
 MIB, GIB, GB = 1 << 20, 1 << 30, 10**9
+PERIOD = 600.0  # seconds that the time left is told by: on a CPU a step of a large model takes minutes
 
 
 class _Console(Console):
@@ -71,7 +72,9 @@ def bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
 def count_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over counted steps on stderr; silent where stderr is no terminal."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+    with Progress(
+        *columns, console=err, transient=True, disable=not err.is_terminal, speed_estimate_period=PERIOD
+    ) as progress:
         task = progress.add_task(what, total=None)
 
         def advance(done: int, total: int) -> None:

@@ -1,7 +1,9 @@
 """Work of many hours in units: each one's result is a file as soon as it is done, and is not computed twice.
 
-    .NAME.validation/identity.json        what is being done; another command into the same place is refused
-    .NAME.validation/STAGE-00003.safetensors     a unit's result: tensors by name
+    .NAME.WHAT/identity.json             what is being done; another command into the same place is refused
+    .NAME.WHAT/STAGE-00003.safetensors   a unit's result: tensors by name
+
+WHAT is "validation" or "mix".
 
 Under torchrun units are dealt out to the processes, each of which keeps a folder of its own, and every one of them has
 all results in the end: what comes after is the same everywhere.
@@ -31,7 +33,8 @@ def rank_and_world() -> tuple[int, int]:
 
 
 class Work:
-    """The folder of one command. advance(units done, units in all) is called as they are done."""
+    """The folder of one command. advance(units done, units in all) is called as they are done. what: "validation", or
+    whose work it is."""
 
     def __init__(
         self,
@@ -39,10 +42,11 @@ class Work:
         identity: dict[str, object],
         advance: Callable[[int, int], None],
         notice: Callable[[str], None],
+        what: str = "validation",
     ) -> None:
         """InputError if another command's unfinished work lies there."""
         self.rank, self.world = rank_and_world()
-        name = f".{out.name[:200]}.validation" + (f"-{self.rank}" if self.world > 1 else "")
+        name = f".{out.name[:200]}.{what}" + (f"-{self.rank}" if self.world > 1 else "")
         self.folder = out.absolute().parent / name
         self._advance, self._done, self.total = advance, 0, 0
         file = self.folder / "identity.json"
@@ -50,19 +54,19 @@ class Work:
         if file.is_file() and (there := file.read_text()) != text:
             differ = _difference(there, identity)
             raise InputError(
-                f"{out}: an unfinished validation lies in {self.folder}, and {differ}; repeat its command to finish"
+                f"{out}: an unfinished {what} lies in {self.folder}, and {differ}; repeat its command to finish"
                 " it, or remove that directory"
             )
         if file.is_file():
             count = sum(1 for _ in self.folder.glob("*.safetensors"))
-            notice(f"going on with an unfinished validation: {count} results are there")
+            notice(f"going on with an unfinished {what}: {count} results are there")
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(file, text.encode())
 
     def each(self, stage: str, count: int, do: Callable[[int], Found]) -> Results:
         """Do all units of a stage; those whose file is there are done. Every process has all results afterwards."""
         for unit in range(self.rank, count, self.world):
-            if not self._holds(stage, unit):
+            if not self.has(stage, unit):
                 found = {name: tensor.contiguous().cpu() for name, tensor in do(unit).items()}
                 _write(self._file(stage, unit), save(found))
             self._tick()
@@ -72,7 +76,7 @@ class Work:
 
     def holds(self, stage: str, count: int) -> bool:
         """Whether this process has nothing left to do in a stage."""
-        return all(self._holds(stage, unit) for unit in range(self.rank, count, self.world))
+        return all(self.has(stage, unit) for unit in range(self.rank, count, self.world))
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
@@ -94,7 +98,8 @@ class Work:
         self._done += self.world
         self._advance(min(self._done, self.total), self.total)
 
-    def _holds(self, stage: str, unit: int) -> bool:
+    def has(self, stage: str, unit: int) -> bool:
+        """Whether a unit's result is there."""
         file = self._file(stage, unit)
         if not file.is_file():
             return False

@@ -46,15 +46,18 @@ def compare(a: Tensor, b: Tensor, heads: tuple[Head, Head], vocab: int, temperat
 def _positions(p: Tensor, q: Tensor, temperature: Tensor) -> Tensor:
     """Logits (n, vocab) twice -> (len(MEASURES), n); the last two are entropies at the temperature."""
     log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-    share_p, share_q = log_p.exp(), log_q.exp()
-    gap = log_p - log_q
-    kl, reverse = (share_p * gap).sum(-1), -(share_q * gap).sum(-1)
-    change = (share_p * log_p).sum(-1) - (share_q * log_q).sum(-1)
-    del gap, share_p, share_q, log_p, log_q
+    kl, reverse = divergence(log_p, log_q), divergence(log_q, log_p)
+    change = (log_p.exp() * log_p).sum(-1) - (log_q.exp() * log_q).sum(-1)
+    del log_p, log_q
     best_p, best_q = (side.topk(min(TOP, side.shape[-1]), dim=-1).indices for side in (p, q))
     top5 = (best_p.unsqueeze(-1) == best_q.unsqueeze(-2)).any(-1).float().mean(-1)
     top1 = (p.argmax(-1) == q.argmax(-1)).float()
     return torch.stack((kl, reverse, top1, top5, change, _entropy(p / temperature), _entropy(q / temperature)))
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats of log-probabilities (…, vocab)."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def _entropy(logits: Tensor) -> Tensor:

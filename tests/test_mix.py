@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,22 +21,31 @@ import torch
 from click.testing import CliRunner, Result
 from micro import micro_config, write_micro
 from safetensors import safe_open
+from sparse26b import write_sparse_26b
+from test_budget import SHAPES, peak
 from torch.nn import functional
 
-from dgq.convert import mix, trials
+from dgq.convert import memory, mix, trials
+from dgq.convert.budget import Budget
 from dgq.convert.cli import main
+from dgq.convert.memory import Sizes
 from dgq.convert.mix import Option, choose
 from dgq.convert.plan import make_plan
 from dgq.convert.recipes import find_recipe
 from dgq.convert.samples import chunks, documents
+from dgq.convert.sizes import shown
 from dgq.convert.source import open_source
-from dgq.convert.trials import Meter
+from dgq.convert.trials import Meter, TrialNeeds
+from dgq.quant.errors import InputError
+from dgq.quant.recipe import layer_of
 from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.artifact import open_artifact
+from dgq.runtime.chunk import Chunk
 from dgq.runtime.model import Model
 from dgq.runtime.names import DECODER, EMBEDDING
 
+Command = Callable[..., Result]
 DOCUMENTS = [
     {"text": "the king went to the wind and the apple of the door was in the house of the king for a day " * 2},
     {"messages": [{"role": "user", "content": "say apple"}, {"role": "assistant", "content": "apple"}]},
@@ -117,7 +130,9 @@ def test_a_trial_is_the_model_with_these_weights(micro: Path, tmp_path: Path) ->
     plan, steps = make_plan(source, find_recipe("gguf")), []
     with Meter(plan, made, tmp_path, "cpu", 1) as meter:
         meter.prepare(lambda: None)
+        order = [number for together in trials.batches(asked) for number in together]
         found = meter.kl(asked, lambda: steps.append(1))
+        assert sorted(order) == [0, 1, 2, 3] and order[2:] == [0, 1], "those before the layers first"
         assert len(steps) == meter.steps(asked)
     assert not list(tmp_path.iterdir())
     weights = {name: source[name] for name in source}
@@ -204,6 +219,180 @@ def test_what_is_wrong_ends_in_one_line(micro: Path, tmp_path: Path, size: str, 
     result = dgq("mix", micro, "--to", "gguf", "--bytes", size, "-o", tmp_path / out)
     assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1, result.output
     assert [file.name for file in tmp_path.iterdir()] == ["there.toml"]
+
+
+def test_each_option_has_its_own_loss(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever trials went through the model with it."""
+    monkeypatch.setattr(trials, "BATCH", 3)
+    found = mixed(micro, "bnb4", 1_200_000, tmp_path / "mine.toml")
+    source = open_source(str(micro))
+    made = chunks(documents(source, micro / "prompts.jsonl")[0], 0, 0, source)
+    with Meter(make_plan(source, find_recipe("bnb4")), made, tmp_path, "cpu", 1) as meter:
+        meter.prepare(lambda: None)
+        for part in reversed(found["parts"]):
+            told = {option["scheme"]: option["kl"] for option in part["options"]}
+            (alone,) = meter.kl([dict.fromkeys(part["weights"], SCHEMES["nf4"])], lambda: None)
+            assert told == {"nf4": pytest.approx(alone, rel=1e-9), "bf16": 0}
+
+
+@pytest.fixture
+def short(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Few trials, some batches of them: dgq mix with --bytes and more."""
+    monkeypatch.setitem(mix.LADDERS, "gguf", ("q4_k", "q8_0"))
+    monkeypatch.setattr(trials, "BATCH", 5)
+    options = ("--prompts", micro / "prompts.jsonl", "--device", "cpu", "--threads", 1, "--to", "gguf")
+    return lambda out, size, *more: dgq("mix", micro, *options, "-o", tmp_path / out, "--bytes", size, *more)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("calls", [1, 4, 6])
+def test_broken_off_it_goes_on(calls: int, short: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first batch of trials, a later one, the last look at the whole: the rest is done, and no more."""
+    real, seen = Meter.kl, []
+
+    def kl(self: Meter, asked: Any, step: Any, stop: int = 0) -> list[float]:
+        seen.append(len(asked))
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        return real(self, asked, step)
+
+    monkeypatch.setattr(Meter, "kl", kl)
+    assert short("whole.toml", "1MB").exit_code == 0
+    whole, done = seen[:], len(seen) if calls == 6 else calls
+    seen.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Meter, "kl", lambda *given: kl(*given, stop=done))
+        assert short("mine.toml", "1MB").exit_code == 130
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ([".mine.toml.mix", "whole.toml"] if done > 1 else ["whole.toml"])
+    if done > 1:
+        result = short("mine.toml", "1MB", "--seed", 1)
+        assert (
+            result.exit_code == 2 and "an unfinished mix lies in" in result.stderr and "its seed was" in result.stderr
+        )
+    seen.clear()
+    result = short("mine.toml", "1MB")
+    assert result.exit_code == 0 and ("going on with an unfinished mix" in result.stderr) == (done > 1)
+    assert seen == whole[done - 1 :]
+    assert _same(tmp_path / "mine.toml", tmp_path / "whole.toml")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_killed_it_goes_on(micro: Path, tmp_path: Path) -> None:
+    """By SIGKILL, in the middle of a batch: the 2 before it, of 2 and 5 trials, are kept."""
+    code = (
+        "import os, signal; from dgq.convert import mix, trials; from dgq.convert.cli import main; seen = []\n"
+        "mix.LADDERS['gguf'] = ('q8_0',); trials.BATCH = 5; real = trials.Meter._lost\n"
+        "def lost(*given):\n"
+        "    seen.append(1)\n"
+        "    if len(seen) == LAST: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(*given)\n"
+        "trials.Meter._lost = lost; main()"
+    )
+    for out, kill in (("whole", 0), ("mine", 8), ("mine", 0)):
+        arguments = ("mix", micro, "--to", "gguf", "--bytes", "1.2MB", "-o", tmp_path / f"{out}.toml", "--threads", 1)
+        prompts = ("--prompts", micro / "prompts.jsonl", "--device", "cpu")
+        command = [sys.executable, "-c", code.replace("LAST", str(kill)), *arguments, *prompts]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+        assert done.returncode == (-9 if kill else 0), done.stderr
+    assert "going on with an unfinished mix: 2 results" in done.stderr
+    assert _same(tmp_path / "mine.toml", tmp_path / "whole.toml")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.toml", "whole.toml"]
+
+
+def test_the_recipe_does_not_depend_on_the_budget(short: Command, micro: Path, tmp_path: Path) -> None:
+    """What just holds it, and a byte less: one line, before any work."""
+    source = open_source(str(micro))
+    made = chunks(documents(source, micro / "prompts.jsonl")[0], 0, 0, source)
+    plan = make_plan(source, find_recipe("gguf"))
+    floor = max(sum(n.values()) for n in TrialNeeds(plan, "cpu", Sizes.of(made)).moments().values())
+    result = short("less.toml", "1MB", "--ram", f"{floor - 1}B")
+    assert result.exit_code == 2 and f"needs {shown(floor)} at least" in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and "measuring" in result.stderr and not list(tmp_path.iterdir())
+    assert short("free.toml", "1MB").exit_code == 0
+    assert short("held.toml", "1MB", "--ram", f"{floor}B").exit_code == 0
+    assert _same(tmp_path / "held.toml", tmp_path / "free.toml")
+
+
+def test_threads_by_the_budget(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there is room for beside a layer and a trial's weights."""
+    gib = 1 << 30
+    monkeypatch.setattr(trials, "slices_ram", lambda plan: (0, gib))
+    source = open_source(str(micro))
+    plan, made = (
+        make_plan(source, find_recipe("gguf")),
+        chunks(documents(source, micro / "prompts.jsonl")[0], 0, 0, source),
+    )
+    one = sum(TrialNeeds(plan, "cpu", Sizes.of(made)).moments()["quantising"].values())
+    pools: list[int] = []
+    monkeypatch.setattr(trials, "ThreadPoolExecutor", lambda n: pools.append(n) or ThreadPoolExecutor(n))
+    for more in (0, gib - 1, 2 * gib, 99 * gib):
+        with Meter(plan, made, tmp_path, "cpu", 8, Budget(ram=one + more)):
+            pass
+    assert pools == [1, 1, 3, 8]
+    with pytest.raises(InputError, match=r"measuring \(quantising\) needs .* slices of a thread 1.0 GiB"):
+        Meter(plan, made, tmp_path, "cpu", 8, Budget(ram=one - 1))
+
+
+@pytest.mark.parametrize("shape", ["experts", "attention", "vocabulary"])
+def test_what_is_counted_is_allocated(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of the table, of a layer's experts, and of everything at once."""
+    changes, tokens = SHAPES[shape]
+    config = micro_config()
+    config["text_config"] |= {
+        "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 64, "num_experts": 16,
+        "top_k_experts": 8, "num_attention_heads": 4, "head_dim": 64, "num_key_value_heads": 2,
+        "global_head_dim": 128, "vocab_size": 4096,
+    } | changes  # fmt: skip
+    config["canvas_length"] = 64
+    monkeypatch.setattr("dgq.runtime.layers.DECODE_BUDGET", 1 << 18)
+    for module in ("dgq.runtime.stream", "dgq.convert.memory"):
+        monkeypatch.setattr(f"{module}.FEED_TOKENS", {"cpu": tokens, "cuda": tokens})
+        monkeypatch.setattr(f"{module}.HEAD_TOKENS", 128)
+    monkeypatch.setattr(trials, "POSITIONS", 16)  # of HEAD_TOKENS an eighth, too
+    for table in ("BASE", "WORKSPACE"):
+        monkeypatch.setattr(memory, table, {"cpu": 0, "cuda": 0})
+    source = open_source(str(write_micro(tmp_path / "micro", config, shards=0)))
+    chunk = Chunk(((5,) * 100, (6,) * 64), torch.zeros(4, 64, dtype=torch.int64), (0, 0, 1, 1), torch.ones(4).long())
+    plan = make_plan(source, find_recipe("gguf"))
+    counted = TrialNeeds(plan, "cpu", Sizes.of([chunk])).moments()
+    every = {n: SCHEMES["q8_0"] for n, s in source.text.items() if len(s.shape) > 1 and ".router." not in n}
+    asked = [{n: s for n, s in every.items() if part in n} for part in ("embed_tokens", "experts", "")]
+    with Meter(plan, [chunk], tmp_path, "cpu", 1) as meter:
+        allocated = peak(lambda: (meter.prepare(lambda: None), meter.kl(asked, lambda: None)))
+    most = max(sum(n for part, n in moment.items() if "slices" not in part) for moment in counted.values())
+    print(f"{shape}: {most:,} counted, {allocated:,} allocated, {most / allocated:.2f}", counted)
+    assert allocated <= most <= 2 * allocated
+
+
+def test_what_the_26b_costs(tmp_path: Path) -> None:
+    """As --help says it: passes with two for BF16 and one each for what was chosen and the default recipe; GiB of disk.
+    And the floors: a card of 24 GB, 8 GiB of RAM."""
+    source = open_source(str(write_sparse_26b(tmp_path / "real")), weights=False)
+    layers, told = len(source.config.layers), " ".join(dgq("mix", "--help").stdout.split())
+    passes, counts = {}, {}
+    for to, groups in (("gguf", 5), ("nvfp4", 5), ("bnb4", 5), ("gguf", 3), ("gguf", 2), ("gguf", 1), ("gguf", 30)):
+        asked = [trial for part in mix.parts(source, to, groups) for trial in part.trials.values()]
+        first = [min(-1 if (i := layer_of(name)) is None else i for name in trial) for trial in asked]
+        passes[to, groups] = sum(layers - max(0, i) for i in first) // layers + 4
+        counts[to, groups] = len(asked)
+    assert f"{counts['gguf', 5]} trials to gguf, {passes['gguf', 5]} passes" in told
+    assert f"nvfp4 {counts['nvfp4', 5]} and {passes['nvfp4', 5]}" in told
+    assert f"bnb4 {counts['bnb4', 5]} and {passes['bnb4', 5]}" in told
+    several = [passes["gguf", groups] for groups in (3, 2, 1, 30)]
+    assert "in 3 groups {}, in 2 groups {}, in one {}, each layer for itself {};".format(*several) in told
+    disk = 4 * source.config.hidden * 8192 * (layers + 2 + trials.BATCH)
+    assert f"{disk / 2**30:.1f} GiB a chunk" in told
+    plan = make_plan(source, find_recipe("gguf"))
+    for device, most in (("cpu", 8), ("cuda", 12)):
+        moments = TrialNeeds(plan, device, Sizes.most(source.config)).moments()
+        sums = {moment: sum(parts.values()) / 2**30 for moment, parts in moments.items()}
+        print(device, {moment: round(n, 2) for moment, n in sums.items()})
+        assert 4 < max(sums.values()) < most
+        assert moments["layer"]["a trial's"] > 4 * 3 * 128 * 704 * 2816
 
 
 def test_a_full_disk_is_known_before(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
