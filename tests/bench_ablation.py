@@ -1,6 +1,6 @@
 """What calibration's canvases are worth: error feedback on `tiny` with canvases that are noised, clean, unconditioned.
 
-    python tests/bench_ablation.py [--arms noised clean plain trajectories] [--formats nvfp4 bnb4] [--seed 0]
+    python tests/bench_ablation.py [--arms noised clean plain trajectories] [--formats nvfp4] [--seed 0]
                                    [--device cpu|cuda] [--workers N] [--folder DIR]
 
     noised          as shipped: two noise levels a prompt, each canvas once plain and once on its own logits
@@ -8,8 +8,10 @@
     plain           noised, each twice, on nothing
     trajectories    half of the canvases from the sampler's own steps
 
-As many tokens in each. The meter is bench_quality.py's on all held-out documents; KL as a ratio to --effort stock.
-Seconds are those of `dgq calibrate` and of `dgq convert --stats`, all arms at once. Ends in one JSON line.
+clean and plain never run the self-conditioning, whose parts then have nothing to be quantised by: formats that
+quantise them are refused there. As many tokens in each. The meter is bench_quality.py's on all held-out documents; KL
+as a ratio to --effort stock. Seconds are those of `dgq calibrate` and of `dgq convert --stats`, all arms at once.
+Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ def patch(arm: str) -> None:
     if arm == "clean":
         samples._chunk = clean
     if arm in ("clean", "plain"):
-        passes.doubled = lambda chunk, soft: doubled(chunk, soft * 0)
+        passes.doubled = lambda chunk, soft: doubled(chunk, torch.zeros_like(soft))
 
 
 def make(arm: str, folder: Path, device: str, seed: str, formats: list[str]) -> None:
@@ -68,12 +70,14 @@ def make(arm: str, folder: Path, device: str, seed: str, formats: list[str]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--formats", nargs="+", choices=tuple(RECIPES), default=["nvfp4", "bnb4"])
+    parser.add_argument("--formats", nargs="+", choices=tuple(RECIPES), default=["nvfp4"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for calibrating and converting")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--folder", type=Path)
     options = parser.parse_args()
+    if {"clean", "plain"} & {*options.arms} and {*options.formats} != {"nvfp4"}:
+        parser.error("clean and plain go with --formats nvfp4 alone: the others quantise the self-conditioning")
     torch.set_num_threads(1)
     source = open_model("tiny")
     with tempfile.TemporaryDirectory() as made:

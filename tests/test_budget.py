@@ -325,17 +325,15 @@ SHAPES: dict[str, tuple[dict[str, int], int]] = {
 }
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_counted_is_allocated(shape: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chunk through a layer, back through it, and through the head, in float32, and in bfloat16 as on a GPU."""
+def shaped(shape: str, path: Path, monkeypatch: pytest.MonkeyPatch, **more: int) -> Source:
+    """A model of that shape, larger than what is counted in pieces: all pieces small, nothing beside them."""
     changes, tokens = SHAPES[shape]
     config = micro_config()
     config["text_config"] |= {
         "hidden_size": 256, "intermediate_size": 192, "moe_intermediate_size": 64, "num_experts": 16,
         "top_k_experts": 8, "num_attention_heads": 4, "head_dim": 64, "num_key_value_heads": 2,
         "global_head_dim": 128, "vocab_size": 4096,
-    } | changes  # fmt: skip
+    } | changes | more  # fmt: skip
     config["canvas_length"] = 64
     monkeypatch.setattr("dgq.runtime.layers.DECODE_BUDGET", 1 << 18)
     for module in ("dgq.runtime.stream", "dgq.convert.memory"):
@@ -343,7 +341,14 @@ def test_what_is_counted_is_allocated(shape: str, device: str, tmp_path: Path, m
         monkeypatch.setattr(f"{module}.HEAD_TOKENS", 128)
     for table in ("BASE", "WORKSPACE"):
         monkeypatch.setattr(memory, table, {"cpu": 0, "cuda": 0})
-    source = open_source(str(write_micro(tmp_path / "micro", config, shards=0)))
+    return open_source(str(write_micro(path, config, shards=0)))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_counted_is_allocated(shape: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk through a layer, back through it, and through the head, in float32, and in bfloat16 as on a GPU."""
+    source = shaped(shape, tmp_path / "micro", monkeypatch)
     chunk = Chunk(((5,) * 100, (6,) * 64), torch.zeros(8, 64, dtype=torch.int64), (0,) * 4 + (1,) * 4, torch.ones(8).long())  # fmt: skip # noqa: E501
     sizes = Sizes(chunk.tokens, 100, 4 * 64)
     tensors = make_plan(source, find_recipe("gguf", None)).tensors

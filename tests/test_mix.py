@@ -22,10 +22,10 @@ from click.testing import CliRunner, Result
 from micro import micro_config, write_micro
 from safetensors import safe_open
 from sparse26b import write_sparse_26b
-from test_budget import SHAPES, peak
+from test_budget import peak, shaped
 from torch.nn import functional
 
-from dgq.convert import memory, mix, trials
+from dgq.convert import mix, trials
 from dgq.convert.budget import Budget
 from dgq.convert.cli import main
 from dgq.convert.memory import Sizes
@@ -340,22 +340,8 @@ def test_threads_by_the_budget(micro: Path, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("shape", ["experts", "attention", "vocabulary"])
 def test_what_is_counted_is_allocated(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials of the table, of a layer's experts, and of everything at once."""
-    changes, tokens = SHAPES[shape]
-    config = micro_config()
-    config["text_config"] |= {
-        "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 64, "num_experts": 16,
-        "top_k_experts": 8, "num_attention_heads": 4, "head_dim": 64, "num_key_value_heads": 2,
-        "global_head_dim": 128, "vocab_size": 4096,
-    } | changes  # fmt: skip
-    config["canvas_length"] = 64
-    monkeypatch.setattr("dgq.runtime.layers.DECODE_BUDGET", 1 << 18)
-    for module in ("dgq.runtime.stream", "dgq.convert.memory"):
-        monkeypatch.setattr(f"{module}.FEED_TOKENS", {"cpu": tokens, "cuda": tokens})
-        monkeypatch.setattr(f"{module}.HEAD_TOKENS", 128)
     monkeypatch.setattr(trials, "POSITIONS", 16)  # of HEAD_TOKENS an eighth, too
-    for table in ("BASE", "WORKSPACE"):
-        monkeypatch.setattr(memory, table, {"cpu": 0, "cuda": 0})
-    source = open_source(str(write_micro(tmp_path / "micro", config, shards=0)))
+    source = shaped(shape, tmp_path / "micro", monkeypatch, intermediate_size=256)
     chunk = Chunk(((5,) * 100, (6,) * 64), torch.zeros(4, 64, dtype=torch.int64), (0, 0, 1, 1), torch.ones(4).long())
     plan = make_plan(source, find_recipe("gguf"))
     counted = TrialNeeds(plan, "cpu", Sizes.of([chunk])).moments()
