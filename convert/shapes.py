@@ -47,7 +47,13 @@ def plan_of_shapes(shapes: str, scheme: str) -> Plan:
     how = SCHEMES[scheme]
     if how is not None:
         return make_plan(source, find_recipe(*how))
-    return Plan(source, _PLAIN, tuple(PlannedTensor(name, name, spec.shape, BF16) for name, spec in text.items()))
+    return plain_plan(source)
+
+
+def plain_plan(source: Source) -> Plan:
+    """Of the text model as it is."""
+    tensors = (PlannedTensor(name, name, spec.shape, BF16) for name, spec in source.text.items())
+    return Plan(source, _PLAIN, tuple(tensors))
 
 
 class RandomWeights(Mapping[str, Packed]):

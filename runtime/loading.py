@@ -103,9 +103,12 @@ def read_ahead(weights: Mapping[str, Packed], names: list[str], device: torch.de
             while len(ahead) < READERS and (following := next(rest, None)) is not None:
                 ahead.append((following, pool.submit(_read, weights, following)))
             assert ahead[0][0] == name
-            packed = ahead.popleft()[1].result()
-            parts = {key: part.to(device, non_blocking=True) for key, part in packed.parts.items()}
-            yield name, Packed(packed.scheme, packed.shape, parts)
+            yield name, _moved(ahead.popleft()[1].result(), device)  # and not held here while the next one is moved
+
+
+def _moved(packed: Packed, device: torch.device) -> Packed:
+    parts = {key: part.to(device, non_blocking=True) for key, part in packed.parts.items()}
+    return Packed(packed.scheme, packed.shape, parts)
 
 
 def _read(weights: Mapping[str, Packed], name: str) -> Packed:
@@ -156,6 +159,7 @@ def for_kernels(
             if all(member in waiting for member in products[key]):
                 loaded.products[key], back = _product([waiting.pop(member) for member in products[key]], key, source)
                 loaded.weights |= dict(zip(products[key], back, strict=True))
+        del weight  # before the next one takes memory
     if placing is not None and placing.hosts:
         loaded.offload = Offload(placing.hosts, loaded.weights[EMBEDDING].parts[""].device)
     return loaded

@@ -11,8 +11,9 @@ The weights are any mapping canonical name -> Packed, so a BF16 checkpoint, a .g
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NoReturn
 
@@ -250,8 +251,9 @@ class Model:
     def _load_for_kernels(self, weights: Mapping[str, Packed], vram: int | None) -> ForKernels:
         if find_spec("triton") is None:
             raise InputError("bfloat16 on a GPU needs Triton: pip install triton, or use --dtype fp32")
-        names = sorted(expected_tensors(self.config), key=lambda name: ".experts." in name)
-        read = self._checked(read_ahead(weights, names, self.device))
+        shapes = expected_tensors(self.config)
+        names = sorted(shapes, key=lambda name: ".experts." in name)
+        read = map(partial(self._checked, shapes), read_ahead(weights, names, self.device))
         if self.device.type != "cuda":
             return for_kernels(names, read, self._source, decode=False)
         whole = torch.cuda.mem_get_info()[1]
@@ -269,12 +271,11 @@ class Model:
 
         return for_kernels(names, read, self._source, decodes(self.config, min(vram, whole)), room)
 
-    def _checked(self, read: Iterable[tuple[str, Packed]]) -> Iterator[tuple[str, Packed]]:
-        shapes = expected_tensors(self.config)
-        for name, weight in read:
-            check_tensors({name: weight.shape}, {name: shapes[name]}, self._source)
-            parts = {key: part for key, part in weight.parts.items() if key != "input_scale"}
-            yield name, Packed(weight.scheme, weight.shape, parts)
+    def _checked(self, shapes: Mapping[str, tuple[int, ...]], read: tuple[str, Packed]) -> tuple[str, Packed]:
+        name, weight = read
+        check_tensors({name: weight.shape}, {name: shapes[name]}, self._source)
+        parts = {key: part for key, part in weight.parts.items() if key != "input_scale"}
+        return name, Packed(weight.scheme, weight.shape, parts)
 
     def _load(self, weights: Mapping[str, Packed], keep_decoded: int) -> dict[str, Packed]:
         loaded = self._moved(weights, expected_tensors(self.config))

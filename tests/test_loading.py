@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from dgq.runtime.api import Engine
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.engine import Block, generate
+from dgq.runtime.model import Model
 from dgq.runtime.offload import Host, Offload
 from dgq.runtime.repack import Tiles, tile
 
@@ -69,6 +72,32 @@ def test_the_reference_reads_what_was_repacked(schemes: dict[str, str], decode: 
     packed = {key for key, product in loaded.products.items() if product.packed}
     assert bool(packed) == (not decode and bool(schemes))
     assert len(loaded.products) == 4 * 2 + 2
+
+
+def test_one_weight_at_a_time() -> None:
+    """What was read is forgotten before more is; but for those that a product waits for, never experts."""
+    made = micro_weights()
+    alive: weakref.WeakValueDictionary[str, torch.Tensor] = weakref.WeakValueDictionary()
+    read: list[str] = []
+
+    class Read(Mapping[str, Packed]):
+        def __getitem__(self, name: str) -> Packed:
+            held = {other for other in alive if ".experts." in other}
+            assert not held, f"{held} still there when {name} is read"
+            alive[name] = own = made[name].parts[""].clone()
+            read.append(name)
+            return Packed(made[name].scheme, made[name].shape, {"": own})
+
+        def __iter__(self) -> Iterator[str]:
+            return iter(made)
+
+        def __len__(self) -> int:
+            return len(made)
+
+    raw = micro_config()
+    raw["text_config"] |= {"intermediate_size": 128, "moe_intermediate_size": 64}
+    Model(ModelConfig.from_json(raw, "micro"), Read(), "cpu", torch.bfloat16, kernels=True)
+    assert sum(".experts." in name for name in read) == 4 and len(read) == len(made)
 
 
 def test_where_products_are_decoded() -> None:
