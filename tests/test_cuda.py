@@ -17,9 +17,13 @@ from click.testing import CliRunner
 from kinds import KINDS, block
 
 from dgq.convert.cli import main
+from dgq.quant.dense import BF16
+from dgq.quant.fp8 import FP8
 from dgq.quant.schemes import SCHEMES
+from dgq.quant.types import Packed
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.engine import generate
+from dgq.runtime.model import Model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 TINY = Path(__file__).parent.parent / "recipes" / "tiny"
@@ -171,3 +175,50 @@ def test_images_by_kernels(tmp_path: Path) -> None:
         for (whole, median), (most, usual) in zip(found, noise, strict=True):
             assert whole < 1.25 * most + 1e-3 and median < 1.1 * usual, (step, whole, most, median, usual)
     assert generate(fast, prompts[1:], artifact.generation, 64, seed=7).steps[0]
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4-w4a16", "bnb4"])
+def test_transformers_opens_it(recipe: str, tmp_path: Path) -> None:
+    """Packed on the GPU, where device_map says: its logits are the CPU's, and it writes."""
+    from transformers import DiffusionGemmaForBlockDiffusion
+
+    import dgq.runtime.hf  # noqa: F401
+
+    arguments = ["convert", "tiny", "--to", FORMATS[recipe], "--recipe", recipe, "-o", str(tmp_path / "out")]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    vocab, generator = open_artifact(TINY).config.vocab, torch.Generator().manual_seed(0)
+    ids, canvas = (torch.randint(12, vocab, (1, n), generator=generator) for n in (20, 64))
+    found = []
+    for device in ("cpu", "cuda"):
+        model = DiffusionGemmaForBlockDiffusion.from_pretrained(
+            tmp_path / "out", dtype=torch.float32, device_map={"": device}
+        )
+        with torch.no_grad():
+            found.append(model(input_ids=ids.to(device), decoder_input_ids=canvas.to(device)).logits.cpu())
+    torch.testing.assert_close(found[1], found[0], atol=1e-3, rtol=0)
+    model = DiffusionGemmaForBlockDiffusion.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, device_map="auto")
+    out = model.generate(ids.cuda(), max_new_tokens=64, max_denoising_steps=4, disable_compile=True)
+    assert getattr(out, "sequences", out).shape[1] > 20
+
+
+def test_eights_by_kernels() -> None:
+    """FP8 weights, which become bfloat16 when they are loaded, beside NVFP4 ones: the tokens of bfloat16's."""
+    artifact = open_artifact(TINY)
+    eights, plain = {}, {}
+    for name, weight in artifact.weights.items():
+        eights[name] = plain[name] = weight
+        if len(weight.shape) > 1 and "_proj" in name:
+            values = weight.dequantize()
+            scale = values.abs().amax(-1, keepdim=True) / 448
+            parts = {"": (values / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+            eights[name] = Packed(FP8, weight.shape, parts)
+            plain[name] = Packed(BF16, weight.shape, {"": eights[name].dequantize(torch.bfloat16)})
+        if name.endswith("experts.down_proj"):
+            packed = SCHEMES["nvfp4"].quantize(weight.dequantize())
+            eights[name] = plain[name] = Packed(SCHEMES["nvfp4"], weight.shape, packed)
+    prompts = [artifact.tokenizer.encode(text) for text in ("Once upon a time there was a king", "The wind")]
+    results = [
+        generate(Model(artifact.config, weights, "cuda"), prompts, artifact.generation, 128, seed=1, steps=6)
+        for weights in (eights, plain)
+    ]
+    assert results[0].tokens == results[1].tokens and len(results[0].tokens[0]) == 128
