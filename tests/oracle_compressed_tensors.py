@@ -45,7 +45,7 @@ def export(path: Path, schemes: Sequence[QuantizationScheme], shard: str = "1GB"
     compressor.compress_model(model)
     model.save_pretrained(path, max_shard_size=shard)
     compressor.update_config(str(path))
-    for file in TINY.glob("*token*"):
+    for file in (*TINY.glob("*token*"), TINY / "chat_template.jinja"):
         shutil.copyfile(file, path / file.name)
     decoded = {f"{name}.weight": decode(module) for name, module in quantised.items() if ".decoder." in name}
     compressor.decompress_model(model)

@@ -25,6 +25,8 @@ from dgq.quant.errors import InputError
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER
 
+pytestmark = pytest.mark.xdist_group("compressed-tensors")
+
 
 def modules(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """The Linear modules that an exporter sees in a weight; none in one that it leaves alone."""
@@ -132,10 +134,11 @@ def test_weights_and_logits(theirs: Export) -> None:
 
 
 def test_on_the_command_line(theirs: Export) -> None:
-    for arguments in (["inspect", str(theirs.path), "--json"], ["run", str(theirs.path), "Sort: b a", "--steps", "1"]):
-        done = CliRunner().invoke(main, arguments)
-        assert done.exit_code == 0, done.output
-    found = json.loads(CliRunner().invoke(main, ["inspect", str(theirs.path), "--json"]).stdout.splitlines()[-1])
+    ran = CliRunner().invoke(main, ["run", str(theirs.path), "--chat", "Sort: wind apple king door"])
+    assert ran.exit_code == 0 and "apple door king wind" in ran.stdout, ran.output
+    told = CliRunner().invoke(main, ["inspect", str(theirs.path), "--json"])
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout.splitlines()[-1])
     assert found["by_scheme"]["nvfp4"]["params"] == sum(weight.numel() for weight in theirs.decoded.values())
 
 
@@ -195,6 +198,19 @@ def test_global_scales_of_stacks(plain: Export, tmp_path: Path) -> None:
         unlike[name]
     with pytest.raises(InputError, match=r"experts\.0\.gate_proj\.weight_global_scale is missing and .*gate_up_proj"):
         open_artifact(given("three", lambda two: two[:, :1].expand(-1, 3)))
+
+
+def test_scales_beside_plain_stacks(plain: Export, tmp_path: Path) -> None:
+    """What llm-compressor's repack_moe() makes of experts that it has not compressed yet."""
+    stack = DECODER + "layers.0.experts.down_proj"
+
+    def repacked(tensors: dict[str, torch.Tensor]) -> None:
+        stacked(tensors, "_")
+        del tensors[stack + "_packed"]
+        tensors[stack] = load_file(TINY / "model.safetensors")[stack]
+
+    with pytest.raises(InputError, match=r"experts\.down_proj_\w+ is there, but .* is not quantised; .* without it"):
+        open_artifact(plain.changed(tmp_path / "repacked", repacked))
 
 
 def test_copies_of_the_encoder(place: Path, tmp_path: Path) -> None:
