@@ -10,7 +10,8 @@ of FP8 beside it are quant/fp8.py's.
                       weight_global_scale   F32      [1]            1 / modelopt's weight_scale_2
                       input_global_scale    F32      [1]            1 / modelopt's input_scale; W4A4 only
 
-Experts may also be stacked, as llm-compressor's repacking saves them; then `unfused` names the bytes of each module:
+Experts may also be stacked, in the names of llm-compressor's repacked ones; then `unfused` names the bytes of each
+module (repack_moe() of 0.14 itself leaves the experts plain beside their scales, which is refused):
 
     …experts.gate_up_proj.weight_packed [E, 2I, H/2], weight_scale [E, 2I, H/16], global scales [E, 2] or [E, 1]
     …experts.down_proj.weight_packed    [E, H, I/2],  weight_scale [E, H, I/16],  global scales [E, 1] or [E]
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 
+from dgq.quant.errors import InputError
 from dgq.quant.modelopt import PROJECTIONS, checked_scales, joined_bytes, modules, shared_scalar
 from dgq.quant.nvfp4 import BLOCK, NVFP4
 from dgq.quant.types import Entry, Packed, Scheme, Spec, Stored
@@ -144,9 +146,13 @@ _STACKED = re.compile(
 
 
 def unfused(specs: Mapping[str, Spec], experts: int) -> dict[str, Spec]:
-    """Stacks of so many experts' tensors become a tensor a module; what has no shape of a stack stays as it is."""
+    """Stacks of so many experts' tensors become a tensor a module; what has no shape of a stack stays as it is.
+    InputError for scales beside plain stacks."""
     found: dict[str, Spec] = {}
     for name, spec in specs.items():
+        if (match := _STACKED.fullmatch(name)) and (plain := f"{match[1]}.{match[2]}") in specs:
+            said = f"{spec.file}: {name} is there, but {plain} is not quantised"
+            raise InputError(f"{said}; llm-compressor's repack_moe() leaves it so: export again without it")
         pieces = _pieces(spec, experts)
         found |= {name: spec} if not pieces or any(piece in specs for piece in pieces) else pieces
     return found

@@ -1,36 +1,35 @@
-"""`tiny` as the compressed-tensors package compresses it, in our runtime: weights against the package's own decoding,
-logits against the decoded weights. Encoder copies, and what is refused."""
+"""`tiny` as compressed-tensors exports it, in our runtime: weights against the package's own decoding, logits against
+transformers with the decoded weights. Encoder copies, stacked experts, and what is refused."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
-from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
-from compressed_tensors.quantization.lifecycle.forward import dequantize
+from click.testing import CliRunner
+from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import NVFP4, NVFP4A16
-from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
 from micro import two_steps
+from oracle_compressed_tensors import DECODERS, TINY, export
 from safetensors.torch import load_file, save_file
+from transformers import DiffusionGemmaForBlockDiffusion
 
-from dgq.quant.dense import F32
+from dgq.convert.cli import main
 from dgq.quant.errors import InputError
-from dgq.quant.types import Packed
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.names import DECODER, EMBEDDING, ENCODER
 
-TINY = Path(__file__).parent.parent / "recipes" / "tiny"
-INPUT = torch.tensor([250.0])
+pytestmark = pytest.mark.xdist_group("compressed-tensors")
 
 
 def modules(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The Linear modules that llm-compressor sees in a weight; none in one that it leaves alone."""
+    """The Linear modules that an exporter sees in a weight; none in one that it leaves alone."""
     owner, _, last = name.rpartition(".")
     if owner.endswith(".experts"):
         for expert, values in enumerate(weight):
@@ -41,93 +40,106 @@ def modules(name: str, weight: torch.Tensor) -> Iterator[tuple[str, torch.Tensor
         yield owner, weight
 
 
-def compressed(weight: torch.Tensor, amax: torch.Tensor, scheme: QuantizationScheme) -> dict[str, torch.Tensor]:
-    """By the package, scales as its observers and llm-compressor compute them."""
-    global_scale = generate_gparam(-amax, amax)
-    blocks = weight.float().unflatten(-1, (-1, 16))
-    scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights, global_scale=global_scale)
-    state = {"weight": weight.float(), "weight_scale": scale, "weight_global_scale": global_scale}
-    if scheme.input_activations is not None:
-        state["input_global_scale"] = INPUT.clone()
-    return {key: value.contiguous() for key, value in NVFP4PackedCompressor.compress(state, scheme).items()}
+@cache
+def reference() -> Any:
+    return DiffusionGemmaForBlockDiffusion.from_pretrained(TINY, dtype=torch.float32)
 
 
-def decompressed(state: dict[str, torch.Tensor], scheme: QuantizationScheme) -> torch.Tensor:
-    """The package's steps, in float32; its decompress() rounds to bfloat16 on the way."""
-    rows, half = state["weight_packed"].shape
-    codes = unpack_fp4_from_uint8(state["weight_packed"], rows, 2 * half, dtype=torch.float32)
-    scale, whole = state["weight_scale"].float(), state["weight_global_scale"]
-    found = dequantize(x_q=codes, scale=scale, args=scheme.weights, global_scale=whole, dtype=torch.float32)
-    rough = NVFP4PackedCompressor.decompress(state, scheme)["weight"]
-    torch.testing.assert_close(rough.float(), found, atol=0, rtol=2**-6)
-    return found
+@torch.no_grad()
+def their_two_steps(weights: dict[str, torch.Tensor], config: Any) -> torch.Tensor:
+    """two_steps() of transformers' model with these weights, all of the text model's."""
+    model, generator = reference(), torch.Generator().manual_seed(3)
+    state = model.state_dict()
+    for name, weight in weights.items():
+        state[name].copy_(weight)
+    ids = torch.randint(12, config.vocab, (1, 40), generator=generator)
+    canvas = torch.randint(0, config.vocab, (1, config.canvas), generator=generator)
+    first = model(input_ids=ids, decoder_input_ids=canvas).logits
+    return torch.cat((first, model(input_ids=ids, decoder_input_ids=canvas, self_conditioning_logits=first).logits))
+
+
+def check(path: Path, decoded: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Every weight is `decoded`'s (module's name + ".weight") or tiny's, logits are transformers' with these; the
+    weights' schemes."""
+    artifact, whole, schemes = open_artifact(path), {}, {}
+    left, source = dict(decoded), load_file(TINY / "model.safetensors")
+    for name, weight in artifact.weights.items():
+        schemes[name] = weight.scheme.name
+        found = [f"{base}.weight" for base, _ in modules(name, source[name])]
+        theirs = source[name].float()
+        if found and found[0] in left:
+            theirs = torch.cat([left.pop(one) for one in found]).view(weight.shape)
+        torch.testing.assert_close(weight.dequantize(), theirs, atol=0, rtol=3e-7)
+        whole[name] = theirs
+    assert not left, f"never read: {list(left)[:3]}"
+    torch.testing.assert_close(
+        two_steps(artifact.weights, artifact.config), their_two_steps(whole, artifact.config), atol=1e-4, rtol=0
+    )
+    return schemes
 
 
 class Export:
-    """tiny's directory; decoded: canonical name -> float32, by the package."""
+    """The package's directory, in several files for W4A4; decoded: module's name + ".weight" -> float32, by it."""
 
     def __init__(self, path: Path, activations: bool) -> None:
-        shutil.copytree(TINY, path)
+        self.path, self.activations = path, activations
         scheme = QuantizationScheme(**(NVFP4 if activations else NVFP4A16), targets=["Linear"])
-        self.path, self.activations, self.decoded = path, activations, {}
-        source, tensors = load_file(path / "model.safetensors"), {}
-        for name, weight in source.items():
-            found = dict(modules(name, weight))
-            if not found:
-                tensors[name] = weight
-                self.decoded[name] = weight.float()
-                continue
-            pieces = []
-            for base, rows in found.items():
-                swapped = base.replace("up_proj", "gate_proj") if "up_proj" in base else base.replace("gate_", "up_")
-                other = found.get(swapped, rows)  # an expert's gate and up share their scale
-                amax = torch.maximum(rows.float().abs().max(), other.float().abs().max())
-                state = compressed(rows, amax, scheme)
-                tensors |= {f"{base}.{key}": value for key, value in state.items()}
-                pieces.append(decompressed(state, scheme))
-            self.decoded[name] = torch.cat(pieces).view(weight.shape).float()
-        save_file(tensors, path / "model.safetensors", {"format": "pt"})
-        groups = {"group_0": scheme.model_copy(update={"format": "nvfp4-pack-quantized"})}
-        said = QuantizationConfig(
-            config_groups=groups, format="nvfp4-pack-quantized", quantization_status="compressed", ignore=["lm_head"]
-        ).model_dump(mode="json")
-        config = json.loads((path / "config.json").read_text())
-        config["quantization_config"] = said | {"quant_method": "compressed-tensors"}
-        (path / "config.json").write_text(json.dumps(config))
+        self.decoded = export(path, [scheme], "3MB" if activations else "1GB")
 
-    def changed(self, to: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-        shutil.copytree(self.path, to)
-        tensors = load_file(to / "model.safetensors")
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: one for file in self.path.glob("*.safetensors") for name, one in load_file(file).items()}
+
+    def changed(self, to: Path, change: Callable[[dict[str, torch.Tensor]], Any], copies: bool = False) -> Path:
+        """Another directory, in one file; without the encoder's copies, which would be held against a change."""
+        shutil.copytree(self.path, to, ignore=lambda _, names: [name for name in names if "safetensors" in name])
+        tensors = self.tensors()
+        for name in [] if copies else [name for name in tensors if name.startswith(ENCODER + "layers.")]:
+            if not name.endswith("layer_scalar"):
+                del tensors[name]
         change(tensors)
         save_file(tensors, to / "model.safetensors", {"format": "pt"})
         return to
 
 
-@pytest.fixture(scope="module", params=(False, True), ids=("W4A16", "W4A4"))
-def export(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    return Export(tmp_path_factory.mktemp("compressed") / "tiny", request.param)
+@cache
+def exported(path: Path, activations: bool) -> Export:
+    return Export(path / ("W4A4" if activations else "W4A16"), activations)
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    return Export(tmp_path_factory.mktemp("compressed") / "tiny", False)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("compressed")
 
 
-def test_weights_and_logits(export: Export) -> None:
-    artifact = open_artifact(export.path)
+@pytest.fixture(params=(False, True), ids=("W4A16", "W4A4"))
+def theirs(request: pytest.FixtureRequest, place: Path) -> Export:
+    return exported(place, request.param)
+
+
+@pytest.fixture
+def plain(place: Path) -> Export:
+    return exported(place, False)
+
+
+def test_weights_and_logits(theirs: Export) -> None:
+    files = list(theirs.path.glob("*.safetensors"))
+    assert len(files) > 1 if theirs.activations else len(files) == 1
+    schemes = check(theirs.path, theirs.decoded)
+    linear = {name for name in schemes if "layers." in name and name.endswith(("_proj.weight", "up_proj", "down_proj"))}
+    assert {name for name, scheme in schemes.items() if scheme == "nvfp4"} == linear
+    artifact = open_artifact(theirs.path)
     assert artifact.kind == "nvfp4" and artifact.weights.without_import is None
-    decoded, packed = {}, 0
-    for name, weight in artifact.weights.items():
-        theirs = export.decoded[name]
-        torch.testing.assert_close(weight.dequantize(), theirs, atol=0, rtol=3e-7)
-        packed += weight.scheme.name == "nvfp4"
-        decoded[name] = Packed(F32, weight.shape, {"": theirs})
-    assert packed == sum(".experts." in n or (n.endswith("_proj.weight") and "layers." in n) for n in decoded)
-    torch.testing.assert_close(
-        two_steps(artifact.weights, artifact.config), two_steps(decoded, artifact.config), atol=1e-4, rtol=0
-    )
     scale = artifact.weights[DECODER + "layers.0.experts.down_proj"].parts.get("input_scale")
-    assert bool((scale == 1 / INPUT).all()) if export.activations else scale is None
+    assert bool((scale == 1 / torch.tensor(DECODERS)).all()) if theirs.activations else scale is None
+
+
+def test_on_the_command_line(theirs: Export) -> None:
+    ran = CliRunner().invoke(main, ["run", str(theirs.path), "--chat", "Sort: wind apple king door"])
+    assert ran.exit_code == 0 and "apple door king wind" in ran.stdout, ran.output
+    told = CliRunner().invoke(main, ["inspect", str(theirs.path), "--json"])
+    assert told.exit_code == 0, told.output
+    found = json.loads(told.stdout.splitlines()[-1])
+    assert found["by_scheme"]["nvfp4"]["params"] == sum(weight.numel() for weight in theirs.decoded.values())
 
 
 def stacked(tensors: dict[str, torch.Tensor], way: str) -> None:
@@ -148,19 +160,17 @@ def stacked(tensors: dict[str, torch.Tensor], way: str) -> None:
 
 
 @pytest.mark.parametrize("way", (".", "_"))
-def test_stacked_experts(export: Export, tmp_path: Path, way: str) -> None:
+def test_stacked_experts(theirs: Export, tmp_path: Path, way: str) -> None:
     """Same weights, to the bit, whoever's name they have; held against the encoder's copies, per expert."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [n for n in tensors if ".experts." in n]:
-            tensors[ENCODER + name.removeprefix(DECODER)] = tensors[name].clone()
         tensors[ENCODER + "layers.0.experts.1.up_proj.weight_packed"][3, 1] ^= 1
         stacked(tensors, way)
 
-    path = export.changed(tmp_path / "stacked", change)
+    path = theirs.changed(tmp_path / "stacked", change, copies=True)
     names = load_file(path / "model.safetensors").keys()
     assert not any(".experts.0." in name for name in names) and len(names) < 1000
-    before, after = open_artifact(export.path).weights, open_artifact(path).weights
+    before, after = open_artifact(theirs.path).weights, open_artifact(path).weights
     for name in set(before) - {damaged := DECODER + "layers.0.experts.gate_up_proj"}:
         assert before[name].parts.keys() == after[name].parts.keys()
         assert all(torch.equal(part, after[name].parts[key]) for key, part in before[name].parts.items()), name
@@ -190,22 +200,41 @@ def test_global_scales_of_stacks(plain: Export, tmp_path: Path) -> None:
         open_artifact(given("three", lambda two: two[:, :1].expand(-1, 3)))
 
 
-def test_copies_of_the_encoder(plain: Export, tmp_path: Path) -> None:
+def test_scales_beside_plain_stacks(plain: Export, tmp_path: Path) -> None:
+    """What llm-compressor's repack_moe() makes of experts that it has not compressed yet."""
+    stack = DECODER + "layers.0.experts.down_proj"
+
+    def repacked(tensors: dict[str, torch.Tensor]) -> None:
+        stacked(tensors, "_")
+        del tensors[stack + "_packed"]
+        tensors[stack] = load_file(TINY / "model.safetensors")[stack]
+
+    with pytest.raises(InputError, match=r"experts\.down_proj_\w+ is there, but .* is not quantised; .* without it"):
+        open_artifact(plain.changed(tmp_path / "repacked", repacked))
+
+
+def test_copies_of_the_encoder(place: Path, tmp_path: Path) -> None:
+    """The package saves those of the quantised modules; there may be none, or all."""
+    theirs = exported(place, True)
+    saved = [name for name in theirs.tensors() if name.startswith(ENCODER + "layers.")]
+    assert any(name.endswith("q_proj.weight_packed") for name in saved) and not any("norm" in name for name in saved)
+
     def doubled(tensors: dict[str, torch.Tensor]) -> None:
         for name in [n for n in tensors if n.startswith(DECODER) and "self_cond" not in n and "layer_scalar" not in n]:
             tensors[ENCODER + name.removeprefix(DECODER)] = tensors[name].clone()
         tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
 
-    path = plain.changed(tmp_path / "twice", doubled)
-    before, after = open_artifact(plain.path).weights, open_artifact(path).weights
-    assert list(before) == list(after)
-    assert all(torch.equal(before[name].dequantize(), after[name].dequantize()) for name in before)
+    before = open_artifact(theirs.path).weights
+    for path in (theirs.changed(tmp_path / "once", len), theirs.changed(tmp_path / "twice", doubled)):
+        after = open_artifact(path).weights
+        assert list(before) == list(after)
+        for name, weight in before.items():
+            assert all(torch.equal(part, after[name].parts[key]) for key, part in weight.parts.items()), name
 
     def differing(tensors: dict[str, torch.Tensor]) -> None:
-        doubled(tensors)
         tensors[ENCODER + "layers.0.experts.1.up_proj.weight_packed"][3, 1] ^= 1
 
-    weights = open_artifact(plain.changed(tmp_path / "other", differing)).weights
+    weights = open_artifact(theirs.changed(tmp_path / "other", differing, copies=True)).weights
     with pytest.raises(
         InputError, match=r"language_model\.layers\.0\.experts\.1\.up_proj\.weight_packed is not a copy"
     ):
@@ -221,11 +250,11 @@ def test_what_is_refused(plain: Export, tmp_path: Path) -> None:
     weights = open_artifact(plain.changed(tmp_path / "unlike", unlike)).weights
     with pytest.raises(InputError, match="gate and up must share it"):
         weights[DECODER + "layers.0.experts.gate_up_proj"]
-    lacking = plain.changed(
-        tmp_path / "lacking", lambda tensors: tensors.pop(base + "up_proj.weight_global_scale") and None
-    )
-    with pytest.raises(InputError, match=r"experts\.0\.up_proj\.weight_global_scale is missing"):
-        open_artifact(lacking)
+    for copies in (True, False):
+        lacking = tmp_path / f"lacking{copies}"
+        plain.changed(lacking, lambda tensors: tensors.pop(base + "up_proj.weight_global_scale"), copies)
+        with pytest.raises(InputError, match=r"decoder.*experts\.0\.up_proj\.weight_global_scale is missing"):
+            open_artifact(lacking)
     said = json.loads((plain.path / "config.json").read_text())["quantization_config"]
     group = said["config_groups"]["group_0"]
     for words, other in {

@@ -13,44 +13,20 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from compressed_tensors.compressors.naive_quantized import FloatQuantizationCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import FP8, FP8_DYNAMIC, NVFP4
-from compressed_tensors.quantization.utils.helpers import calculate_qparams
-from micro import two_steps
+from oracle_compressed_tensors import TINY, export
 from safetensors.torch import load_file, save_file
-from test_compressed_tensors import TINY, compressed, decompressed, modules
+from test_compressed_tensors import check
 
 from dgq.convert.cli import main
-from dgq.quant.dense import F32
 from dgq.quant.errors import InputError
-from dgq.quant.types import Packed
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.loading import for_kernels
-from dgq.runtime.names import DECODER, ENCODER
+from dgq.runtime.names import DECODER
 
 pytestmark = pytest.mark.xdist_group("modelopt")
 LAYER = DECODER + "layers.0."
-
-
-def check(path: Path, decoded: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Every weight is `decoded`'s (module's name + ".weight"), or plain; logits follow. Weight -> scheme."""
-    artifact, whole, schemes = open_artifact(path), {}, {}
-    left = dict(decoded)
-    for name, weight in artifact.weights.items():
-        schemes[name] = weight.scheme.name
-        plain = torch.empty(weight.shape)
-        found = [f"{base}.weight" for base, _ in modules(name, plain)]
-        theirs = weight.dequantize()
-        if found and found[0] in left:
-            theirs = torch.cat([left.pop(one) for one in found]).view(weight.shape)
-            torch.testing.assert_close(weight.dequantize(), theirs, atol=0, rtol=3e-7)
-        whole[name] = Packed(F32, weight.shape, {"": theirs})
-    assert not left, f"never read: {list(left)[:3]}"
-    torch.testing.assert_close(
-        two_steps(artifact.weights, artifact.config), two_steps(whole, artifact.config), atol=1e-4, rtol=0
-    )
-    return schemes
 
 
 @pytest.fixture(scope="module", params=("mixed", "fp8"))
@@ -146,61 +122,24 @@ def test_transformers_are_told(theirs: tuple[str, Path]) -> None:
         DiffusionGemmaForBlockDiffusion.from_pretrained(theirs[1], dtype=torch.bfloat16)
 
 
-def eight(weight: torch.Tensor, scheme: QuantizationScheme) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """By the package: a module's tensors, scales in the model's bfloat16 as llm-compressor saves them; and decoded."""
-    over = (0, 1) if scheme.weights.strategy == "tensor" else (1,)
-    low, high = weight.amin(over, keepdim=len(over) == 1), weight.amax(over, keepdim=len(over) == 1)
-    scale, _ = calculate_qparams(low.reshape(-1, 1), high.reshape(-1, 1), scheme.weights)
-    scale = scale.bfloat16() if len(over) == 1 else scale.flatten().float()
-    state = FloatQuantizationCompressor.compress({"weight": weight, "weight_scale": scale}, scheme)
-    exact = {**state, "weight_scale": scale.float()}
-    decoded = FloatQuantizationCompressor.decompress(exact, scheme)["weight"]
-    return {key: value.contiguous() for key, value in state.items()}, decoded.float()
-
-
-@pytest.mark.parametrize("strategy", ("tensor", "channel"))
-def test_compressed_tensors(tmp_path: Path, strategy: str) -> None:
-    """Experts NVFP4, attention FP8, the dense MLP plain; the encoder's copies beside."""
-    path = shutil.copytree(TINY, tmp_path / "tiny")
-    four = QuantizationScheme(**NVFP4, targets=["re:.*experts.*"], format="nvfp4-pack-quantized")
-    kind = FP8 if strategy == "tensor" else FP8_DYNAMIC
-    eights = QuantizationScheme(**kind, targets=["re:.*self_attn.*"], format="float-quantized")
-    tensors, decoded = {}, {}
-    for name, weight in load_file(path / "model.safetensors").items():
-        found = dict(modules(name, weight))
-        if not found or ".mlp." in name:
-            tensors[name] = weight
-            continue
-        for base, rows in found.items():
-            if ".experts." in base:
-                state = compressed(rows, weight[int(base.split(".")[5])].float().abs().max(), four)
-                decoded[base + ".weight"] = decompressed(state, four)
-            else:
-                state, decoded[base + ".weight"] = eight(rows, eights)
-                if strategy == "tensor":  # the encoder has its own
-                    state["input_scale"] = torch.ones(1)
-            tensors |= {f"{base}.{key}": value for key, value in state.items()}
-            if ".self_attn." in base:
-                copies = {f"{base}.{key}".replace(DECODER, ENCODER): value.clone() for key, value in state.items()}
-                copies |= {key: 2 * value for key, value in copies.items() if key.endswith("input_scale")}
-                tensors |= copies
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    groups = {"group_0": four, "group_1": eights}
-    said = QuantizationConfig(
-        config_groups=groups, format="mixed-precision", quantization_status="compressed", ignore=["lm_head"]
-    ).model_dump(mode="json") | {"quant_method": "compressed-tensors"}
-    config = json.loads((path / "config.json").read_text())
-
-    def write(quantization: dict[str, Any]) -> None:
-        (path / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-
-    write(said)
+@pytest.mark.parametrize("mixed", (True, False))
+def test_compressed_tensors(tmp_path: Path, mixed: bool) -> None:
+    """Experts NVFP4, attention FP8 with one scale a matrix, the dense MLP with one a row; or all the latter."""
+    path = tmp_path / "tiny"
+    four = QuantizationScheme(**NVFP4, targets=["re:.*experts.*"])
+    eights = QuantizationScheme(**FP8, targets=["re:.*self_attn.*"])
+    rows = QuantizationScheme(**FP8_DYNAMIC, targets=["re:.*\\.mlp\\..*" if mixed else "Linear"])
+    decoded = export(path, [four, eights, rows] if mixed else [rows])
     schemes = check(path, decoded)
-    assert schemes[LAYER + "experts.gate_up_proj"] == "nvfp4" and schemes[LAYER + "self_attn.q_proj.weight"] == "fp8"
-    assert schemes[LAYER + "mlp.up_proj.weight"] == "bf16"
+    assert schemes[LAYER + "experts.gate_up_proj"] == ("nvfp4" if mixed else "fp8")
+    assert schemes[LAYER + "self_attn.q_proj.weight"] == schemes[LAYER + "mlp.up_proj.weight"] == "fp8"
+    config = json.loads((path / "config.json").read_text())
+    said = config["quantization_config"]
+    assert said["format"] == ("mixed-precision" if mixed else "float-quantized")
+    (group,) = (name for name, one in said["config_groups"].items() if one["weights"]["strategy"] == "channel")
     for key, value in (("strategy", "block"), ("num_bits", 4), ("type", "int"), ("symmetric", False)):
         other = json.loads(json.dumps(said))
-        other["config_groups"]["group_1"]["weights"][key] = value
-        write(other)
-        with pytest.raises(InputError, match=f"group 'group_1' with {key} '{value}'"):
+        other["config_groups"][group]["weights"][key] = value
+        (path / "config.json").write_text(json.dumps(config | {"quantization_config": other}))
+        with pytest.raises(InputError, match=f"group '{group}' with {key} '{value}'"):
             open_artifact(path)
