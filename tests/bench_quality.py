@@ -37,6 +37,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ from dgq.runtime.artifact import Artifact
 from dgq.runtime.engine import generate
 from dgq.runtime.model import Model
 
-ROWS, FREE_ROWS = 16, 8  # of a batch; a free-running one waits for its slowest row
+ROWS = 16  # of a batch
 RECIPES = {"nvfp4": "nvfp4-w4a16", "bnb4": "bnb4", "gguf": "q4_k_m"}
 PEERS = {"nvfp4": ("modelopt",), "bnb4": ("bitsandbytes",), "gguf": ("ggml", "ggml imatrix")}
 LIMITS = {"modelopt": {"fast": 0.85, "standard": 0.6}, "bitsandbytes": {"fast": 0.95, "standard": 0.38},
@@ -354,13 +355,14 @@ def report_fixed(measured: Mapping[str, tuple[Tensor, Tensor]], sides: Sides, do
     return means, ratios
 
 
-def free_run(model: Model, source: Artifact, parts: list[tuple[list[list[int]], int]], draws: int) -> Free:
-    """parts: prompts, and how many canvases each is continued by. The same random numbers for every model."""
+def free_run(model: Model, source: Artifact, parts: list[tuple[list[list[int]], int]], draws: int, size: int) -> Free:
+    """parts: prompts, and how many canvases each is continued by; size: rows of a batch. The same random numbers for
+    every model, whatever the size."""
     steps, early, first = [], [], []
     base, most = 0, max(blocks for _, blocks in parts)
     for prompts, blocks in parts:
-        for start in range(0, len(prompts), FREE_ROWS):
-            batch = prompts[start : start + FREE_ROWS]
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
             rows = range(base + start, base + start + len(batch))
             taken = torch.full((2, len(batch), draws, most), torch.nan)
             canvases = []
@@ -395,7 +397,8 @@ def free(
     parts = [(tasks, 1), (prompts, max(1, blocks))]
     documents = torch.cat((-1 - torch.arange(len(tasks)), texts[1]))
     everybody = {"bf16": reference, **models}
-    done = spread(lambda name: free_run(everybody[name], source, parts, draws), everybody, options.workers)
+    run = partial(free_run, source=source, parts=parts, draws=draws, size=options.free_rows)
+    done = spread(lambda name: run(everybody[name]), everybody, options.workers)
     rows, agreed = Table(), Weights()
     for name, (steps, early, first) in zip(everybody, done, strict=True):
         if name == "bf16":
@@ -428,6 +431,7 @@ def main() -> None:
     parser.add_argument("--free", type=int, default=512, metavar="N", help="canvases to write freely; 0: none")
     parser.add_argument("--blocks", type=int, help="canvases a text")
     parser.add_argument("--draws", type=int, default=1, help="series of random numbers a prompt")
+    parser.add_argument("--free-rows", type=int, default=8, help="of a batch, which waits for its slowest; GPU: 128")
     parser.add_argument("--stats", type=Path, nargs="+", help="made by dgq calibrate, one a seed")
     parser.add_argument("--rounds", type=int, help="of calibration")
     parser.add_argument("--texts", type=int, default=64, choices=range(1, 65), metavar="N", help="the first ones")
