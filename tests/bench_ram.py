@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def command_here(row_groups: str, *arguments: str) -> None:
 
 def child(row_groups: int, *arguments: object) -> dict[str, Any]:
     command = [sys.executable, __file__, "command", str(row_groups), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
     if done.returncode:
         raise SystemExit(f"{arguments}: {done.stdout[-500:]}{done.stderr[-3000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
