@@ -140,6 +140,28 @@ def test_a_conversation_is_its_prompts_alone(artifact, model, store):
         assert alone.tokens == [reply.tokens] and alone.steps == [reply.steps]
 
 
+def test_a_reply_that_just_fits_ends_as_an_answer_does(artifact, model, store):
+    """Its end-of-sequence token is the first one too many."""
+    for limit, ended in ((4, False), (5, True)):
+        reply = Chat(model, artifact.tokenizer, artifact.generation, seed=3).ask(SAID[0], max_new_tokens=limit)
+        ids = artifact.tokenizer.chat([{"role": "user", "content": SAID[0]}])
+        answer = engine.generate(model, [ids], artifact.generation, limit, 3)
+        assert reply.tokens == answer.tokens[0] and len(reply.tokens) == 4
+        assert reply.ended == answer.ended[0] == ended
+
+
+def test_one_turn_at_a_time(artifact, model, store):
+    """An older one neither spoils what a newer one keeps nor is it said."""
+    chat = Chat(model, artifact.tokenizer, artifact.generation, seed=3)
+    older = chat.stream("Once upon a time", max_new_tokens=128, steps=2)
+    next(older)
+    reply = chat.ask(SAID[0], max_new_tokens=64)
+    with pytest.raises(InputError, match="another turn was begun"):
+        list(older)
+    assert reply.tokens == Chat(model, artifact.tokenizer, artifact.generation, seed=3).ask(SAID[0]).tokens
+    assert [message["content"] for message in chat.messages] == [SAID[0], reply.text]
+
+
 def test_what_was_written_anew_is_encoded_anew(artifact, model, store, worst):
     chat = Chat(model, artifact.tokenizer, endless(artifact), system="Be brief.", seed=1)
     for said in SAID[:2]:
