@@ -22,6 +22,7 @@ from dgq.runtime.batch import OnSlots
 from dgq.runtime.engine import Block, Result, Step, generate, stream
 from dgq.runtime.plain import Plain
 from dgq.runtime.rng import CounterRandom
+from dgq.runtime.session import Session
 from dgq.runtime.slots import Canvas, Prompt, Slots
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -188,6 +189,18 @@ def test_logits_that_are_no_numbers_are_forgotten(artifact, model, prompts, monk
     same(expected, generate(model, prompts[:1], artifact.generation, **settings))
 
 
+def test_rows_that_leave_are_computed_up_to_a_power_of_two(artifact, model):
+    """For so many graphs are made; a place for nobody holds nothing that would be looked at."""
+    session = Session(Plain(model), 6, 128, artifact.generation.sampler)
+    session.slots.lengths.copy_(torch.arange(10, 16))
+    lives = []
+    for rows in ([0, 1, 2, 4, 5], [0, 3, 4], [1, 2], [1]):
+        session.keep(torch.tensor(rows))
+        lives.append(session.live)
+        assert not session.slots.lengths[len(rows) :].any()
+    assert lives == [6, 4, 2, 1] and int(session.slots.lengths[0]) == 15
+
+
 def test_a_capture_that_fails_leaves_no_graph(artifact, model, prompts, monkeypatch):
     """Memory runs out, or Ctrl-C, in the middle of one: what is half there would be replayed ever after."""
     captures = []
@@ -213,8 +226,6 @@ def test_a_capture_that_fails_leaves_no_graph(artifact, model, prompts, monkeypa
 def test_graphs_do_what_their_kernels_do(artifact, model, prompts):
     """In bfloat16, over blocks: bit for bit with and without graphs; logits are float32's but for roundings."""
     from dgq.runtime.fast import Fast
-    from dgq.runtime.plain import Plain
-    from dgq.runtime.session import Session
 
     half = artifact.load("cuda")
     config, rows = artifact.config, torch.arange(len(prompts), device="cuda")
