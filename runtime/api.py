@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -49,12 +50,14 @@ class Answer:
 
 
 class Engine:
-    """An opened artifact on a device; one batch at a time. The first image loads its vision tower, which then stays; on
-    the CPU if `vram` bounds the GPU's memory."""
+    """An opened artifact on a device; one batch at a time: threads that call generate() take turns; streams and chats
+    are one thread's. The first image loads its vision tower, which then stays; on the CPU if `vram` bounds the GPU's
+    memory."""
 
     def __init__(self, artifact: Artifact, device: str, dtype: torch.dtype | None, vram: int | None) -> None:
         self.artifact, self.tokenizer, self.generation = artifact, artifact.tokenizer, artifact.generation
         self.model = artifact.load(device, dtype, vram=vram)
+        self._one = RLock()
         self._tower_device = self.model.device if vram is None else torch.device("cpu")
 
     @cached_property
@@ -91,7 +94,9 @@ class Engine:
     ) -> list[Answer]:
         """Answers to several prompts, each with its images, computed together; each is what it would be alone with
         rows=[its number]."""
-        found = generate(self.model, self._all_ids(prompts, images), self.generation, **settings)
+        ids = self._all_ids(prompts, images)
+        with self._one:
+            found = generate(self.model, ids, self.generation, **settings)
         texts = map(self.tokenizer.decode, found.tokens)
         return [Answer(*one) for one in zip(texts, found.tokens, found.ended, found.steps, strict=True)]
 

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections import UserDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 
 import dgq.runtime
 from dgq.quant.errors import InputError
+from dgq.runtime import engine as runtime_engine
 from dgq.runtime.api import Engine
-from dgq.runtime.batch import session_for
+from dgq.runtime.batch import OnSlots, session_for
 from dgq.runtime.engine import Block
 from dgq.runtime.pictured import Pictured
 
@@ -113,6 +115,22 @@ def test_what_cannot_be_loaded(settings: dict[str, Any], words: str, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "vram" in settings)
     with pytest.raises(InputError, match=words):
         dgq.runtime.load(TINY, **settings)
+
+
+def test_threads_take_turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the one session that a GPU has: each gets its own answer."""
+
+    class OnTheSession(OnSlots):
+        def __init__(self, model: Any, prompts: Any, capacity: int, sampler: Any, random: Any, pad_id: int) -> None:
+            super().__init__(model, prompts, capacity, sampler, random)
+
+    monkeypatch.setattr(runtime_engine, "Reference", OnTheSession)
+    settings = {"seed": 3, "steps": 4, "max_new_tokens": 64}
+    texts = ["One", "Two", "Three"]
+    expected = [engine.generate(text, **settings) for text in texts]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(lambda text: engine.generate(text, **settings), texts)) == expected
+    engine.model.session = None
 
 
 def test_memory_is_given_back() -> None:

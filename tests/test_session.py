@@ -193,10 +193,13 @@ def test_rows_that_leave_are_computed_up_to_a_power_of_two(artifact, model):
     """For so many graphs are made; a place for nobody holds nothing that would be looked at."""
     session = Session(Plain(model), 6, 128, artifact.generation.sampler)
     session.slots.lengths.copy_(torch.arange(10, 16))
-    lives = []
+    config, lives = artifact.config, []
+    random = CounterRandom(1, range(6), config.canvas, config.vocab, torch.device("cpu"))
     for rows in ([0, 1, 2, 4, 5], [0, 3, 4], [1, 2], [1]):
         session.keep(torch.tensor(rows))
         lives.append(session.live)
+        session.state.begin(random, torch.arange(len(rows)), 1)
+        assert session.state._done.tolist() == [place >= len(rows) for place in range(session.live)]
         assert not session.slots.lengths[len(rows) :].any()
     assert lives == [6, 4, 2, 1] and int(session.slots.lengths[0]) == 15
 
