@@ -17,9 +17,11 @@ from dgq.quant.errors import InputError
 from dgq.runtime import engine, turns
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.chat import Chat
+from dgq.runtime.plain import Plain
+from dgq.runtime.session import Session
 from dgq.runtime.slots import Canvas
 from dgq.runtime.tokenizer import Tokenizer
-from dgq.runtime.turns import TurnOnSlots, Turns
+from dgq.runtime.turns import SessionStore, TurnOnSlots, Turns
 
 TESTS = Path(__file__).parent
 SAID = (
@@ -216,6 +218,24 @@ def test_an_interrupted_turn_never_was(artifact, model, store, worst, monkeypatc
         assert chat.messages == said
         chat.ask(SAID[2], max_new_tokens=64, steps=2)
     assert max(worst) < 1e-4
+
+
+@pytest.mark.parametrize("back", [0, 1, 2, 3, 40])
+def test_prompts_part_before_the_end(artifact, model, back):
+    """A canvas has been written behind the first prompt, over what a ring held of the tokens before the window: the
+    windows that were saved come back, unless nothing of the window is gone."""
+    text = artifact.tokenizer.encode(" ".join(TEXTS))
+    config, kept = artifact.config, Turns()
+    session = Session(Plain(model), 1, 400, artifact.generation.sampler)
+    store = SessionStore(session)
+    kept.settled = 100
+    canvas = torch.arange(config.canvas)[None] * 7 % config.vocab
+    with torch.inference_mode():
+        for ids in (text[:150], text[: 150 - back] + text[200:240]):
+            kept.begin(store, ids, config.window)
+            found = logits_of(store, model, canvas)
+            assert float((found - recomputed(model, ids, canvas)).abs().max()) < 1e-4
+    assert kept.encoded == (40 if back < 2 else 90 - back)
 
 
 def test_slots_grow_and_are_lent(artifact, model, monkeypatch, worst):
