@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -26,6 +27,7 @@ from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.chat import Chat
 from dgq.runtime.engine import Block, Step, generate, stream
 from dgq.runtime.images import placed
+from dgq.runtime.pictured import Pictured
 
 if TYPE_CHECKING:
     from dgq.runtime.tower import Tower
@@ -48,12 +50,14 @@ class Answer:
 
 
 class Engine:
-    """An opened artifact on a device; one batch at a time. The first image loads its vision tower, which then stays; on
-    the CPU if `vram` bounds the GPU's memory."""
+    """An opened artifact on a device; one batch at a time: threads that call generate() take turns; streams and chats
+    are one thread's. The first image loads its vision tower, which then stays; on the CPU if `vram` bounds the GPU's
+    memory."""
 
     def __init__(self, artifact: Artifact, device: str, dtype: torch.dtype | None, vram: int | None) -> None:
         self.artifact, self.tokenizer, self.generation = artifact, artifact.tokenizer, artifact.generation
         self.model = artifact.load(device, dtype, vram=vram)
+        self._one = RLock()
         self._tower_device = self.model.device if vram is None else torch.device("cpu")
 
     @cached_property
@@ -62,7 +66,9 @@ class Engine:
         return self.artifact.vision.tower(self._tower_device, self.model.dtype)
 
     def ids(self, prompt: Prompt, images: Images = ()) -> Sequence[int]:
-        """A prompt's tokens; with images, what engine.generate() takes for such a prompt."""
+        """A prompt's tokens, with its images if it has any: a prompt as well."""
+        if isinstance(prompt, Pictured) and not images:
+            return prompt
         ids, images, front = placed(self.tokenizer, prompt, images)
         return self.artifact.vision.prompt(ids, images, self.tower, front) if images else ids
 
@@ -70,22 +76,41 @@ class Engine:
         """The answer to one prompt. settings: max_new_tokens, steps, seed, on_step; see engine.generate()."""
         return self.generate_batch([prompt], [images], **settings)[0]
 
+    def close(self) -> None:
+        """Give back the memory; also at the end of a `with`. (Without it Python does so when it next looks for cycles.)
+        A chat keeps the weights as long as it is there."""
+        self.model.session = None
+        self.__dict__.pop("tower", None)
+        del self.model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def generate_batch(
         self, prompts: Sequence[Prompt], images: Sequence[Images] | None = None, **settings: Any
     ) -> list[Answer]:
         """Answers to several prompts, each with its images, computed together; each is what it would be alone with
         rows=[its number]."""
-        found = generate(self.model, self._all_ids(prompts, images), self.generation, **settings)
+        ids = self._all_ids(prompts, images)
+        with self._one:
+            found = generate(self.model, ids, self.generation, **settings)
         texts = map(self.tokenizer.decode, found.tokens)
         return [Answer(*one) for one in zip(texts, found.tokens, found.ended, found.steps, strict=True)]
 
     def stream(
         self, *prompts: Prompt, images: Sequence[Images] | None = None, **settings: Any
     ) -> Iterator[Step | Block]:
-        """Steps and committed blocks as they come. settings: also every_step=False, for blocks only."""
+        """Steps and committed blocks as they come. settings: also every_step=False, for blocks only. The last block is
+        whole, whatever max_new_tokens is. On a GPU, InputError where it goes on after this engine began another
+        answer."""
         return stream(self.model, self._all_ids(prompts, images), self.generation, **settings)
 
     def _all_ids(self, prompts: Sequence[Prompt], images: Sequence[Images] | None) -> list[Sequence[int]]:
+        if isinstance(prompts, str):  # whose letters are no prompts
+            raise InputError("prompts is a text: give a list of prompts, or one to generate()")
         given = [()] * len(prompts) if images is None else images
         if len(given) != len(prompts):
             raise InputError(f"images of {len(given)} prompts for {len(prompts)}: give a list for each prompt")
@@ -97,8 +122,11 @@ class Engine:
         return Chat(self.model, self.tokenizer, self.generation, system=system, thinking=thinking, **settings)
 
     def text(self, event: Step | Block, row: int = 0) -> str:
-        """What a step's canvas or a block says, up to its end-of-sequence token."""
-        tokens = event.canvas[row].tolist()
+        """What a step's canvas or a block says, up to its end-of-sequence token. row: the prompt's number; once that
+        has left the batch, ""."""
+        if row not in event.rows:
+            return ""
+        tokens = event.canvas[event.rows.index(row)].tolist()
         stop = next((i for i, token in enumerate(tokens) if token in self.generation.eos_ids), len(tokens))
         return self.tokenizer.decode(tokens[:stop])
 
@@ -112,7 +140,14 @@ def load(
     float32 on a CPU; vram: bytes of the GPU to use, experts beyond that wait in host memory. Warns of ggml types
     that have no kernels and are decoded, and of the memory that takes.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    visible = torch.cuda.is_available()
+    device = str(device or ("cuda" if visible else "cpu"))
+    if device not in ("cuda", "cpu"):
+        raise InputError(f"device is {device!r}, expected cuda (CUDA_VISIBLE_DEVICES says which) or cpu")
+    if device == "cuda" and not visible:
+        raise InputError("device cuda: no CUDA device is visible to torch; use cpu")
+    if vram is not None and (device == "cpu" or dtype not in (None, torch.bfloat16)):
+        raise InputError("vram: is for bfloat16 on a GPU")
     artifact = open_artifact(path)
     for line in artifact.weights.remarks:
         warnings.warn(line, stacklevel=2)

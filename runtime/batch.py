@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dgq.quant.errors import InputError
 from dgq.runtime.cache import Cache
 from dgq.runtime.model import Model
 from dgq.runtime.pictured import pictures, pieces
@@ -62,20 +63,33 @@ class OnSlots:
         random: CounterRandom,
     ) -> None:
         self._model, self._sampler, self._random = model, sampler, random
-        self._session = session_for(model, len(prompts), capacity, sampler)
+        self._session, self._tenant = session_for(model, len(prompts), capacity, sampler), object()
         self._session.start(prompts)
-        self.commit, self.keep = self._session.commit, self._session.keep
+        self._session.tenant = self._tenant
+
+    def commit(self, canvas: Tensor) -> None:
+        self._own().commit(canvas)
+
+    def keep(self, rows: Tensor) -> None:
+        self._own().keep(rows)
+
+    def _own(self) -> Session:
+        """The session, in which these rows still are."""
+        if self._session.tenant is not self._tenant:
+            raise InputError("another answer was begun on this model meanwhile: this one cannot go on")
+        return self._session
 
     def denoise(self, rows: Tensor, block: int, every_step: bool) -> Denoised:
-        state, numbers, count = self._session.state, tuple(rows.tolist()), len(rows)
+        state, numbers, count = self._own().state, tuple(rows.tolist()), len(rows)
         state.begin(self._random, rows, block)
         for step in range(1, self._sampler.steps + 1):
-            over = self._session.step(last=step == self._sampler.steps)
+            over = self._own().step(last=step == self._sampler.steps)
             if every_step:
                 argmax, accepted = state.argmax[:count].clone(), state.accepted[:count].clone()
                 entropy = state.mean_entropy()[:count]
                 yield Step(block, step, self._sampler.steps, argmax, accepted, entropy, numbers)
             if over is None:
+                self._model.session = None  # which holds what is no number, from here on
                 self._model.refuse_weights()
             if over:
                 break

@@ -58,6 +58,7 @@ class Chat:
         draw the same from it. InputError if the template knows no thinking."""
         self._model, self._tokenizer, self._generation = model, tokenizer.thinking(thinking), generation
         self._seed, self._rng, self._turns = seed, rng, Turns()
+        self._turn: object = None  # the one that goes on
         self.messages: list[Mapping[str, Any]] = list(messages)
         if system is not None:
             self.messages.insert(0, {"role": "system", "content": system})
@@ -76,6 +77,7 @@ class Chat:
 
     def stream(self, text: str, **settings: Any) -> Generator[Step | Block, None, Reply]:
         """ask(), as it happens; the generator's value is the reply. A turn that is not seen to its end never was."""
+        turn = self._turn = object()
         said = [*self.messages, {"role": "user", "content": text}]
         ids, images, _ = placed(self._tokenizer, said)
         if images:
@@ -96,9 +98,11 @@ class Chat:
                 steps.append(event.steps[0])
                 ended = event.ended[0]
             yield event
+            if self._turn is not turn:
+                raise InputError("another turn was begun meanwhile: this one cannot go on")
         wanted = settings.get("max_new_tokens") or self._generation.max_new_tokens
         stop = next((i for i, token in enumerate(tokens) if token in self._generation.eos_ids), len(tokens))
         answer, thought = self._tokenizer.reply(tokens := tokens[: min(stop, wanted)])
         reply = {"role": "assistant", "content": answer} | ({"reasoning_content": thought} if thought else {})
         self.messages = [*said, reply]
-        return Reply(answer, thought, tokens, ended and stop <= wanted, steps, len(ids), self._turns.encoded)
+        return Reply(answer, thought, tokens, ended and stop < wanted, steps, len(ids), self._turns.encoded)

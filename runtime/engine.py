@@ -126,7 +126,8 @@ def stream(
 ) -> Iterator[Step | Block]:
     """What generate() does, as it happens: each Step, if every_step, and each Block when it is committed.
 
-    Arguments as for generate(). A model works on one stream at a time: starting another ends this one's validity.
+    Arguments as for generate(). A model works on one stream at a time: on a GPU, InputError where one goes on after
+    another was begun.
     """
     sampler = _sampler(generation, steps)
     wanted = generation.max_new_tokens if max_new_tokens is None else max_new_tokens

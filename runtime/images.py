@@ -10,9 +10,10 @@ get is the processor's setting (processor_config.json: max_soft_tokens, 280 unle
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from dgq.runtime.tower import Tower
 
 MARKER = "<|image|>"
+PROMPT = "expected text, token ids or a chat's messages"
 LARGEST = 1 << 27  # pixels: 400 MB, decoded
 # What Pillow decodes by itself: for an EPS it would start Ghostscript on a stranger's program.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
@@ -186,12 +188,21 @@ def placed(
     next of `images`. Without parts and <|image|>, images stand before the last message's text. InputError for text that
     says <|image|>, and parts, without an image.
     """
+    if isinstance(images, str | Path):  # whose letters are no files
+        raise InputError(f"images is {str(images)!r}: give a list of images, and of several prompts one for each")
     given = list(images)
     if isinstance(prompt, str):
         return _imaged(tokenizer, tokenizer.encode(prompt), given), given, len(tokenizer.encode(""))
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
+        raise InputError(f"a prompt is a {type(prompt).__name__}, {PROMPT}")
     messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
+    if messages and len(messages) < len(prompt):
+        raise InputError(f"a prompt is a list of messages and something else, {PROMPT}")
     if not messages:
-        return [int(token) for token in prompt], given, None  # type: ignore[arg-type]
+        try:
+            return [index(token) for token in prompt], given, None  # type: ignore[arg-type]
+        except TypeError:  # a text, a row of tokens, a broken number
+            raise InputError(f"a prompt is a list of something else, {PROMPT}") from None
     parts = [part for message in messages for part in _image_parts(message)]
     if given and not parts and not any(MARKER in str(message.get("content")) for message in messages):
         text = messages[-1].get("content")

@@ -3,8 +3,9 @@
     copies   │ layer 5 ──> A │ layer 8 ──> B │        │ layer 11 ──> A │ …        a stream of its own
     layers   0 1 2 3 4 5(A) 6 7 8(B) …                 └ as soon as layer 5 has used A
 
-A pass ends when the first two are back in their places, so that every pass, in a graph or not, begins alike. Layers
-that stay on the GPU lie evenly between the others: what limits a pass is the sum of the copies.
+A pass ends when the first two are back in their places, so that every pass, in a graph or not, begins alike; after one
+that an error or Ctrl-C broke off, the next one puts them there before it begins. Layers that stay on the GPU lie evenly
+between the others: what limits a pass is the sum of the copies.
 """
 
 from __future__ import annotations
@@ -62,6 +63,12 @@ class Offload:
         self._numbers = {layer: number for number, layer in enumerate(hosts)}
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
         self._arrived: dict[int, torch.cuda.Event] = {}
+        self._next = 0  # the number that a pass gets to next
+        self._fill()
+
+    def _fill(self) -> None:
+        """Put the first two in their places."""
+        self._arrived.clear()
         for number in range(len(self._places)):
             self._copy(number)
         if self._stream is not None:
@@ -88,7 +95,11 @@ class Offload:
 
     def arrive(self, layer: int) -> None:
         """What follows on the current stream reads weights(layer)."""
-        event = self._arrived.pop(self._numbers[layer], None)
+        number = self._numbers[layer]
+        if number != self._next:  # the pass before was broken off
+            self._fill()
+        self._next = number + 1
+        event = self._arrived.pop(number, None)
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
@@ -102,6 +113,7 @@ class Offload:
         if number == count - 1 and self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
             self._arrived.clear()
+        self._next = (number + 1) % count
 
     def _copy(self, number: int) -> None:
         """Into its place, once what is on the current stream has been done."""

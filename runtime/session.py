@@ -82,7 +82,7 @@ class Session:
         self._states: dict[int, State] = {}
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if passes.capturable else None
-        self.tenant: object = None  # the conversation whose tokens lie in the slots
+        self.tenant: object = None  # whose tokens lie in the slots: a batch's, or a conversation's
         self.clock: list[tuple[str, torch.cuda.Event]] | None = None  # a list gets an event for each pass's beginning
 
     def fits(self, rows: int, capacity: int, sampler: SamplerConfig) -> bool:
@@ -165,9 +165,10 @@ class Session:
         if self.passes.capturable:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            graph = self._graphs[key] = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 body()
+            self._graphs[key] = graph  # only now: a capture that failed cannot be replayed
 
     def _note(self, name: str) -> None:
         if self.clock is not None:

@@ -179,13 +179,13 @@ class TurnOnSlots(OnSlots):
     ) -> None:
         self._model, self._sampler, self._random, self._turns = model, sampler, random, turns
         store = _own(model, capacity, sampler, turns)
-        self._session, self.keep = store.session, store.session.keep
+        self._session, self._tenant = store.session, turns
         turns.begin(store, ids, model.config.window)
 
     def commit(self, canvas: Tensor) -> None:
         length = len(self._turns.ids) + canvas.shape[1]
         with self._turns.growing(canvas):
-            self._session.commit(canvas)
+            super().commit(canvas)
             self._session.slots.reach(length)
 
 

@@ -4,9 +4,13 @@
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool racecheck python tests/sanitize.py
 
 Without torch's cache each tensor is an allocation of its own, so that memcheck sees where it ends; with it a kernel may
-run on into the next tensor unseen. A name is printed before its kernels run, and a JSON line at the end says how often
-each kernel was launched. Exits with 1 if one was not: kernels are found in the source, not in a list. What they compute
-is not looked at here: test_moe, test_dense, test_fused and test_round_kernel do.
+run on into the next tensor unseen. But nothing can be captured without it, so a session's CUDA graphs are looked at by
+
+    compute-sanitizer --tool memcheck python tests/sanitize.py --only session
+
+A name is printed before its kernels run, and a JSON line at the end says how often each kernel was launched (a replay
+is not seen). Exits with 1 if one was not: kernels are found in the source, not in a list. What they compute is not
+looked at here: test_moe, test_dense, test_fused and test_round_kernel do.
 
 --device cpu interprets them, which finds what is wrong with this script (test_sanitize.py), not with the kernels.
 """
@@ -78,7 +82,7 @@ def counted(found: dict[str, Any]) -> Iterator[Counter[str]]:
 
 def cases(device: str) -> Cases:
     """What is run, by name. Shapes fill no tile; where a kernel is cut by its sizes, each cut."""
-    return {name: case for group in (_routed, _dense, _layer, _attention, _sampler, _rounding)
+    return {name: case for group in (_routed, _dense, _layer, _attention, _sampler, _rounding, _session)
             for name, case in group(device)}  # fmt: skip
 
 
@@ -292,6 +296,44 @@ def _rounding(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"round {name}", lambda name=name: columns(name)
     for positions in (16, 32):
         yield f"search {positions}", lambda positions=positions: search(positions)
+
+
+def _session(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Steps and blocks of a model of two layers, one of whose two rows leaves. On a GPU a pass of each kind runs by
+    itself, is captured, and is replayed from then on, in other canvases and at other lengths."""
+
+    def run() -> None:
+        import torch
+        from test_fast import small
+
+        from dgq.runtime.fast import Fast
+        from dgq.runtime.model import Model
+        from dgq.runtime.rng import CounterRandom
+        from dgq.runtime.session import Session
+        from dgq.runtime.settings import SamplerConfig
+
+        config, weights = small({".experts.": "nvfp4"})
+        passes = Fast(Model(config, weights, device, torch.bfloat16, kernels=True))
+        passes.capturable &= "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ
+        blocks, steps = (3, 3) if device == "cuda" else (1, 1)
+        random = CounterRandom(1, range(2), config.canvas, config.vocab, torch.device(device))
+        rows = torch.arange(2, device=device)
+        with torch.inference_mode():
+            session = Session(passes, 2, 21 + blocks * config.canvas, SamplerConfig(steps=steps))
+            session.start([[8], [5, 6, 7] * 7])
+            for block in range(blocks):
+                session.state.begin(random, rows, block)
+                for step in range(steps):
+                    assert session.step(last=step == steps - 1) is not None, "logits that are no numbers"
+                canvas = session.state.argmax[-1:].clone()
+                if not block:
+                    rows = rows[1:]
+                    session.keep(rows)
+                session.commit(canvas)
+            assert int(session.slots.lengths[0]) == 21 + blocks * config.canvas
+            assert len(session._graphs) == (5 if passes.capturable else 0)
+
+    yield "session of two rows", run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,9 +17,11 @@ from dgq.quant.errors import InputError
 from dgq.runtime import engine, turns
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.chat import Chat
+from dgq.runtime.plain import Plain
+from dgq.runtime.session import Session
 from dgq.runtime.slots import Canvas
 from dgq.runtime.tokenizer import Tokenizer
-from dgq.runtime.turns import TurnOnSlots, Turns
+from dgq.runtime.turns import SessionStore, TurnOnSlots, Turns
 
 TESTS = Path(__file__).parent
 SAID = (
@@ -140,6 +142,28 @@ def test_a_conversation_is_its_prompts_alone(artifact, model, store):
         assert alone.tokens == [reply.tokens] and alone.steps == [reply.steps]
 
 
+def test_a_reply_that_just_fits_ends_as_an_answer_does(artifact, model, store):
+    """Its end-of-sequence token is the first one too many."""
+    for limit, ended in ((4, False), (5, True)):
+        reply = Chat(model, artifact.tokenizer, artifact.generation, seed=3).ask(SAID[0], max_new_tokens=limit)
+        ids = artifact.tokenizer.chat([{"role": "user", "content": SAID[0]}])
+        answer = engine.generate(model, [ids], artifact.generation, limit, 3)
+        assert reply.tokens == answer.tokens[0] and len(reply.tokens) == 4
+        assert reply.ended == answer.ended[0] == ended
+
+
+def test_one_turn_at_a_time(artifact, model, store):
+    """An older one neither spoils what a newer one keeps nor is it said."""
+    chat = Chat(model, artifact.tokenizer, artifact.generation, seed=3)
+    older = chat.stream("Once upon a time", max_new_tokens=128, steps=2)
+    next(older)
+    reply = chat.ask(SAID[0], max_new_tokens=64)
+    with pytest.raises(InputError, match="another turn was begun"):
+        list(older)
+    assert reply.tokens == Chat(model, artifact.tokenizer, artifact.generation, seed=3).ask(SAID[0]).tokens
+    assert [message["content"] for message in chat.messages] == [SAID[0], reply.text]
+
+
 def test_what_was_written_anew_is_encoded_anew(artifact, model, store, worst):
     chat = Chat(model, artifact.tokenizer, endless(artifact), system="Be brief.", seed=1)
     for said in SAID[:2]:
@@ -194,6 +218,24 @@ def test_an_interrupted_turn_never_was(artifact, model, store, worst, monkeypatc
         assert chat.messages == said
         chat.ask(SAID[2], max_new_tokens=64, steps=2)
     assert max(worst) < 1e-4
+
+
+@pytest.mark.parametrize("back", [0, 1, 2, 3, 40])
+def test_prompts_part_before_the_end(artifact, model, back):
+    """A canvas has been written behind the first prompt, over what a ring held of the tokens before the window: the
+    windows that were saved come back, unless nothing of the window is gone."""
+    text = artifact.tokenizer.encode(" ".join(TEXTS))
+    config, kept = artifact.config, Turns()
+    session = Session(Plain(model), 1, 400, artifact.generation.sampler)
+    store = SessionStore(session)
+    kept.settled = 100
+    canvas = torch.arange(config.canvas)[None] * 7 % config.vocab
+    with torch.inference_mode():
+        for ids in (text[:150], text[: 150 - back] + text[200:240]):
+            kept.begin(store, ids, config.window)
+            found = logits_of(store, model, canvas)
+            assert float((found - recomputed(model, ids, canvas)).abs().max()) < 1e-4
+    assert kept.encoded == (40 if back < 2 else 90 - back)
 
 
 def test_slots_grow_and_are_lent(artifact, model, monkeypatch, worst):

@@ -95,6 +95,25 @@ def test_logits_are_the_references(
         assert float(errors.median()) < 0.03, "of most tokens; a near-tie in a router may fall the other way"
 
 
+def test_a_new_block_has_nothing_of_the_last() -> None:
+    """Rows that are left have their own numbers; a place for nobody is done, or a block would take all its steps."""
+    config, _ = small({})
+    room = torch.empty(3 * config.canvas, config.vocab, dtype=torch.bfloat16, device=DEVICE)
+    state = fast.FastState(config, fast.PlainTable(room), 3, SamplerConfig(), room)
+    random = CounterRandom(-7, [4, 9, 2], config.canvas, config.vocab, torch.device(DEVICE))
+    state.soft.fill_(1)
+    rows = torch.tensor([1, 2], device=DEVICE)
+    state.begin(random, rows, 5)
+    assert torch.equal(state.canvas[:2], random.canvas(rows, 5)) and not state.soft.any()
+    assert state._all.done.tolist() == [0, 0, 1] and int(state.flag()) == 0
+    state._all.done[:2] = 1
+    assert int(state.flag()) == 1
+    state._all.mean[1] = torch.nan
+    assert int(state.flag()) & 2
+    state.begin(random, rows, 6)
+    assert state._all.done.tolist() == [0, 0, 1] and torch.equal(state.canvas[:2], random.canvas(rows, 6))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="takes the interpreter two minutes; see test_chat")
 def test_a_conversation_keeps_what_it_has() -> None:
     """A turn written anew in the middle of a reply, on rings that went around: logits as of a new session."""

@@ -137,6 +137,23 @@ def test_experts_come_in_time(count: int) -> None:
     assert (offload.copied > 0) == (count > 2)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_experts_come_in_time_after_a_pass_that_was_broken_off(count: int) -> None:
+    """By an error or Ctrl-C, before a layer, in it or behind it."""
+    originals = dict(enumerate(pairs(count)))
+    offload = Offload({layer: Host.of(pair) for layer, pair in originals.items()}, torch.device("cpu"))
+    for last in range(count):
+        for inside in (False, True):
+            for layer in range(last + 1):
+                offload.arrive(layer)
+                if layer < last or not inside:
+                    offload.leave(layer)
+            for layer, pair in originals.items():
+                offload.arrive(layer)
+                assert same(offload.weights(layer), pair), (last, inside, layer)
+                offload.leave(layer)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9])
 def test_layers_in_host_memory_are_spread(share: float) -> None:
     weights = micro_weights()

@@ -29,7 +29,7 @@ from dgq.convert.source import open_source
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.config import ModelConfig
 from dgq.runtime.loading import for_kernels
-from dgq.runtime.memory import working_bytes
+from dgq.runtime.memory import widest, working_bytes
 from dgq.runtime.names import expected_tensors
 from dgq.runtime.slots import Slots
 
@@ -145,12 +145,26 @@ def test_experts_in_host_memory(real: Path) -> None:
     assert found["16"]["layers"] == 8
 
 
+def test_the_least_and_the_most_of_vram() -> None:
+    """Two layers' experts have places on the GPU at least. Where no more than two are away they stay in those: nothing
+    is copied."""
+    runtime = Runtime.of(plan_of_shapes("26b", "nvfp4"))
+    layer, others = 428_212_224, runtime.weights(False) - 30 * 428_212_224
+    least = others + (640 << 20) + working_bytes(runtime.config, 8192) + 2 * layer
+    assert runtime.offloaded(least - 1) is None
+    found, most = runtime.offloaded(least), runtime.offloaded(least + 28 * layer)
+    assert found is not None and found["layers"] == 30 and found["copied"] == 30 * layer
+    assert most is not None and (most["layers"], most["copied"], most["host"]) == (2, 0, 2 * layer)
+    assert most["on_gpu"] == others + 30 * layer
+
+
 def test_keys_and_values_of_the_26b() -> None:
     """25 sliding layers of 8 heads of 256, with a window of 1024 less the token itself and a canvas of 256, in pages of
     64; 5 full ones of 2 heads of 512. Keys and values, 2 bytes each."""
     config = ModelConfig.from_file(REAL / "config.json")
     assert kv_bytes(config, 4096) == (25 * 8 * 256 * 4 * 1280, 5 * 2 * 512 * 4 * 4096)
     assert kv_bytes(config, 262144, 2) == (2 * 262_144_000, 2 * 5_368_709_120)
+    assert [widest(config, 100), widest(config, 9000), widest(config, 9000, 16)] == [256, 2048, 16 * 256]
     assert kv_bytes(config, 100) == (25 * 8 * 256 * 4 * 128, 5 * 2 * 512 * 4 * 128), "no more than there are"
 
 

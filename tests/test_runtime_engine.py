@@ -37,6 +37,7 @@ def test_accept_counts_all_but_the_largest():
     # ascending .03 .05 .06 2.0: what comes before each is 0, .03, .08, .14; the least is always accepted
     assert accept(entropy, 0.1).tolist() == [[True, False, True, True], [True, False, False, False]]
     assert accept(entropy, 0.15).tolist()[0] == [True] * 4
+    assert accept(torch.tensor([[0.25, 0.5, 0.25]]), 0.5).tolist() == [[True] * 3], "the bound itself is within it"
 
 
 def randoms(vocab, length):
@@ -107,6 +108,14 @@ def test_result_is_cut(tiny):
     assert ended.canvases.shape == (1, 32) and ended.steps == [[3]]
     late = generate(model, [[5, 6, 7]], replace(generation, eos_ids=(eos,)), max(1, at), seed=1, steps=3)
     assert late.ended == [at == 0]  # the token lies behind the cut
+
+
+def test_the_context_can_be_filled(tiny):
+    model, generation = tiny
+    prompt = [5] * (model.config.context - model.config.canvas)
+    assert len(generate(model, [prompt], replace(generation, eos_ids=()), 32, seed=1, steps=1).tokens[0]) == 32
+    with pytest.raises(InputError, match="2017 tokens and 32 new ones"):
+        generate(model, [[*prompt, 5]], generation, 32, steps=1)
 
 
 def test_same_seed_same_tokens(tiny):

@@ -17,7 +17,7 @@ pytestmark = [
 ]
 QUICK = [  # under the interpreter, and every kernel
     "experts nvfp4, 1 tokens", "linear nvfp4", "many tokens nvfp4", "table q8_0", "norms 72", "route 1", "place 3",
-    "attend 64, causal", "step over 512", "round q6_k", "search",
+    "attend 64, causal", "step over 512", "round q6_k", "search", "session",
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ and graphs are held against the same kernels without one.
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import pytest
 import torch
 
+from dgq.quant.errors import InputError
 from dgq.runtime import engine
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.batch import OnSlots
 from dgq.runtime.engine import Block, Result, Step, generate, stream
+from dgq.runtime.plain import Plain
 from dgq.runtime.rng import CounterRandom
+from dgq.runtime.session import Session
 from dgq.runtime.slots import Canvas, Prompt, Slots
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -155,12 +159,76 @@ def test_stream_tells_steps_and_blocks(artifact, model, prompts):
     assert [type(event) for event in quiet] == [Block, Block]
 
 
+def test_a_stream_ends_where_another_begins(artifact, model, prompts, monkeypatch):
+    """It is refused before it touches the other's memory: between steps, and where it would commit its block."""
+    monkeypatch.setattr(engine, "Reference", _SlotsAnywhere)
+    settings = {"max_new_tokens": 128, "seed": 1, "steps": 3}
+    expected = generate(model, prompts[1:2], artifact.generation, **settings)
+    for events in (2, 4):
+        older = stream(model, prompts[3:4], artifact.generation, **settings)
+        seen = [next(older) for _ in range(events)]
+        assert isinstance(seen[-1], Block) == (events == 4)
+        newer = stream(model, prompts[1:2], artifact.generation, **settings)
+        first = next(newer)
+        with pytest.raises(InputError, match="another answer was begun"):
+            next(older)
+        canvases = [event.canvas for event in (first, *newer) if isinstance(event, Block)]
+        assert torch.equal(torch.cat(canvases, 1), expected.canvases)
+
+
+def test_logits_that_are_no_numbers_are_forgotten(artifact, model, prompts, monkeypatch):
+    """With the memory that they went into: a masked slot's value times 0 would be no number either."""
+    monkeypatch.setattr(engine, "Reference", _SlotsAnywhere)
+    settings = {"max_new_tokens": 64, "seed": 1, "steps": 3}
+    expected = generate(model, prompts[:1], artifact.generation, **settings)
+    with monkeypatch.context() as broken:
+        broken.setattr(model, "final_norm", model.final_norm * torch.nan)
+        with pytest.raises(InputError, match="the logits are not a number"):
+            generate(model, prompts[:1], artifact.generation, **settings)
+    assert model.session is None
+    same(expected, generate(model, prompts[:1], artifact.generation, **settings))
+
+
+def test_rows_that_leave_are_computed_up_to_a_power_of_two(artifact, model):
+    """For so many graphs are made; a place for nobody holds nothing that would be looked at."""
+    session = Session(Plain(model), 6, 128, artifact.generation.sampler)
+    session.slots.lengths.copy_(torch.arange(10, 16))
+    config, lives = artifact.config, []
+    random = CounterRandom(1, range(6), config.canvas, config.vocab, torch.device("cpu"))
+    for rows in ([0, 1, 2, 4, 5], [0, 3, 4], [1, 2], [1]):
+        session.keep(torch.tensor(rows))
+        lives.append(session.live)
+        session.state.begin(random, torch.arange(len(rows)), 1)
+        assert session.state._done.tolist() == [place >= len(rows) for place in range(session.live)]
+        assert not session.slots.lengths[len(rows) :].any()
+    assert lives == [6, 4, 2, 1] and int(session.slots.lengths[0]) == 15
+
+
+def test_a_capture_that_fails_leaves_no_graph(artifact, model, prompts, monkeypatch):
+    """Memory runs out, or Ctrl-C, in the middle of one: what is half there would be replayed ever after."""
+    captures = []
+
+    @contextmanager
+    def capture(graph, pool):
+        captures.append(graph)
+        if len(captures) == 2:
+            raise torch.OutOfMemoryError("in the middle")
+        yield
+
+    for name, fake in (("CUDAGraph", object), ("graph", capture), ("graph_pool_handle", int), ("synchronize", int)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(Plain, "capturable", True)
+    model.session = None
+    with pytest.raises(torch.OutOfMemoryError):
+        on_slots(monkeypatch, model, prompts[:1], artifact.generation, 64, 1, 3)
+    assert list(model.session._graphs) == [("step", 1)], "and none of what came after the step"
+    model.session = None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_graphs_do_what_their_kernels_do(artifact, model, prompts):
     """In bfloat16, over blocks: bit for bit with and without graphs; logits are float32's but for roundings."""
     from dgq.runtime.fast import Fast
-    from dgq.runtime.plain import Plain
-    from dgq.runtime.session import Session
 
     half = artifact.load("cuda")
     config, rows = artifact.config, torch.arange(len(prompts), device="cuda")
