@@ -120,6 +120,28 @@ def test_other_algorithms_of_modelopt_are_refused(
         open_artifact(path)
 
 
+def test_a_config_that_says_another(theirs: tuple[str, Path], tmp_path: Path) -> None:
+    """FP8 where NVFP4 lies and the other way round, of one module and of all."""
+    recipe, path = theirs[0], shutil.copytree(theirs[1], tmp_path / "changed")
+    (path / "hf_quant_config.json").unlink()
+    config = json.loads((path / "config.json").read_text())
+    said = config["quantization_config"]
+    layers, own, experts = said["quantized_layers"], said.copy(), LAYER + "experts"
+    is_, other = ("NVFP4", "FP8") if recipe == "mixed" else ("FP8", "NVFP4")
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"quantized_layers": layers | {experts: {"quant_algo": other}}}, rf"experts\.0\.\w+\.weight is {is_}"),
+        ({"quantized_layers": layers | {LAYER + "mlp.up_proj": {"quant_algo": "NVFP4"}}}, r"up_proj\.weight is FP8"),
+    ]
+    if recipe == "mixed":
+        changes.append(({"quantized_layers": {"q": {"quant_algo": "FP8"}}}, "is NVFP4, and said to be FP8; one"))
+        changes.append(({"quant_algo": "FP8", "quantized_layers": None}, "is NVFP4, and said to be FP8; one"))
+    for change, words in changes:
+        config["quantization_config"] = own | change
+        (path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=words):
+            open_artifact(path)
+
+
 def test_damage_is_named(theirs: tuple[str, Path], tmp_path: Path) -> None:
     path, name = shutil.copytree(theirs[1], tmp_path / "damaged"), LAYER + "self_attn.q_proj.weight"
     tensors = load_file(path / "model.safetensors")
@@ -198,6 +220,9 @@ def test_compressed_tensors(tmp_path: Path, strategy: str) -> None:
     schemes = check(path, decoded)
     assert schemes[LAYER + "experts.gate_up_proj"] == "nvfp4" and schemes[LAYER + "self_attn.q_proj.weight"] == "fp8"
     assert schemes[LAYER + "mlp.up_proj.weight"] == "bf16"
+    write(said | {"config_groups": {"group_1": said["config_groups"]["group_1"]}})
+    with pytest.raises(InputError, match=r"weight_packed is NVFP4, and said to be FP8"):
+        open_artifact(path)
     for key, value in (("strategy", "block"), ("num_bits", 4), ("type", "int"), ("symmetric", False)):
         other = json.loads(json.dumps(said))
         other["config_groups"]["group_1"]["weights"][key] = value
