@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def converse(
     asked: str,
     *,
+    images: Sequence[Path] = (),
     revision: str | None,
     thinking: bool | None,
     max_new_tokens: int | None,
@@ -37,29 +38,45 @@ def converse(
     as_json: bool,
     adapters: Sequence[Path] = (),
 ) -> None:
-    """Answer line after line of standard input, on standard output; as JSON, one object a turn."""
+    """Answer line after line of standard input, on standard output; as JSON, one object a turn. images: the first
+    line's; what they become is computed first, so that the vision tower is gone before the model is loaded."""
     from dgq.runtime.chat import Chat
+    from dgq.runtime.images import Once, open_image
 
     device = chosen_device(device)
     check_vram(vram, device, dtype, activations, rng)
     artifact = open_model(asked, revision, adapters)
     artifact.tokenizer.thinking(thinking).render([{"role": "user", "content": ""}])  # refuses now, not after loading
+    shown: list[Any] = []
+    see = None
+    if images:
+        vision = artifact.vision
+        tower = Once(vision.tower(device, precision(dtype, device)))
+        for image in images:
+            tower(vision.patches(image))
+            shown.append(open_image(image)[1])
+        tower.tower = None
+
+        def see(ids: Sequence[int], those: Sequence[Any]) -> Sequence[int]:
+            return vision.prompt(ids, those, tower)
+
     began = time.perf_counter()
     model = artifact.load(device, precision(dtype, device), activations, vram)
     loaded = round(time.perf_counter() - began, 3)
-    chat = Chat(model, artifact.tokenizer, artifact.generation, thinking=thinking, seed=seed, rng=rng)
+    chat = Chat(model, artifact.tokenizer, artifact.generation, thinking=thinking, seed=seed, rng=rng, see=see)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     draw = sys.stdout.isatty() and not as_json
     for text in _typed() if terminal else _piped():
         began = time.perf_counter()
         try:
             with drawing(artifact.tokenizer, artifact, draw) as on_step:
-                reply = chat.ask(text, on_step, max_new_tokens=max_new_tokens, steps=steps)
+                reply = chat.ask(text, on_step, shown, max_new_tokens=max_new_tokens, steps=steps)
         except (InputError, KeyboardInterrupt) as error:
             if not terminal:
                 raise
             show.note(str(error) or "stopped; it is as though you had not said that")
             continue
+        shown = []
         found: dict[str, Any] = vars(reply) | {"seed": seed, "device": device, "load_s": loaded}
         found["generate_s"] = round(time.perf_counter() - began, 3)
         show.print_json(found) if as_json else show.answer(found)

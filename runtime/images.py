@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,6 +142,22 @@ class Vision:
         return Pictured(whole, torch.cat([tower(one) for one in cut]), image)
 
 
+class Once:
+    """A tower that is asked once for each image, in however many turns it is shown. tower: may be taken away when all
+    images were."""
+
+    def __init__(self, tower: Callable[[Patches], Tensor]) -> None:
+        self.tower: Callable[[Patches], Tensor] | None = tower
+        self._known: dict[bytes, Tensor] = {}
+
+    def __call__(self, patches: Patches) -> Tensor:
+        key = sha256(patches.values.numpy().tobytes() + patches.positions.numpy().tobytes()).digest()
+        if key not in self._known:
+            assert self.tower is not None
+            self._known[key] = self.tower(patches)
+        return self._known[key]
+
+
 def open_image(image: Path | str | PIL.Image.Image) -> tuple[str, PIL.Image.Image]:
     """Its name for messages, and it as RGB, upright (EXIF). InputError if it is missing, damaged or too large."""
     import PIL.Image
@@ -203,6 +220,22 @@ def placed(
         found = [next(rest, None) if one is None else one for one in own]
         given = [one for one in found if one is not None] + list(rest)
     return _imaged(tokenizer, tokenizer.chat(messages), given), given, None
+
+
+def parted(text: str, images: Sequence[Any]) -> str | list[dict[str, Any]]:
+    """A message's content: its images before its text, or each where the text says <|image|>. InputError if that is
+    more or less often than there are images."""
+    if not images:
+        return text
+    first, *others = text.split(MARKER)
+    if not others:
+        return [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+    if len(others) != len(images):
+        raise InputError(f"the text has {len(others)} {MARKER} for {len(images)} images: it needs one for each")
+    parts = [{"type": "text", "text": first}] if first else []
+    for image, other in zip(images, others, strict=True):
+        parts += [{"type": "image", "image": image}, *([{"type": "text", "text": other}] if other else [])]
+    return parts
 
 
 def _imaged(tokenizer: Tokenizer, ids: list[int], images: Sequence[Any]) -> list[int]:

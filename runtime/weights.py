@@ -214,6 +214,11 @@ class DirWeights(Weights):
         return self._dir[name]
 
     @property
+    def sees(self) -> bool:
+        """Whether there is a vision tower."""
+        return bool(self._vision)
+
+    @property
     def is_mixed(self) -> bool:
         """Whether modules are stored in several ways, FP8 among them or not."""
         return isinstance(self._layout, Mixed)
