@@ -17,6 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -181,8 +182,13 @@ def open_image(image: Path | str | PIL.Image.Image) -> tuple[str, PIL.Image.Imag
                 raise InputError(f"{name}: is no image that dgq opens, such as PNG, JPEG or WebP{what}") from None
     if (pixels := opened.width * opened.height) > LARGEST:
         raise _too_large(name, f"{opened.width} x {opened.height} pixels, {pixels / 1e6:,.0f} million")
+    if opened.mode in ("I", "F"):  # Pillow would cut them off at 255
+        raise InputError(f"{name}: has 32-bit gray values, and does not say which is white; save it in 8 or 16 bits")
     try:
-        return name, PIL.ImageOps.exif_transpose(opened).convert("RGB")
+        upright = PIL.ImageOps.exif_transpose(opened)
+        if upright.mode.startswith("I;16"):  # the high byte, as Pillow reads 16 bits of colour
+            upright = PIL.Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return name, upright.convert("RGB")
     except Exception as error:  # a damaged file may raise anything while it is decoded
         raise InputError(f"{name}: cannot be decoded ({error}); truncated or damaged") from None
 

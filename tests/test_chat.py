@@ -165,17 +165,17 @@ def test_images_in_any_turn(artifact, model, store, worst):
         return vision.prompt(ids, images, tower)
 
     tower = Once(counted)
-    chat = Chat(model, artifact.tokenizer, artifact.generation, seed=3, see=see)
+    chat = Chat(model, artifact.tokenizer, endless(artifact), seed=3, see=see)
     turns = [(SAID[0], [noise(1)]), (SAID[2], []), ("Sort: <|image|> zoo ant <|image|>", [noise(2), noise(1)])]
     before = 0
     for number, (said, images) in enumerate([*turns, (SAID[4], [])]):
         if number == 3:
             chat.messages[0] = {"role": "user", "content": parted(SAID[0], [noise(4)])}
         asked = [*chat.messages, {"role": "user", "content": parted(said, images)}]
-        reply = chat.ask(said, images=images, max_new_tokens=64, steps=2)
+        reply = chat.ask(said, images=images, max_new_tokens=191, steps=2)
         assert reply.prompt_tokens - reply.encoded >= before or number == 3
         plain, shown, _ = placed(artifact.tokenizer, asked)
-        alone = engine.generate(model, [see(plain, shown)], artifact.generation, 64, 3, 2, rows=[number])
+        alone = engine.generate(model, [see(plain, shown)], endless(artifact), 191, 3, 2, rows=[number])
         assert alone.tokens == [reply.tokens]
         before = len(see(artifact.tokenizer.chat(asked, add_generation_prompt=False), shown))
     assert reply.encoded == reply.prompt_tokens > 3 * 60 and len(seen) == 3
@@ -196,6 +196,17 @@ def test_the_command_takes_images(tmp_path) -> None:
     assert min(more) > 2 * 60 and turns[1]["encoded"] < 60
     failed = run("b.png")
     assert failed.exit_code == 2 and failed.stderr.count("\n") == 1 and "b.png: no such file" in failed.stderr
+
+
+def test_no_two_turns_draw_the_same(artifact, model):
+    """From torch's stream as well: turn n is generate()'s with seed + n."""
+    chat = Chat(model, artifact.tokenizer, artifact.generation, seed=3, rng="torch")
+    for number, said in enumerate((TEXTS[0], TEXTS[1])):
+        ids = artifact.tokenizer.chat([*chat.messages, {"role": "user", "content": said}])
+        tokens = [
+            engine.generate(model, [ids], artifact.generation, 64, 3 + n, 2, rng="torch").tokens[0] for n in range(2)
+        ]
+        assert chat.ask(said, max_new_tokens=64, steps=2).tokens == tokens[number] != tokens[1 - number]
 
 
 def test_what_was_written_anew_is_encoded_anew(artifact, model, store, worst):
