@@ -1,7 +1,8 @@
 """Open whatever dgq runs: a checkpoint directory, an artifact directory, or a bare .gguf.
 
     DIR/config.json, *.safetensors, tokenizer     kind "safetensors"     config and tokenizer from their files
-    the same, quantised as its config.json says   kind "nvfp4", "bnb4"   modelopt's, compressed-tensors', bitsandbytes'
+    the same, quantised as its config.json says   kind "nvfp4", "bnb4",  modelopt's, compressed-tensors', bitsandbytes'
+                                                  "fp8"
     DIR/config.json, one *.gguf, tokenizer        kind "gguf"            the same, weights from the .gguf (or its parts)
     file.gguf                                     kind "gguf"            everything from its metadata
 

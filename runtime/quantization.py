@@ -54,8 +54,11 @@ class Quantization:
 
     @property
     def kind(self) -> str:
-        """ "nvfp4" or "bnb4": the format's name."""
-        return "bnb4" if isinstance(self.layout(), BitsAndBytes) else "nvfp4"
+        """ "nvfp4" or "bnb4": the format's name; "fp8": nothing but that."""
+        layout = self.layout()
+        if isinstance(layout, Mixed) and layout.said.get(""):
+            return "fp8"
+        return "bnb4" if isinstance(layout, BitsAndBytes) else "nvfp4"
 
     def layout(self) -> Modelopt | BitsAndBytes | CompressedTensors | OwnLayout | Mixed:
         """InputError, naming the method, for layouts that dgq does not read."""

@@ -224,6 +224,11 @@ class DirWeights(Weights):
         return isinstance(self._layout, Mixed)
 
     @property
+    def is_modelopts(self) -> bool:
+        """Whether it is modelopt's layout, with or without FP8."""
+        return isinstance(self._layout.base if isinstance(self._layout, Mixed) else self._layout, Modelopt)
+
+    @property
     def packed(self) -> tuple[str, ...]:
         """Canonical names of the weights that are stored quantised."""
         return tuple(self._quantised)

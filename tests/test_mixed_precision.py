@@ -70,6 +70,7 @@ def test_modelopt(theirs: tuple[str, Path]) -> None:
     recipe, path = theirs
     schemes = check(path, load_file(path / "decoded"))
     assert schemes[LAYER + "experts.down_proj"] == ("nvfp4" if recipe == "mixed" else "fp8")
+    assert open_artifact(path).kind == ("nvfp4" if recipe == "mixed" else "fp8")
     assert {schemes[LAYER + f"{part}.weight"] for part in ("self_attn.q_proj", "mlp.down_proj")} == {"fp8"}
     assert ("input_scale" in open_artifact(path).weights[LAYER + "experts.down_proj"].parts) == (recipe == "mixed")
 
@@ -161,6 +162,16 @@ def test_damage_is_named(theirs: tuple[str, Path], tmp_path: Path) -> None:
 
 
 def test_transformers_are_told(theirs: tuple[str, Path]) -> None:
+    """inspect's words are what happens: scales are left out and experts made up, with a warning; or an error."""
+    name, code = LAYER + "self_attn.q_proj", "import sys, torch, transformers as t; torch.set_num_threads(1);"
+    code += "m = t.DiffusionGemmaForBlockDiffusion.from_pretrained(sys.argv[1], dtype=torch.float32);"
+    code += f"print('MEAN', float(m.get_submodule({name!r}).weight.abs().mean()))"
+    done = subprocess.run([sys.executable, "-c", code, str(theirs[1])], capture_output=True, text=True, timeout=120)
+    mean = float(done.stdout.partition("MEAN ")[2])
+    assert mean > 100 * float(open_artifact(theirs[1]).weights[name + ".weight"].dequantize().abs().mean())
+    assert "newly initialized" in done.stderr
+    page = CliRunner().invoke(main, ["inspect", str(theirs[1])]).stdout
+    assert "transformers gives it WRONG weights and only warns; after `import dgq.runtime.hf` it raises" in page
     import dgq.runtime.hf  # noqa: F401, I001
     from transformers import DiffusionGemmaForBlockDiffusion
 
