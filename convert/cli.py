@@ -197,7 +197,10 @@ def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
 @click.argument("model", metavar="SRC|ARTIFACT")
 @click.argument("prompt", required=False)
 @click.option(
-    "--chat", is_flag=True, help="Put PROMPT through the chat template; without one, converse, a line a turn."
+    "--chat",
+    is_flag=True,
+    help="Put PROMPT through the chat template; without one, converse, a line a turn (/image FILE: a picture for the"
+    " next).",
 )
 @click.option("--thinking/--no-thinking", default=None, help="In a chat: think first. [default: the template's]")
 @click.option(

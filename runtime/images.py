@@ -144,18 +144,16 @@ class Vision:
 
 
 class Once:
-    """A tower that is asked once for each image, in however many turns it is shown. tower: may be taken away when all
-    images were."""
+    """A tower that is asked once for each image, in however many turns it is shown."""
 
     def __init__(self, tower: Callable[[Patches], Tensor]) -> None:
-        self.tower: Callable[[Patches], Tensor] | None = tower
+        self._tower = tower
         self._known: dict[bytes, Tensor] = {}
 
     def __call__(self, patches: Patches) -> Tensor:
         key = sha256(patches.values.numpy().tobytes() + patches.positions.numpy().tobytes()).digest()
         if key not in self._known:
-            assert self.tower is not None
-            self._known[key] = self.tower(patches)
+            self._known[key] = self._tower(patches)
         return self._known[key]
 
 

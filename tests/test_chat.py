@@ -183,8 +183,9 @@ def test_images_in_any_turn(artifact, model, store, worst):
 
 
 def test_the_command_takes_images(tmp_path) -> None:
-    """In a conversation's first line; what is wrong with one is said before anybody answers."""
+    """In a conversation's first line, or before any other; what is wrong with one is said before anybody answers."""
     noise(1).save(tmp_path / "a.png")
+    later = f"Sort: wind apple\n/image {tmp_path / 'a.png'}\nReverse: dog cat sun\n".encode()
 
     def run(*images: str, said: bytes = b"Sort: wind apple\nReverse: dog cat sun\n") -> Any:
         given = [word for image in images for word in ("--image", str(tmp_path / image))]
@@ -194,6 +195,10 @@ def test_the_command_takes_images(tmp_path) -> None:
     plain = [json.loads(line) for line in run().stdout.splitlines()]
     more = [one["prompt_tokens"] - other["prompt_tokens"] for one, other in zip(turns, plain, strict=True)]
     assert min(more) > 2 * 60 and turns[1]["encoded"] < 60
+    turns = [json.loads(line) for line in run(said=later).stdout.splitlines()]
+    assert turns[0] | {"load_s": 0, "generate_s": 0} == plain[0] | {"load_s": 0, "generate_s": 0}
+    assert turns[1]["prompt_tokens"] - plain[1]["prompt_tokens"] > 60 and len(turns) == 2
+    assert "none.png: no such file" in run(said=b"/image none.png\n").stderr
     failed = run("b.png")
     assert failed.exit_code == 2 and failed.stderr.count("\n") == 1 and "b.png: no such file" in failed.stderr
 
