@@ -148,7 +148,8 @@ def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, Dir
     said = quantization(path, raw)
     layout = None if said is None else said.layout()
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
-    tied = isinstance(layout.base if isinstance(layout, Mixed) else layout, (CompressedTensors, BitsAndBytes))
+    base = layout.base if isinstance(layout, Mixed) else layout
+    tied = base is None or isinstance(base, (CompressedTensors, BitsAndBytes))
     directory = TiedDir(path, config.experts) if tied else HFDir(path)
     apart = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
     if isinstance(apart, Mixed):
