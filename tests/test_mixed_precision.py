@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_compressed_tensors import TINY, compressed, decompressed, modules
 
 from dgq.convert.cli import main
+from dgq.convert.losses import weight_errors
 from dgq.quant.dense import F32
 from dgq.quant.errors import InputError
 from dgq.quant.types import Packed
@@ -89,6 +90,18 @@ def test_modelopt_on_the_command_line(theirs: tuple[str, Path]) -> None:
         assert said in told and memory in told
     found = json.loads(CliRunner().invoke(main, ["inspect", str(path), "--json"]).stdout.splitlines()[-1])
     assert found["by_scheme"]["fp8"]["params"] == round(numel * 2**20)
+
+
+def test_what_validate_says_of_each_weight(theirs: tuple[str, Path]) -> None:
+    """Its relative error, against the library's own decoding."""
+    _, path = theirs
+    names = [LAYER + "self_attn.q_proj.weight", LAYER + "mlp.down_proj.weight", LAYER + "experts.down_proj"]
+    source, decoded = open_artifact(TINY).weights, load_file(path / "decoded")
+    found = weight_errors(source, open_artifact(path).weights, names, "cpu")
+    for name in names:
+        plain = source[name].dequantize()
+        own = torch.cat([decoded[f"{base}.weight"] for base, _ in modules(name, plain)]).view(plain.shape).float()
+        assert float(found[name][0]) == pytest.approx(float((own - plain).norm() / plain.norm()), rel=1e-3)
 
 
 def test_for_the_kernels_it_is_bfloat16(theirs: tuple[str, Path]) -> None:
