@@ -197,7 +197,10 @@ def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
 @click.argument("model", metavar="SRC|ARTIFACT")
 @click.argument("prompt", required=False)
 @click.option(
-    "--chat", is_flag=True, help="Put PROMPT through the chat template; without one, converse, a line a turn."
+    "--chat",
+    is_flag=True,
+    help="Put PROMPT through the chat template; without one, converse, a line a turn (/image FILE: a picture for the"
+    " next).",
 )
 @click.option("--thinking/--no-thinking", default=None, help="In a chat: think first. [default: the template's]")
 @click.option(
@@ -205,7 +208,8 @@ def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
     "images",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Picture for the model to see, before PROMPT or where it says <|image|>; may be given several times.",
+    help="Picture for the model to see, before PROMPT (or a conversation's first line), or where that says <|image|>;"
+    " may be given several times.",
 )
 @click.option("--max-new-tokens", type=click.IntRange(1), help="[default: the model's generation_config]")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps a canvas at most. [default: generation_config]")
@@ -261,11 +265,10 @@ def run(
 
         if not chat:
             raise click.MissingParameter(param_type="argument", param_hint="'PROMPT'")
-        if images:
-            raise InputError("--image: goes with a PROMPT; a conversation is text alone")
         converse(
             model, revision=revision, thinking=thinking, max_new_tokens=max_new_tokens, steps=steps, seed=seed,
             device=device, dtype=dtype, activations=activations, rng=rng, vram=vram, as_json=as_json, adapters=adapters,
+            images=images,
         )  # fmt: skip
         return
     try:

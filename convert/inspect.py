@@ -17,7 +17,7 @@ from dgq.quant.own_layout import ONLY_DGQ
 from dgq.quant.schemes import stored_bits
 from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.names import VISION
-from dgq.runtime.weights import Weights
+from dgq.runtime.weights import DirWeights, Weights
 
 
 def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
@@ -84,6 +84,9 @@ def _rows(weights: Weights) -> list[Row]:
 
 def _transformers(opened: Artifact | Source) -> tuple[str, ...]:
     """What a user of transformers must know of packed weights."""
+    weights = opened.weights if isinstance(opened, Artifact) else None
+    if isinstance(weights, DirWeights) and weights.is_mixed and weights.is_modelopts:
+        return ("transformers gives it WRONG weights and only warns; after `import dgq.runtime.hf` it raises",)
     if not isinstance(opened, Artifact) or (without := opened.weights.without_import) is None:
         return ()
     return (f"transformers opens it after `import dgq.runtime.hf`; without that line it {without}",)

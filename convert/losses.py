@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dgq.convert.questions import LEVELS, Question, canvases
 from dgq.convert.work import Found
-from dgq.quant.schemes import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.artifact import Artifact
 from dgq.runtime.chunk import Chunk
@@ -51,8 +50,7 @@ def weight_errors(
 
 
 def _weight(a: Packed, b: Packed, device: str) -> tuple[Tensor, Tensor]:
-    plain = SCHEMES[b.scheme.name].bits >= 16
-    block = min(GAIN_BLOCK, b.scheme.block) if not plain else 1
+    block = min(GAIN_BLOCK, b.scheme.block) if b.scheme.bits < 16 else 1
     wrong, whole, low, high = [], [], 1.0, 1.0
     for start, stop in _pieces(a.shape):
         w, q = (side[start:stop].to(device).dequantize(torch.float32) for side in (a, b))

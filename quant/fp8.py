@@ -53,11 +53,12 @@ FP8 = FP8Scheme()
 
 @dataclass(frozen=True)
 class Mixed:
-    """The layout. base: that of its NVFP4; either: some of that with input scales and some without; specs: the
-    directory's tensors, which say what each module is."""
+    """The layout. base: that of its NVFP4; either: some of that with input scales and some without; said: modules that
+    the config names ("" is all others) -> whether it says FP8; specs: the directory's tensors, which say what is so."""
 
     base: Modelopt | CompressedTensors
     either: bool = False
+    said: Mapping[str, bool] = field(default_factory=dict)
     specs: Mapping[str, Spec] = field(default_factory=dict)
 
     @property
@@ -71,6 +72,8 @@ class Mixed:
         return self.base.holds(name, shape)
 
     def entries(self, name: str, shape: tuple[int, ...]) -> dict[str, Entry]:
+        """InputError for a module that is one of the two and said to be the other."""
+        self._check_said(name)
         if self.scheme_of(name) is not FP8:
             return self._four(name).entries(name, shape)
         groups = modules(name, shape)
@@ -99,6 +102,15 @@ class Mixed:
     def _is_eight(self, base: str) -> bool:
         spec = self.specs.get(base + "weight")
         return spec is not None and spec.dtype == _CODES
+
+    def _check_said(self, name: str) -> None:
+        module = modules(name, (1,))[0][0]
+        spec = self.specs.get(module + "weight") or self.specs.get(module + "weight_packed")
+        said = next((self.said[at] for at in (module[:-1], name.rpartition(".")[0], "") if at in self.said), None)
+        if spec is not None and said is not None and spec.dtype == ("U8" if said else _CODES):
+            kinds = ("FP8", "NVFP4") if said else ("NVFP4", "FP8")
+            what = f"{spec.file}: {spec.name} is {kinds[1]}, and said to be {kinds[0]}"
+            raise InputError(f"{what}; one of file and config is stale, fetch both again")
 
     def _four(self, name: str) -> Modelopt | CompressedTensors:
         if not self.either:

@@ -26,7 +26,7 @@ from dgq.quant.errors import InputError
 from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.chat import Chat
 from dgq.runtime.engine import Block, Step, generate, stream
-from dgq.runtime.images import placed
+from dgq.runtime.images import Once, placed
 from dgq.runtime.pictured import Pictured
 
 if TYPE_CHECKING:
@@ -119,6 +119,12 @@ class Engine:
     def chat(self, system: str | None = None, thinking: bool | None = None, **settings: Any) -> Chat:
         """A conversation, whose turns keep their keys and values: see chat.Chat. As long as nothing else is generated
         in between, that is: on a GPU this takes a conversation's memory, and the next turn encodes it anew."""
+        tower = Once(lambda patches: self.tower(patches))
+
+        def see(ids: Sequence[int], images: Sequence[Any]) -> Sequence[int]:
+            return self.artifact.vision.prompt(ids, images, tower)
+
+        settings = {"see": see, **settings}
         return Chat(self.model, self.tokenizer, self.generation, system=system, thinking=thinking, **settings)
 
     def text(self, event: Step | Block, row: int = 0) -> str:

@@ -1,7 +1,8 @@
 """Open whatever dgq runs: a checkpoint directory, an artifact directory, or a bare .gguf.
 
     DIR/config.json, *.safetensors, tokenizer     kind "safetensors"     config and tokenizer from their files
-    the same, quantised as its config.json says   kind "nvfp4", "bnb4"   modelopt's, compressed-tensors', bitsandbytes'
+    the same, quantised as its config.json says   kind "nvfp4", "bnb4",  modelopt's, compressed-tensors', bitsandbytes'
+                                                  "fp8"
     DIR/config.json, one *.gguf, tokenizer        kind "gguf"            the same, weights from the .gguf (or its parts)
     file.gguf                                     kind "gguf"            everything from its metadata
 
@@ -147,7 +148,8 @@ def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, Dir
     said = quantization(path, raw)
     layout = None if said is None else said.layout()
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
-    tied = isinstance(layout.base if isinstance(layout, Mixed) else layout, (CompressedTensors, BitsAndBytes))
+    base = layout.base if isinstance(layout, Mixed) else layout
+    tied = base is None or isinstance(base, (CompressedTensors, BitsAndBytes))
     directory = TiedDir(path, config.experts) if tied else HFDir(path)
     apart = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
     if isinstance(apart, Mixed):

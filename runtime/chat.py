@@ -3,6 +3,7 @@
     chat = engine.chat(system="Be brief.", thinking=True)
     chat.ask("Why is the sky blue?").text
     chat.ask("And at night?").encoded        only the tokens that are new
+    chat.ask("Like this?", images=["night.jpg"])
 
 The messages are the truth: every turn renders all of them, and keeps of the cache what the rendering has in common with
 it (turns.py). A reply goes among them as its text; its thoughts apart, as "reasoning_content", where Gemma 4's template
@@ -17,8 +18,9 @@ from typing import Any
 
 from dgq.quant.errors import InputError
 from dgq.runtime.engine import Block, Rng, Step, stream
-from dgq.runtime.images import placed
+from dgq.runtime.images import parted, placed
 from dgq.runtime.model import Model
+from dgq.runtime.pictured import told
 from dgq.runtime.settings import GenerationConfig
 from dgq.runtime.tokenizer import Tokenizer
 from dgq.runtime.turns import Turns, common
@@ -53,19 +55,24 @@ class Chat:
         messages: Sequence[Mapping[str, Any]] = (),
         seed: int = 0,
         rng: Rng = "counter",
+        see: Callable[[Sequence[int], Sequence[Any]], Sequence[int]] | None = None,
     ) -> None:
         """thinking: the template's enable_thinking, its own default unless given. seed: of all turns; no two turns
-        draw the same from it. InputError if the template knows no thinking."""
+        draw the same from it. see: puts images in their places among ids; None: text alone. InputError if the template
+        knows no thinking."""
         self._model, self._tokenizer, self._generation = model, tokenizer.thinking(thinking), generation
-        self._seed, self._rng, self._turns = seed, rng, Turns()
+        self._seed, self._rng, self._turns, self._see = seed, rng, Turns(), see
         self._turn: object = None  # the one that goes on
         self.messages: list[Mapping[str, Any]] = list(messages)
         if system is not None:
             self.messages.insert(0, {"role": "system", "content": system})
 
-    def ask(self, text: str, on_step: Callable[[Step], None] | None = None, **settings: Any) -> Reply:
-        """The reply to a user's text, both added to the messages. settings: max_new_tokens, steps."""
-        events = self.stream(text, every_step=on_step is not None, **settings)
+    def ask(
+        self, text: str, on_step: Callable[[Step], None] | None = None, images: Sequence[Any] = (), **settings: Any
+    ) -> Reply:
+        """The reply to a user's text, both added to the messages. images: this turn's, files or PIL images, before the
+        text or where it says <|image|>. settings: max_new_tokens, steps."""
+        events = self.stream(text, images, every_step=on_step is not None, **settings)
         while True:
             try:
                 event = next(events)
@@ -75,15 +82,18 @@ class Chat:
             if on_step is not None and isinstance(event, Step):
                 on_step(event)
 
-    def stream(self, text: str, **settings: Any) -> Generator[Step | Block, None, Reply]:
+    def stream(self, text: str, images: Sequence[Any] = (), **settings: Any) -> Generator[Step | Block, None, Reply]:
         """ask(), as it happens; the generator's value is the reply. A turn that is not seen to its end never was."""
         turn = self._turn = object()
-        said = [*self.messages, {"role": "user", "content": text}]
-        ids, images, _ = placed(self._tokenizer, said)
-        if images:
-            raise InputError("a conversation is text alone: images go into a single prompt")
-        bare = self._tokenizer.chat(said, add_generation_prompt=False)
-        self._turns.settled = common(ids, bare)
+        said = [*self.messages, {"role": "user", "content": parted(text, images)}]
+        plain, shown, _ = placed(self._tokenizer, said)
+        ids: Sequence[int] = plain
+        bare: Sequence[int] = self._tokenizer.chat(said, add_generation_prompt=False)
+        if shown:
+            if self._see is None:
+                raise InputError("this conversation is text alone: dgq.runtime.load(…).chat() takes images")
+            ids, bare = self._see(ids, shown), self._see(bare, shown)
+        self._turns.settled = common(told(ids), told(bare))
         number = sum(message.get("role") == "assistant" for message in self.messages)
         places: dict[str, Any] = {"seed": self._seed, "rows": [number]}
         if self._rng == "torch":

@@ -31,7 +31,7 @@ from dgq.quant.bnb import STATE
 from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import read_index, read_json
 from dgq.runtime.artifact import open_weights
-from dgq.runtime.hf_modules import Holder, Origin, PackedExperts, PackedLinear
+from dgq.runtime.hf_modules import Holder, NoTower, Origin, PackedExperts, PackedLinear
 from dgq.runtime.names import DECODER, ENCODER
 from dgq.runtime.weights import DirWeights
 
@@ -74,6 +74,10 @@ class _Packed(HfQuantizer):  # type: ignore[misc]
                 f"{path}: FP8 or mixed precision, which `import dgq.runtime.hf` does not open; dgq run does"
             )
         self._weights, patterns = weights, set()
+        if not weights.sees:  # transformers would make up a tower, and save it
+            inner: Any = model.get_submodule("model.encoder")
+            inner.vision_tower, inner.embed_vision = NoTower(str(path)), None
+            model.config.vision_config = None  # type: ignore[union-attr]
         with torch.device("meta"):
             for name in weights.packed:
                 module = name.removesuffix(".weight") if name.endswith(".weight") else name.rpartition(".")[0]

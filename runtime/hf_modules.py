@@ -122,3 +122,14 @@ class PackedExperts(nn.Module):
     def forward(self, hidden: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
         assert self.gate_up is not None and self.down is not None
         return layers.experts(hidden, chosen, share.float(), self.gate_up.weight(), self.down.weight())
+
+
+class NoTower(nn.Module):
+    """In the vision tower's place, of a directory without one. source: in the error that an image gets."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self._source = source
+
+    def forward(self, *_: Any, **__: Any) -> None:
+        raise InputError(f"{self._source}: has no vision tower, which images need")

@@ -13,10 +13,12 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,6 +145,20 @@ class Vision:
         return Pictured(whole, torch.cat([tower(one) for one in cut]), image)
 
 
+class Once:
+    """A tower that is asked once for each image, in however many turns it is shown."""
+
+    def __init__(self, tower: Callable[[Patches], Tensor]) -> None:
+        self._tower = tower
+        self._known: dict[bytes, Tensor] = {}
+
+    def __call__(self, patches: Patches) -> Tensor:
+        key = sha256(patches.values.numpy().tobytes() + patches.positions.numpy().tobytes()).digest()
+        if key not in self._known:
+            self._known[key] = self._tower(patches)
+        return self._known[key]
+
+
 def open_image(image: Path | str | PIL.Image.Image) -> tuple[str, PIL.Image.Image]:
     """Its name for messages, and it as RGB, upright (EXIF). InputError if it is missing, damaged or too large."""
     import PIL.Image
@@ -166,8 +182,13 @@ def open_image(image: Path | str | PIL.Image.Image) -> tuple[str, PIL.Image.Imag
                 raise InputError(f"{name}: is no image that dgq opens, such as PNG, JPEG or WebP{what}") from None
     if (pixels := opened.width * opened.height) > LARGEST:
         raise _too_large(name, f"{opened.width} x {opened.height} pixels, {pixels / 1e6:,.0f} million")
+    if opened.mode in ("I", "F"):  # Pillow would cut them off at 255
+        raise InputError(f"{name}: has 32-bit gray values, and does not say which is white; save it in 8 or 16 bits")
     try:
-        return name, PIL.ImageOps.exif_transpose(opened).convert("RGB")
+        upright = PIL.ImageOps.exif_transpose(opened)
+        if upright.mode.startswith("I;16"):  # the high byte, as Pillow reads 16 bits of colour
+            upright = PIL.Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return name, upright.convert("RGB")
     except Exception as error:  # a damaged file may raise anything while it is decoded
         raise InputError(f"{name}: cannot be decoded ({error}); truncated or damaged") from None
 
@@ -214,6 +235,22 @@ def placed(
         found = [next(rest, None) if one is None else one for one in own]
         given = [one for one in found if one is not None] + list(rest)
     return _imaged(tokenizer, tokenizer.chat(messages), given), given, None
+
+
+def parted(text: str, images: Sequence[Any]) -> str | list[dict[str, Any]]:
+    """A message's content: its images before its text, or each where the text says <|image|>. InputError if that is
+    more or less often than there are images."""
+    if not images:
+        return text
+    first, *others = text.split(MARKER)
+    if not others:
+        return [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+    if len(others) != len(images):
+        raise InputError(f"the text has {len(others)} {MARKER} for {len(images)} images: it needs one for each")
+    parts = [{"type": "text", "text": first}] if first else []
+    for image, other in zip(images, others, strict=True):
+        parts += [{"type": "image", "image": image}, *([{"type": "text", "text": other}] if other else [])]
+    return parts
 
 
 def _imaged(tokenizer: Tokenizer, ids: list[int], images: Sequence[Any]) -> list[int]:

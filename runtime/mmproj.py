@@ -96,7 +96,9 @@ def only_mmproj(folder: Path, model: Path) -> Path:
     """The one beside `model`. InputError if there is none, or a choice."""
     found = find_mmproj(folder)
     if not found:
-        raise InputError(f"{model}: has no vision tower, which images need: no mmproj*.gguf lies in {folder}")
+        raise InputError(
+            f"{model}: has no vision tower, which images need: no mmproj*.gguf lies in {folder}; put it there, so named"
+        )
     if len(found) > 1:
         raise InputError(f"{folder}: holds {len(found)} mmproj files ({found[0].name}, {found[1].name}, …); keep one")
     return found[0]

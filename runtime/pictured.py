@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import groupby
 
 import torch
@@ -23,7 +24,7 @@ class Pictured(Sequence[int]):
     `image_token`, in their order."""
 
     def __init__(self, ids: Sequence[int], embeddings: Tensor, image_token: int) -> None:
-        self._ids, self.embeddings = tuple(ids), embeddings
+        self._ids, self.embeddings, self._image = tuple(ids), embeddings, image_token
         self.is_image = [token == image_token for token in self._ids]
         assert sum(self.is_image) == len(embeddings)
         runs = [(image, len(list(run))) for image, run in groupby(self.is_image)]
@@ -35,6 +36,11 @@ class Pictured(Sequence[int]):
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]  # int -> int, slice -> tuple
         return self._ids[index]
+
+    def part(self, first: int, last: int) -> Pictured:
+        """Some of its tokens, images whole."""
+        before, own = sum(self.is_image[:first]), sum(self.is_image[first:last])
+        return Pictured(self._ids[first:last], self.embeddings[before : before + own], self._image)
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,25 @@ class Pictures:
     def put_into(self, x: Tensor) -> None:
         """Their embeddings into x (rows, tokens, hidden), or (tokens, hidden) of a single row."""
         x[self.at if x.dim() == 3 else self.at[0]] = self.embeddings.to(x.dtype)
+
+
+def part(prompt: Sequence[int], first: int, last: int) -> Sequence[int]:
+    """Some tokens of a prompt, images whole."""
+    return prompt.part(first, last) if isinstance(prompt, Pictured) else prompt[first:last]
+
+
+def told(prompt: Sequence[int]) -> list[int]:
+    """What one prompt can be held against another by: its ids, and for an image's tokens a number below 0 that is made
+    of its embeddings."""
+    marks = list(prompt)
+    if isinstance(prompt, Pictured):
+        rows = iter(prompt.embeddings.cpu())
+        starts = (at for at, image in enumerate(prompt.is_image) if image and not prompt.behind[at])
+        for start in starts:
+            stop = start + prompt.ahead[start] + 1
+            own = torch.stack([next(rows) for _ in range(start, stop)]).view(torch.uint8).numpy().tobytes()
+            marks[start:stop] = [-1 - int.from_bytes(sha256(own).digest()[:8])] * (stop - start)
+    return marks
 
 
 def pieces(prompts: Sequence[Sequence[int]], step: int) -> Iterator[slice]:

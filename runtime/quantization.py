@@ -54,8 +54,11 @@ class Quantization:
 
     @property
     def kind(self) -> str:
-        """ "nvfp4" or "bnb4": the format's name."""
-        return "bnb4" if isinstance(self.layout(), BitsAndBytes) else "nvfp4"
+        """ "nvfp4" or "bnb4": the format's name; "fp8": nothing but that."""
+        layout = self.layout()
+        if isinstance(layout, Mixed) and layout.said.get(""):
+            return "fp8"
+        return "bnb4" if isinstance(layout, BitsAndBytes) else "nvfp4"
 
     def layout(self) -> Modelopt | BitsAndBytes | CompressedTensors | OwnLayout | Mixed:
         """InputError, naming the method, for layouts that dgq does not read."""
@@ -67,7 +70,8 @@ class Quantization:
             if what := refused(self.raw):
                 raise InputError(f"{self.source}: compressed-tensors with {what}, which dgq does not open; {OPENS}")
             base, inputs, eights = layout_of(self.raw)
-            return Mixed(base, either=len(inputs) > 1) if eights or len(inputs) > 1 else base
+            said = {} if inputs or not eights else {"": True}
+            return Mixed(base, len(inputs) > 1, said) if eights or len(inputs) > 1 else base
         if self.method == OWN:
             return own_layout_of(self.raw, str(self.source))
         raise InputError(f"{self.source}: quantised as {self.method[:40]!r}, which dgq does not open; {OPENS}")
@@ -85,7 +89,9 @@ class Quantization:
         _check_group_size({"config_groups": layers}, self.source)
         algos = {layer["quant_algo"] for layer in layers.values()}
         base = Modelopt(activations=W4A4 in algos)
-        return base if algos in ({W4A4}, {W4A16}) else Mixed(base, either={W4A4, W4A16} <= algos)
+        said = {name: layer["quant_algo"] in _EIGHTS for name, layer in layers.items()}
+        said |= {"": True} if all(said.values()) else {}
+        return base if algos in ({W4A4}, {W4A16}) else Mixed(base, {W4A4, W4A16} <= algos, said)
 
     def _bitsandbytes(self) -> BitsAndBytes:
         for key, allowed in _BITSANDBYTES.items():

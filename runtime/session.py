@@ -102,11 +102,12 @@ class Session:
 
     def extend(self, ids: Sequence[int], length: int) -> None:
         """Encode tokens behind the first `length` of the only row."""
-        self.live, step = 1, self.passes.prefill
+        self.live, device = 1, self.passes.device
         self._note("prompt")
-        for first in range(0, len(ids), step):
-            part = torch.tensor(ids[first : first + step], device=self.passes.device)[None]
-            self.passes.encode_prompt(part, Prompt(self.slots, 0, length + first, part.shape[1]), None)
+        for piece in pieces([ids], self.passes.prefill) if ids else ():
+            new = torch.tensor(ids[piece], device=device)[None]
+            view = Prompt(self.slots, 0, length + piece.start, new.shape[1])
+            self.passes.encode_prompt(new, view, pictures([ids], piece, device))
         self.slots.holds(length + len(ids))
 
     @property

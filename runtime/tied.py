@@ -1,6 +1,6 @@
-"""A safetensors directory that may hold tied weights twice, as llm-compressor saves them: the encoder's copies of the
-decoder's, and lm_head's of the embedding. One is listed; when it is read, the other is held against it, byte for byte.
-transformers' bitsandbytes saves the encoder's quant_states without weights: these are copies too.
+"""A safetensors directory that may hold tied weights twice, as llm-compressor and trainers save them: the encoder's
+copies of the decoder's, and lm_head's of the embedding. One is listed; when it is read, the other is held against it,
+byte for byte. transformers' bitsandbytes saves the encoder's quant_states without weights: these are copies too.
 
 input_global_scale is not compared: each side saw activations of its own. The decoder's is taken.
 """

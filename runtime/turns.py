@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dgq.runtime.batch import PREFILL, OnSlots, Reference, passes_of, session_for
 from dgq.runtime.model import Model
+from dgq.runtime.pictured import part, pictures, pieces, told
 from dgq.runtime.rng import CounterRandom, Random
 from dgq.runtime.session import Session
 from dgq.runtime.settings import SamplerConfig
@@ -58,7 +59,7 @@ class _Saved:
 
 class Turns:
     """One conversation's. settled: tokens of the next prompt that no later turn is expected to write anew; encoded: of
-    the last prompt, those that were not kept."""
+    the last prompt, those that were not kept. ids: as pictured.told() has them."""
 
     def __init__(self) -> None:
         self.settled = self.encoded = 0
@@ -70,8 +71,9 @@ class Turns:
         """Make the store hold just `ids`; it is another than before if somebody else took that one."""
         if store is not self.store:
             self.store, self.ids, self._saved = store, [], None
-        length, saved, broken = common(self.ids, ids), self._saved, not self.ids
-        if saved is not None and common(saved.ids, ids) < len(saved.ids):
+        marks = told(ids)
+        length, saved, broken = common(self.ids, marks), self._saved, not self.ids
+        if saved is not None and common(saved.ids, marks) < len(saved.ids):
             saved = self._saved = None
         self.ids, windows = [], None
         if broken or store.first > max(0, length - window + 1):
@@ -79,11 +81,11 @@ class Turns:
         store.rewind(length, windows)
         self.encoded = len(ids) - length
         if length < self.settled <= len(ids):
-            store.extend(ids[length : self.settled], length)
+            store.extend(part(ids, length, self.settled), length)
             length = self.settled
-            self._saved = _Saved(list(ids[:length]), store.windows(length))
-        store.extend(ids[length:], length)
-        self.ids = list(ids)
+            self._saved = _Saved(marks[:length], store.windows(length))
+        store.extend(part(ids, length, len(ids)), length)
+        self.ids = marks
 
     @contextmanager
     def growing(self, canvas: Tensor) -> Iterator[None]:
@@ -116,9 +118,10 @@ class CacheStore:
         self.cache.rewind(length, windows)
 
     def extend(self, ids: Sequence[int], length: int) -> None:
-        for first in range(0, len(ids), PREFILL):
-            part = torch.tensor(ids[first : first + PREFILL], device=self._model.device)
-            self._model.encode(part[None], self.cache)
+        device = self._model.device
+        for piece in pieces([ids], PREFILL) if ids else ():
+            new = torch.tensor(ids[piece], device=device)[None]
+            self._model.encode(new, self.cache, images=pictures([ids], piece, device))
 
 
 class SessionStore:

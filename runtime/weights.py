@@ -214,9 +214,19 @@ class DirWeights(Weights):
         return self._dir[name]
 
     @property
+    def sees(self) -> bool:
+        """Whether there is a vision tower."""
+        return bool(self._vision)
+
+    @property
     def is_mixed(self) -> bool:
         """Whether modules are stored in several ways, FP8 among them or not."""
         return isinstance(self._layout, Mixed)
+
+    @property
+    def is_modelopts(self) -> bool:
+        """Whether it is modelopt's layout, with or without FP8."""
+        return isinstance(self._layout.base if isinstance(self._layout, Mixed) else self._layout, Modelopt)
 
     @property
     def packed(self) -> tuple[str, ...]:

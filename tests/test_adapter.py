@@ -116,12 +116,29 @@ def test_against_a_merge_in_bfloat16(made: dict[str, Any]) -> None:
         assert bool(((ours - theirs).abs() <= eps * (theirs.abs() + change)).all())
 
 
-def test_two_adapters_one_after_the_other(made: dict[str, Any]) -> None:
-    paths = [made[kind][0] for kind in ("plain", "experts")]
+@pytest.mark.parametrize("kinds", [("plain", "experts"), ("patterns", "dora")], ids=["apart", "on the same weights"])
+def test_two_adapters_one_after_the_other(made: dict[str, Any], kinds: tuple[str, str]) -> None:
+    paths = [made[kind][0] for kind in kinds]
     wrapped = PeftModel.from_pretrained(fresh(), paths[0], adapter_name="one").merge_and_unload()
     merged = PeftModel.from_pretrained(wrapped, paths[1], adapter_name="two").merge_and_unload().state_dict()
     source = open_source(str(TINY_A), adapters=paths)
     assert set(changed(source, merged)) == {name for adapter in source.adapters for name in adapter.deltas}
+
+
+def test_experts_the_other_way_round(made: dict[str, Any], tmp_path: Path) -> None:
+    """As peft before 0.18 saved them: in and out exchanged. What the change is transposed from is peft's own."""
+    path, merged = made["experts"]
+    shutil.copytree(path, tmp_path / "old")
+    tensors, experts = load_file(path / "adapter_model.safetensors"), 12
+    for name in [name for name in tensors if "lora_A" in name]:
+        other = name.replace("lora_A", "lora_B")
+        a, b = tensors[name], tensors[other]
+        tensors[name] = b.view(len(b), -1, experts).permute(2, 1, 0).reshape(-1, len(b)).contiguous()
+        tensors[other] = a.view(experts, -1, a.shape[1]).permute(2, 1, 0).reshape(a.shape[1], -1).contiguous()
+    save_file(tensors, tmp_path / "old" / "adapter_model.safetensors")
+    assert set(changed(open_source(str(TINY_A), adapters=[tmp_path / "old"]), merged)) == {
+        "model." + name for name in EXPERTS
+    }
 
 
 def test_adapters_of_parts_of_the_model(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from click.testing import CliRunner
@@ -16,7 +17,10 @@ from dgq.convert.cli import main
 from dgq.quant.errors import InputError
 from dgq.runtime import engine, turns
 from dgq.runtime.artifact import open_artifact
+from dgq.runtime.batch import encode_each
 from dgq.runtime.chat import Chat
+from dgq.runtime.images import Once, parted, placed
+from dgq.runtime.pictured import Pictured, told
 from dgq.runtime.plain import Plain
 from dgq.runtime.session import Session
 from dgq.runtime.slots import Canvas
@@ -76,7 +80,9 @@ def logits_of(store: Any, model: Any, canvas: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def recomputed(model: Any, ids: list[int], canvas: torch.Tensor) -> torch.Tensor:
+def recomputed(model: Any, ids: Any, canvas: torch.Tensor) -> torch.Tensor:
+    if isinstance(ids, Pictured):
+        return model.decode(canvas, encode_each(model, [ids], len(ids) + model.config.canvas))
     cache = model.new_cache(1)
     model.encode(torch.tensor([ids]), cache)
     return model.decode(canvas, cache)
@@ -91,9 +97,9 @@ def worst(monkeypatch, model) -> list[float]:
 
     def compared(self: Turns, place: Any, ids: Any, window: int) -> None:
         begin(self, place, ids, window)
-        assert self.ids == list(ids)
+        assert self.ids == told(ids)
         with torch.inference_mode():
-            found.append(float((logits_of(place, model, canvas) - recomputed(model, self.ids, canvas)).abs().max()))
+            found.append(float((logits_of(place, model, canvas) - recomputed(model, ids, canvas)).abs().max()))
 
     monkeypatch.setattr(Turns, "begin", compared)
     return found
@@ -164,6 +170,74 @@ def test_one_turn_at_a_time(artifact, model, store):
     assert [message["content"] for message in chat.messages] == [SAID[0], reply.text]
 
 
+def noise(seed: int) -> PIL.Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    return PIL.Image.fromarray(torch.randint(0, 256, (112, 160, 3), generator=generator).byte().numpy())
+
+
+def test_images_in_any_turn(artifact, model, store, worst):
+    """An image is seen once and stays in the cache; one of the same size in its place is another; each reply is what
+    one call with the whole conversation gives."""
+    seen: list[Any] = []
+    vision, eyes = artifact.vision, artifact.vision.tower("cpu", torch.float32)
+
+    def counted(patches):
+        seen.append(patches)
+        return eyes(patches)
+
+    def see(ids, images):
+        return vision.prompt(ids, images, tower)
+
+    tower = Once(counted)
+    chat = Chat(model, artifact.tokenizer, endless(artifact), seed=3, see=see)
+    turns = [(SAID[0], [noise(1)]), (SAID[2], []), ("Sort: <|image|> zoo ant <|image|>", [noise(2), noise(1)])]
+    before = 0
+    for number, (said, images) in enumerate([*turns, (SAID[4], [])]):
+        if number == 3:
+            chat.messages[0] = {"role": "user", "content": parted(SAID[0], [noise(4)])}
+        asked = [*chat.messages, {"role": "user", "content": parted(said, images)}]
+        reply = chat.ask(said, images=images, max_new_tokens=191, steps=2)
+        assert reply.prompt_tokens - reply.encoded >= before or number == 3
+        plain, shown, _ = placed(artifact.tokenizer, asked)
+        alone = engine.generate(model, [see(plain, shown)], endless(artifact), 191, 3, 2, rows=[number])
+        assert alone.tokens == [reply.tokens]
+        before = len(see(artifact.tokenizer.chat(asked, add_generation_prompt=False), shown))
+    assert reply.encoded == reply.prompt_tokens > 3 * 60 and len(seen) == 3
+    assert len(worst) == 4 and max(worst) < 1e-4
+
+
+def test_the_command_takes_images(tmp_path) -> None:
+    """In a conversation's first line, or before any other; what is wrong with one is said before anybody answers."""
+    noise(1).save(tmp_path / "a.png")
+    later = f"Sort: wind apple\n/image {tmp_path / 'a.png'}\nReverse: dog cat sun\n".encode()
+
+    def run(*images: str, said: bytes = b"Sort: wind apple\nReverse: dog cat sun\n") -> Any:
+        given = [word for image in images for word in ("--image", str(tmp_path / image))]
+        return CliRunner().invoke(main, ["run", "tiny", "--device", "cpu", "--chat", "--json", *given], input=said)
+
+    turns = [json.loads(line) for line in run("a.png", "a.png").stdout.splitlines()]
+    plain = [json.loads(line) for line in run().stdout.splitlines()]
+    more = [one["prompt_tokens"] - other["prompt_tokens"] for one, other in zip(turns, plain, strict=True)]
+    assert min(more) > 2 * 60 and turns[1]["encoded"] < 60
+    turns = [json.loads(line) for line in run(said=later).stdout.splitlines()]
+    assert turns[0] | {"load_s": 0, "generate_s": 0} == plain[0] | {"load_s": 0, "generate_s": 0}
+    assert turns[1]["prompt_tokens"] - plain[1]["prompt_tokens"] > 60 and len(turns) == 2
+    assert "none.png: no such file" in run(said=b"/image none.png\n").stderr
+    failed = run("b.png")
+    assert failed.exit_code == 2 and failed.stderr.count("\n") == 1 and "b.png: no such file" in failed.stderr
+
+
+def test_no_two_turns_draw_the_same(artifact, model):
+    """From torch's stream as well: turn n is generate()'s with seed + n."""
+    chat = Chat(model, artifact.tokenizer, artifact.generation, seed=3, rng="torch")
+    for number, said in enumerate((TEXTS[0], TEXTS[1])):
+        ids = artifact.tokenizer.chat([*chat.messages, {"role": "user", "content": said}])
+        tokens = [
+            engine.generate(model, [ids], artifact.generation, 64, 3 + n, 2, rng="torch").tokens[0] for n in range(2)
+        ]
+        assert chat.ask(said, max_new_tokens=64, steps=2).tokens == tokens[number] != tokens[1 - number]
+
+
 def test_what_was_written_anew_is_encoded_anew(artifact, model, store, worst):
     chat = Chat(model, artifact.tokenizer, endless(artifact), system="Be brief.", seed=1)
     for said in SAID[:2]:
@@ -188,6 +262,8 @@ def test_an_abandoned_turn_never_was(artifact, model, store, worst):
     shown = [{"role": "user", "content": [{"type": "image", "image": "cat.png"}]}]
     with pytest.raises(InputError, match="text alone"):
         Chat(model, artifact.tokenizer, artifact.generation, messages=shown).ask("What is this?")
+    with pytest.raises(InputError, match=r"the text has 1 <\|image\|> for 2 images"):
+        chat.ask("What is <|image|>?", images=["cat.png", "dog.png"])
     with pytest.raises(InputError, match="no image is given"):
         chat.ask("What is <|image|>?")
     with pytest.raises(InputError, match="exceed the context"):
@@ -276,8 +352,6 @@ def test_the_command(monkeypatch, artifact) -> None:
         failed = run(*arguments, said=said)
         assert failed.exit_code == 2 and failed.stderr.count("\n") == 1 and problem in failed.stderr
     assert CliRunner().invoke(main, ["run", "tiny"]).exit_code == 2
-    pictured = CliRunner().invoke(main, ["run", "tiny", "--chat", "--image", "cat.png"])
-    assert pictured.exit_code == 2 and "text alone" in pictured.stderr
     assert "add --chat" in CliRunner().invoke(main, ["run", "tiny", "--thinking", "a"]).stderr
     monkeypatch.setattr(Tokenizer, "decode", lambda *_: "a\x1b]0;x\x07\tb\x9b2J\r\nc\u202e👩\u200d👩 é")
     assert run("a").stdout == "a\\x1b]0;x\\x07\tb\\x9b2J\nc\\u202e👩\u200d👩 é\n"

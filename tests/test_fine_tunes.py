@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import error_of
 
 from dgq.convert.cli import main
+from dgq.quant.errors import InputError
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.names import EMBEDDING
 
@@ -81,6 +82,23 @@ def test_every_format_takes_them(tmp_path: Path, kind: str) -> None:
         [{"role": "user", "content": ASK[0]}]
     )
     assert dgq("run", file, *ASK)["tokens"] == dgq("run", tmp_path / "gguf", *ASK)["tokens"]
+
+
+def test_both_sides_saved(tmp_path: Path) -> None:
+    """Copies of what is tied open where a program opens them, too, and are held against each other."""
+    path = tuned(tmp_path / "saved")
+    tensors, decoder = load_file(path / "model.safetensors"), "model.decoder.layers."
+    for name in [name for name in tensors if name.startswith(decoder) and not name.endswith("layer_scalar")]:
+        tensors[name.replace(decoder, "model.encoder.language_model.layers.")] = tensors[name].clone()
+    tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
+    save_file(tensors, path / "model.safetensors")
+    assert dgq("inspect", path)["params"] and dgq("run", path, *ASK)["text"] == "apple door king wind"
+    found = {name: weight.dequantize() for name, weight in open_artifact(path).weights.items()}
+    assert len(found) > 100 and all(torch.equal(found[name], tensors[name].float()) for name in found)
+    tensors["lm_head.weight"][3] *= 2
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(InputError, match=r"lm_head\.weight is not a copy of model\.decoder\.embed_tokens"):
+        open_artifact(path).load("cpu")
 
 
 def test_what_contradicts_itself_is_one_line(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from test_bnb_others import apart, said
+from test_fine_tunes import tuned
 from transformers import DiffusionGemmaForBlockDiffusion
 
 import dgq.runtime.hf  # noqa: F401
@@ -177,6 +178,28 @@ def test_experts_apart_open_too(tmp_path: Path) -> None:
     assert f"float32 when loaded, {3 * codes / 2**20:,.1f} MiB more" in open_artifact(path).weights.remarks[0]
     with pytest.raises(InputError, match="this layout is read only"):
         model.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("to", ["nvfp4", "bnb4"])
+def test_without_a_tower(to: str, tmp_path: Path) -> None:
+    """transformers makes up none and saves none; an image is refused."""
+    source, path, again = tuned(tmp_path / "text", 0, False, False), tmp_path / "made", tmp_path / "again"
+    scale = ["--input-scale", "0.01"] if to == "nvfp4" else []
+    command = ["convert", str(source), "--to", to, "--effort", "stock", "-o", str(path), *scale]
+    assert CliRunner().invoke(main, command).exit_code == 0
+    model = opened(path, torch.bfloat16)
+    ids, canvas = torch.arange(20, 40)[None], torch.arange(100, 164)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, decoder_input_ids=canvas).logits
+        with pytest.raises(InputError, match="no vision tower"):
+            model.model.encoder.get_image_features(torch.zeros(1, 9, 768), torch.zeros(1, 9, 2, dtype=torch.int64))
+    model.save_pretrained(again)
+    before, after = (load_file(one / "model.safetensors") for one in (path, again))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n].view(-1).view(torch.uint8), after[n].view(-1).view(torch.uint8)) for n in before)
+    assert open_artifact(again).config == open_artifact(path).config
+    with torch.no_grad():
+        assert torch.equal(opened(again, torch.bfloat16)(input_ids=ids, decoder_input_ids=canvas).logits, logits)
 
 
 def test_without_the_import(artifacts: dict[str, Path]) -> None:

@@ -31,7 +31,7 @@ from dgq.runtime import batch, engine
 from dgq.runtime.artifact import Artifact, open_artifact
 from dgq.runtime.batch import OnSlots
 from dgq.runtime.engine import generate
-from dgq.runtime.images import placed
+from dgq.runtime.images import open_image, placed
 from dgq.runtime.model import Model
 from dgq.runtime.pictured import Pictured, pictures, pieces
 from dgq.runtime.plain import Plain
@@ -292,6 +292,29 @@ def test_files_that_are_no_images(tmp_path: Path, pictures_of: dict[str, Path]) 
     PIL.Image.new("RGB", (3000, 20)).save(tmp_path / "strip.png")
     line = fails(TINY, "what", "--image", tmp_path / "strip.png")
     assert "strip.png: is 210 patches long and narrow, the tower has places for 64" in line
+
+
+def test_files_as_cameras_and_scanners_make_them(tmp_path: Path, pictures_of: dict[str, Path]) -> None:
+    """On their side, in other colours, moving; 16-bit gray is what it is in 8 bits, for which Pillow gives white."""
+    image = PIL.Image.open(pictures_of["wide.png"])
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    image.save(tmp_path / "turned.png", exif=exif)
+    turned = open_image(tmp_path / "turned.png")[1]
+    assert turned.size == (112, 160) and turned.tobytes() == image.transpose(PIL.Image.Transpose.ROTATE_270).tobytes()
+    assert turned.tobytes() == load_image(str(tmp_path / "turned.png")).tobytes()
+    image.convert("CMYK").save(tmp_path / "print.tiff")
+    for mode in ("L", "P", "RGBA", "1"):
+        image.convert(mode).save(tmp_path / f"{mode}.png")
+    image.save(tmp_path / "moving.webp", save_all=True, append_images=[turned.resize(image.size)], lossless=True)
+    for file in ("print.tiff", "L.png", "P.png", "RGBA.png", "1.png", "moving.webp"):
+        assert open_image(tmp_path / file)[1].tobytes() == load_image(str(tmp_path / file)).tobytes(), file
+    gray = np.asarray(image.convert("L"))
+    for file in ("deep.png", "deep.tiff"):
+        PIL.Image.fromarray(gray.astype(np.uint16) * 256 + 77).save(tmp_path / file)
+        assert np.array_equal(np.asarray(open_image(tmp_path / file)[1])[..., 0], gray)
+    PIL.Image.fromarray(gray.astype(np.float32)).save(tmp_path / "float.tiff")
+    assert "float.tiff: has 32-bit gray values" in fails(TINY, "what", "--image", tmp_path / "float.tiff")
 
 
 def test_prompts_that_do_not_fit(tmp_path: Path, pictures_of: dict[str, Path]) -> None:

@@ -17,9 +17,10 @@ from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import FP8, FP8_DYNAMIC, NVFP4
 from oracle_compressed_tensors import TINY, export
 from safetensors.torch import load_file, save_file
-from test_compressed_tensors import check
+from test_compressed_tensors import check, modules
 
 from dgq.convert.cli import main
+from dgq.convert.losses import weight_errors
 from dgq.quant.errors import InputError
 from dgq.runtime.artifact import open_artifact
 from dgq.runtime.loading import for_kernels
@@ -46,6 +47,7 @@ def test_modelopt(theirs: tuple[str, Path]) -> None:
     recipe, path = theirs
     schemes = check(path, load_file(path / "decoded"))
     assert schemes[LAYER + "experts.down_proj"] == ("nvfp4" if recipe == "mixed" else "fp8")
+    assert open_artifact(path).kind == ("nvfp4" if recipe == "mixed" else "fp8")
     assert {schemes[LAYER + f"{part}.weight"] for part in ("self_attn.q_proj", "mlp.down_proj")} == {"fp8"}
     assert ("input_scale" in open_artifact(path).weights[LAYER + "experts.down_proj"].parts) == (recipe == "mixed")
 
@@ -64,6 +66,18 @@ def test_modelopt_on_the_command_line(theirs: tuple[str, Path]) -> None:
         assert said in told and memory in told
     found = json.loads(CliRunner().invoke(main, ["inspect", str(path), "--json"]).stdout.splitlines()[-1])
     assert found["by_scheme"]["fp8"]["params"] == round(numel * 2**20)
+
+
+def test_what_validate_says_of_each_weight(theirs: tuple[str, Path]) -> None:
+    """Its relative error, against the library's own decoding."""
+    _, path = theirs
+    names = [LAYER + "self_attn.q_proj.weight", LAYER + "mlp.down_proj.weight", LAYER + "experts.down_proj"]
+    source, decoded = open_artifact(TINY).weights, load_file(path / "decoded")
+    found = weight_errors(source, open_artifact(path).weights, names, "cpu")
+    for name in names:
+        plain = source[name].dequantize()
+        own = torch.cat([decoded[f"{base}.weight"] for base, _ in modules(name, plain)]).view(plain.shape).float()
+        assert float(found[name][0]) == pytest.approx(float((own - plain).norm() / plain.norm()), rel=1e-3)
 
 
 def test_for_the_kernels_it_is_bfloat16(theirs: tuple[str, Path]) -> None:
@@ -96,6 +110,28 @@ def test_other_algorithms_of_modelopt_are_refused(
         open_artifact(path)
 
 
+def test_a_config_that_says_another(theirs: tuple[str, Path], tmp_path: Path) -> None:
+    """FP8 where NVFP4 lies and the other way round, of one module and of all."""
+    recipe, path = theirs[0], shutil.copytree(theirs[1], tmp_path / "changed")
+    (path / "hf_quant_config.json").unlink()
+    config = json.loads((path / "config.json").read_text())
+    said = config["quantization_config"]
+    layers, own, experts = said["quantized_layers"], said.copy(), LAYER + "experts"
+    is_, other = ("NVFP4", "FP8") if recipe == "mixed" else ("FP8", "NVFP4")
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"quantized_layers": layers | {experts: {"quant_algo": other}}}, rf"experts\.0\.\w+\.weight is {is_}"),
+        ({"quantized_layers": layers | {LAYER + "mlp.up_proj": {"quant_algo": "NVFP4"}}}, r"up_proj\.weight is FP8"),
+    ]
+    if recipe == "mixed":
+        changes.append(({"quantized_layers": {"q": {"quant_algo": "FP8"}}}, "is NVFP4, and said to be FP8; one"))
+        changes.append(({"quant_algo": "FP8", "quantized_layers": None}, "is NVFP4, and said to be FP8; one"))
+    for change, words in changes:
+        config["quantization_config"] = own | change
+        (path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=words):
+            open_artifact(path)
+
+
 def test_damage_is_named(theirs: tuple[str, Path], tmp_path: Path) -> None:
     path, name = shutil.copytree(theirs[1], tmp_path / "damaged"), LAYER + "self_attn.q_proj.weight"
     tensors = load_file(path / "model.safetensors")
@@ -115,6 +151,16 @@ def test_damage_is_named(theirs: tuple[str, Path], tmp_path: Path) -> None:
 
 
 def test_transformers_are_told(theirs: tuple[str, Path]) -> None:
+    """inspect's words are what happens: scales are left out and experts made up, with a warning; or an error."""
+    name, code = LAYER + "self_attn.q_proj", "import sys, torch, transformers as t; torch.set_num_threads(1);"
+    code += "m = t.DiffusionGemmaForBlockDiffusion.from_pretrained(sys.argv[1], dtype=torch.float32);"
+    code += f"print('MEAN', float(m.get_submodule({name!r}).weight.abs().mean()))"
+    done = subprocess.run([sys.executable, "-c", code, str(theirs[1])], capture_output=True, text=True, timeout=120)
+    mean = float(done.stdout.partition("MEAN ")[2])
+    assert mean > 100 * float(open_artifact(theirs[1]).weights[name + ".weight"].dequantize().abs().mean())
+    assert "newly initialized" in done.stderr
+    page = CliRunner().invoke(main, ["inspect", str(theirs[1])]).stdout
+    assert "transformers gives it WRONG weights and only warns; after `import dgq.runtime.hf` it raises" in page
     import dgq.runtime.hf  # noqa: F401, I001
     from transformers import DiffusionGemmaForBlockDiffusion
 
@@ -137,6 +183,11 @@ def test_compressed_tensors(tmp_path: Path, mixed: bool) -> None:
     said = config["quantization_config"]
     assert said["format"] == ("mixed-precision" if mixed else "float-quantized")
     (group,) = (name for name, one in said["config_groups"].items() if one["weights"]["strategy"] == "channel")
+    if mixed:
+        only = {"config_groups": {group: said["config_groups"][group]}}
+        (path / "config.json").write_text(json.dumps(config | {"quantization_config": said | only}))
+        with pytest.raises(InputError, match=r"weight_packed is NVFP4, and said to be FP8"):
+            open_artifact(path)
     for key, value in (("strategy", "block"), ("num_bits", 4), ("type", "int"), ("symmetric", False)):
         other = json.loads(json.dumps(said))
         other["config_groups"][group]["weights"][key] = value

@@ -214,7 +214,7 @@ def fails(path: Path) -> str:
 def test_what_is_wrong_is_said(made: Path, tmp_path: Path) -> None:
     own, model = next(made.glob("mmproj-*")), tmp_path / "model.gguf"
     shutil.copyfile(made / "tiny-Q4_K_M.gguf", model)
-    assert str(model) in fails(model) and "no mmproj*.gguf" in fails(model)
+    assert str(model) in fails(model) and "no mmproj*.gguf" in fails(model) and "so named" in fails(model)
     first = tmp_path / "mmproj-a.gguf"
     for said, settings in (
         ("tensor v.blk.0.attn_q.weight is missing", {"drop": ("v.blk.0.attn_q.weight",)}),
