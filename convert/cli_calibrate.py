@@ -55,7 +55,7 @@ def calibrate(
     as_json: bool,
 ) -> None:
     """Find out what goes through each weight of SRC, for `convert --stats`. Goes on where it broke off."""
-    from dgq.convert import show
+    from dgq.convert import show, show_stats
     from dgq.convert.budget import Budget
     from dgq.convert.device import chosen_device
     from dgq.convert.source import open_source
@@ -69,4 +69,4 @@ def calibrate(
             chosen_device(device), imatrix, advance, show.note, Budget(ram, vram), trajectories,
         )  # fmt: skip
     if found is not None:
-        show.print_json(found) if as_json else show.calibrated(src, out, found)
+        show.print_json(found) if as_json else show_stats.calibrated(src, out, found)

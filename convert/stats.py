@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ WATCHED = (
     "embed_tokens.weight",
 )
 READERS = {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}
+SEEN = "experts.gate_up_proj.count"
 FLOOR = 256  # tokens below which an expert leans on its layer
 
 
@@ -77,13 +78,26 @@ def starved(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     }
 
 
+def named(starved: dict[str, int]) -> str:
+    """One line on the experts of too few tokens, by name."""
+    if not starved:
+        return f"no expert saw fewer than {FLOOR} tokens"
+    each = ", ".join(f"{name} ({seen})" for name, seen in starved.items())
+    return (
+        f"{len(starved)} experts saw fewer than {FLOOR} tokens in calibration and lean on their layer's average;"
+        f" layer.expert (tokens): {each}"
+    )
+
+
 def coverage(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
     """Layer -> tokens that each expert saw."""
-    return {
-        name.split("layers.")[1].split(".")[0]: count.sum(-1).tolist()
-        for name, count in tensors.items()
-        if name.endswith("experts.gate_up_proj.count")
-    }
+    return {layer: count.sum(-1).tolist() for layer, count in _by_layer(tensors)}
+
+
+def _by_layer(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Layers in order, and the counts (E, KINDS) of each."""
+    names = {name.split("layers.")[1].split(".")[0]: name for name in tensors if name.endswith(SEEN)}
+    return ((layer, tensors[names[layer]]) for layer in sorted(names, key=int))
 
 
 def sample_tensors(chunks: list[Chunk]) -> dict[str, torch.Tensor]:
@@ -114,6 +128,27 @@ def given_tensors(chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
     if not places:
         return {}
     return {"samples.given": torch.tensor(places, dtype=torch.int32), "samples.soft": torch.stack(soft)}
+
+
+def counted(file: Path) -> dict[str, Any] | None:
+    """What STATS say about themselves, with "floor", "starved", "coverage" and kinds: layer -> of each expert the
+    tokens of each kind (samples.py). None if the file is no STATS; InputError for damaged ones."""
+    try:
+        with safe_open(file, "pt") as opened:
+            said = (opened.metadata() or {}).get("dgq")
+            if said is None:
+                return None
+            about = json.loads(said)
+            tensors = {n: opened.get_tensor(n) for n in opened.keys() if n.endswith(SEEN)}  # noqa: SIM118
+        kinds = {layer: counts.tolist() for layer, counts in _by_layer(tensors)}
+        found = {"starved": starved(tensors), "coverage": coverage(tensors), "kinds": kinds}
+    except (OSError, SafetensorError):
+        return None
+    except (ValueError, IndexError, TypeError, RuntimeError, RecursionError) as error:
+        raise InputError(f"{file}: STATS of dgq calibrate, but damaged ({error})") from None
+    if not isinstance(about, dict) or not isinstance(about.get("data"), dict) or not kinds:
+        raise InputError(f"{file}: STATS of dgq calibrate, but damaged")
+    return {**about, "floor": FLOOR, **found}
 
 
 def read_stats(file: Path, source: Source) -> Stats:

@@ -389,6 +389,24 @@ def test_a_full_disk_is_known_before(micro: Path, tmp_path: Path, monkeypatch: p
     assert not list(tmp_path.iterdir())
 
 
+def test_a_recipe_is_there_whole_or_not_at_all(short: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full in the end: the same command goes on, and no half of a recipe is in its way."""
+    real = Path.write_text
+
+    def full(self: Path, text: str, *given: Any) -> int:
+        if text.startswith("# Made by dgq mix"):
+            real(self, text[:20], *given)
+            raise OSError("no space left")
+        return real(self, text, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        result = short("mine.toml", "1MB")
+    assert result.exit_code == 2 and "cannot be written (no space left)" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".mine.toml.mix"]
+    assert short("mine.toml", "1MB").exit_code == 0 and (tmp_path / "mine.toml").stat().st_size > 1000
+
+
 def test_prompts_without_an_answer_are_nothing_to_measure_on(micro: Path, tmp_path: Path) -> None:
     (tmp_path / "open.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "say wind"}]}))
     options = ("--bytes", "1MB", "-o", tmp_path / "mine.toml", "--prompts", tmp_path / "open.jsonl")

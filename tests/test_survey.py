@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from dgq.convert.passes import Rows
 from dgq.convert.refine import LEAN, Hessians
 from dgq.convert.samples import BINS, chunks, documents, doubled
 from dgq.convert.source import Source, open_source
-from dgq.convert.stats import FLOOR, WATCHED, read_stats
+from dgq.convert.stats import FLOOR, WATCHED, coverage, read_stats
 from dgq.quant.hf_dir import HFDir
 from dgq.quant.imatrix import read_imatrix
 from dgq.quant.schemes import SCHEMES
@@ -35,6 +36,7 @@ from dgq.runtime.chunk import Chunk
 from dgq.runtime.model import Model
 from dgq.runtime.names import EMBEDDING
 from dgq.runtime.stream import Stream
+from dgq.runtime.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 PROMPTS = [
@@ -62,8 +64,8 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _calibrate(micro: Path, out: Path, *more: object) -> Result:
-    options = ("--prompts", micro / "prompts.jsonl", "--rounds", 2, "--device", "cpu", "--json")
+def _calibrate(micro: Path, out: Path, *more: object, people: bool = False) -> Result:
+    options = ("--prompts", micro / "prompts.jsonl", "--rounds", 2, "--device", "cpu", *([] if people else ["--json"]))
     return dgq("calibrate", micro, "-o", out, *options, *more)
 
 
@@ -261,6 +263,11 @@ def test_starved_experts_are_named(micro: Path, tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "out" / "dgq.json").read_text())["calibration"]["starved"] == found["starved"]
+    shown = [result.stdout, *(dgq("inspect", tmp_path / name).stdout for name in ("stats", "out"))]
+    shown.append(_calibrate(path, tmp_path / "shown", people=True).stderr)
+    for page in shown:
+        assert f"{len(found['starved'])} experts saw fewer than {FLOOR} tokens" in page
+        assert all(f"{name} ({seen})" in page for name, seen in found["starved"].items())
     (path / "asked.jsonl").write_text(json.dumps(PROMPTS[0]))
     options = ("--quick", "--prompts", path / "asked.jsonl", "-o", tmp_path / "report", "--device", "cpu")
     assert dgq("validate", tmp_path / "out", "--against", path, *options).exit_code in (0, 1)
@@ -271,8 +278,16 @@ def test_starved_experts_are_named(micro: Path, tmp_path: Path) -> None:
     assert all(f"{name} ({seen})" in page for name, seen in found["starved"].items())
 
 
-def test_imatrix(micro: Path, stats: Path, tmp_path: Path) -> None:
+def test_imatrix(micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, expected in (("stats", "is the name of STATS"), ("none/im.gguf", "there is no directory")):
+        result = _calibrate(micro, tmp_path / "stats", "--imatrix", tmp_path / name)
+        assert result.exit_code == 2 and expected in result.stderr and not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(survey, "write_imatrix", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert _calibrate(micro, tmp_path / "stats", "--imatrix", tmp_path / "im.gguf").exit_code == 130
+    assert not (tmp_path / "stats").exists(), "or the same command would be refused, and there be no imatrix"
     assert _calibrate(micro, tmp_path / "stats", "--imatrix", tmp_path / "im.gguf").exit_code == 0
+    assert (tmp_path / "stats").read_bytes() == stats.read_bytes()
     matrix = read_imatrix(tmp_path / "im.gguf")
     sums = load_file(stats)
     name = "model.decoder.layers.1.experts.gate_up_proj"
@@ -292,6 +307,8 @@ def test_imatrix(micro: Path, stats: Path, tmp_path: Path) -> None:
         ('\n{"messages": []}', "line 2: expected"),
         ('{"messages": [{"role": "user"}]}', "line 1: expected"),
         ("", "holds no document"),
+        ('{"text": "a \\ud800 b"}', "p.jsonl, line 1: "),
+        ('\n{"messages": [{"role": "user", "content": "\\ud800"}]}', "p.jsonl, line 2: "),
     ],
 )
 def test_bad_prompts(lines: str, expected: str, micro: Path, tmp_path: Path) -> None:
@@ -300,6 +317,42 @@ def test_bad_prompts(lines: str, expected: str, micro: Path, tmp_path: Path) -> 
     result = dgq("calibrate", micro, "-o", tmp_path / "stats", "--prompts", file, "--device", "cpu")
     assert result.exit_code == 2 and expected in result.stderr and len(result.stderr.splitlines()) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+KING = "the king went to the wind and the apple of the door"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text", "count"),
+    [
+        (
+            "p.jsonl",
+            json.dumps({"text": f"{KING}\u2028{KING}\x85{KING}"}, ensure_ascii=False),
+            f"{KING}\u2028{KING}\x85{KING}",
+            1,
+        ),
+        ("p.jsonl", f'\ufeff{{"text": "{KING}"}}\r\n{{"text": "{KING}"}}\r\n', KING, 2),
+        ("P.JSONL", json.dumps({"text": KING}), KING, 1),
+        ("p.jsonl", json.dumps({"text": None, "messages": PROMPTS[1]["messages"]}), None, 1),
+        ("p.txt", f"\ufeff{KING}\r\n\r\n{KING}\r\n \t\r\n\r\n{KING}\r\n", KING, 3),
+        ("p.txt", f"{KING}\n  \n\n{KING}\n{KING}", KING, 2),
+    ],
+)
+def test_prompts_as_programs_write_them(
+    name: str, content: str, text: str | None, count: int, micro: Path, tmp_path: Path
+) -> None:
+    """Byte order marks, Windows' ends of lines, and those that JSON's strings may hold."""
+    (tmp_path / name).write_bytes(content.encode())
+    found, about = documents(open_source(str(micro)), tmp_path / name)
+    assert len(found) == about["documents"] == count
+    assert text is None or list(found[0].ids) == Tokenizer.from_dir(micro).encode(text)
+
+
+def test_a_file_of_prompts_of_another_kind(micro: Path, tmp_path: Path) -> None:
+    """A list in JSON would be taken for one text."""
+    (tmp_path / "p.json").write_text(json.dumps([{"text": KING}]))
+    result = dgq("calibrate", micro, "-o", tmp_path / "stats", "--prompts", tmp_path / "p.json", "--device", "cpu")
+    assert result.exit_code == 2 and "p.json: its name ends in neither .jsonl nor .txt" in result.stderr
 
 
 def test_bad_stats(micro: Path, stats: Path, tmp_path: Path) -> None:
@@ -331,13 +384,87 @@ def test_an_unfinished_calibration_is_not_thrown_away(
         assert _calibrate(micro, tmp_path / "stats").exit_code == 130
     before = {path.name for path in (tmp_path / ".stats.calibration").iterdir()}
     result = _calibrate(micro, tmp_path / "stats", "--seed", 3)
-    assert result.exit_code == 2 and "unfinished" in result.stderr
+    assert result.exit_code == 2 and "unfinished work, its seed was 0, not 3; finish it" in result.stderr
     assert {path.name for path in (tmp_path / ".stats.calibration").iterdir()} == before
     (tmp_path / "other").write_text("mine")
     for more in (("-o", tmp_path / "other"), ("--imatrix", tmp_path / "other")):
         result = _calibrate(micro, tmp_path / "new", *more)
         assert result.exit_code == 2 and "exists already" in result.stderr
     assert (tmp_path / "other").read_text() == "mine" and not (tmp_path / "new").exists()
+
+
+def test_nobody_else_works_on_it(micro: Path, stats: Path, tmp_path: Path) -> None:
+    """Two at once would read each other's hidden states. What one left that had not begun is in nobody's way."""
+    folder = tmp_path / ".stats.calibration"
+    folder.mkdir()
+    with (folder / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = _calibrate(micro, tmp_path / "stats")
+        assert result.exit_code == 2 and "another dgq calibrate is at it" in result.stderr
+    assert _calibrate(micro, tmp_path / "stats").exit_code == 0
+    assert (tmp_path / "stats").read_bytes() == stats.read_bytes() and not folder.exists()
+
+
+def test_no_more_tokens_than_a_conversion_takes(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the tokens that experts were counted to see are those of their Hessians: all of the samples are used."""
+    monkeypatch.setattr(samples, "CHUNK", 300)
+    monkeypatch.setattr(survey, "starved", lambda _: {"0.0": 1})
+    asked = {}
+    for most in (1 << 18, 900, 1):
+        monkeypatch.setattr(samples, "TOKENS", most)
+        out = tmp_path / str(most)
+        result = _calibrate(micro, out)
+        assert result.exit_code == 0, result.output
+        found = read_stats(out, open_source(str(micro)))
+        assert samples.used(found.chunks) == found.chunks
+        tokens = sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in found.chunks)
+        assert tokens == found.about["tokens"] and all(sum(n) == 2 * tokens for n in stats_coverage(found))
+        asked[most] = tokens, found.about["rounds"], len(found.chunks)
+    assert asked[1 << 18][1] == survey.MORE * 2 and asked[900][0] <= 900 < asked[1 << 18][0]
+    assert asked[900][1] < survey.MORE * 2 and asked[1][1:] == (1, 1)
+
+
+def stats_coverage(found: Any) -> list[list[int]]:
+    return list(coverage(found.tensors).values())
+
+
+def test_progress_ends_where_it_said(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rounds more than were asked for, from the beginning and gone on with."""
+    monkeypatch.setattr(survey, "starved", lambda _: {"0.0": 1})
+
+    def told(stop: int) -> list[tuple[int, int]]:
+        seen: list[tuple[int, int]] = []
+
+        def progress(done: int, total: int) -> None:
+            seen.append((done, total))
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+
+        source, out = open_source(str(micro)), tmp_path / "stats"
+        prompts, notice = micro / "prompts.jsonl", lambda _: None
+        survey.survey(source, out, prompts, 0, 1, "cpu", torch.float32, progress, notice)
+        return seen
+
+    with pytest.raises(KeyboardInterrupt):
+        told(11)
+    again = told(0)
+    (tmp_path / "stats").unlink()
+    whole = told(0)
+    assert all(done <= total for done, total in (*again, *whole))
+    assert whole[0] == (1, 8) and whole[-1] == (20, 20), "drafts, and two passes of two layers, 4 times"
+    assert again[-1][0] == again[-1][1] < 14
+
+
+def test_stats_are_shown_expert_by_expert(micro: Path, stats: Path, tmp_path: Path) -> None:
+    seen = load_file(stats)["model.decoder.layers.1.experts.gate_up_proj.count"]
+    page, found = dgq("inspect", stats), json.loads(dgq("inspect", stats, "--json").stdout)
+    assert f"1: {' '.join(map(str, seen.sum(-1).tolist()))}\n" in page.stdout
+    assert f"no expert saw fewer than {FLOOR} tokens" in page.stdout
+    assert found["kinds"]["1"] == seen.tolist() and found["starved"] == {} and found["data"]["name"] == "prompts.jsonl"
+    (tmp_path / "damaged").write_bytes(stats.read_bytes().replace(b'\\"data\\"', b'\\"date\\"'))
+    for file, expected in ((tmp_path / "damaged", "damaged"), (micro / "prompts.jsonl", "expected a directory")):
+        result = dgq("inspect", file)
+        assert result.exit_code == 2 and expected in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def _changed(stats: Path, to: Path, change: Any) -> Path:
