@@ -171,6 +171,8 @@ def read_stats(file: Path, source: Source) -> Stats:
         raise InputError(f"{file}: its samples do not fit {source.path}; calibrate this model")
     if not isinstance(about, dict) or about.get("weights") != weights_digest(source):
         raise InputError(f"{file}: was made from other weights than {source.path}; calibrate these")
+    if not _is_whole(about):
+        raise InputError(f"{file}: does not say what it was made of; damaged")
     for name, shape in watched(source).items():
         expected = {"sum2": (shape, torch.float32), "amax": (shape[:-1], torch.float32),
                     "count": ((*shape[:-2], KINDS), torch.int64)}  # fmt: skip
@@ -181,6 +183,16 @@ def read_stats(file: Path, source: Source) -> Stats:
             if not bool(value.isfinite().all() and (value >= 0).all()):
                 raise InputError(f"{file}: {name}.{part} holds values that are negative or not finite; damaged")
     return Stats(file, sha256(file), about, chunks, tensors)
+
+
+def _is_whole(about: dict[str, Any]) -> bool:
+    """Whether there is what artifacts, their cards and pages tell of."""
+    data = about.get("data")
+    return (
+        isinstance(data, dict)
+        and all(isinstance(data.get(key), str) for key in ("name", "sha256"))
+        and all(type(value) is int for value in (about.get("tokens"), about.get("rounds"), data.get("documents")))
+    )
 
 
 def watched(source: Source, stage: str | int | None = None) -> dict[str, tuple[int, ...]]:
@@ -213,6 +225,8 @@ def read_samples(tensors: dict[str, torch.Tensor]) -> list[Chunk]:
     samples = {n.removeprefix("samples."): t for n, t in tensors.items() if n.startswith("samples.")}
     if any(part.dtype != torch.int32 for name, part in samples.items() if name != "soft"):
         raise ValueError("samples are no int32")
+    if any(part.dim() != 1 + (name == "canvases") for name, part in samples.items() if name != "soft"):
+        raise ValueError("samples are of another shape")
     given = _given(samples)
     lengths, counts = samples["lengths"].tolist(), samples["chunks"].tolist()
     if min(lengths) < 1 or sum(lengths) != len(samples["prompts"]) or sum(counts) != len(lengths) or min(counts) < 1:

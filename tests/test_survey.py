@@ -490,6 +490,11 @@ NAME = "model.decoder.layers.1.experts.down_proj"
         (lambda t, a: t["samples.owner"].fill_(0), "a chunk has no canvas|damaged"),
         (lambda t, a: a.update({"dgq": "[]"}), "other weights"),
         (lambda t, a: a.update({"dgq": "{"}), "damaged"),
+        (
+            lambda t, a: a.update({"dgq": a["dgq"].replace('"documents"', '"pages"')}),
+            "does not say what it was made of",
+        ),
+        (lambda t, a: t.update({"samples.chunks": t["samples.chunks"].unsqueeze(0)}), "samples are of another shape"),
     ],
 )
 def test_stats_of_strangers(change: Any, expected: str, micro: Path, stats: Path, tmp_path: Path) -> None:
