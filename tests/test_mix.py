@@ -202,6 +202,14 @@ def test_directories_mix_too(micro: Path, tmp_path: Path, to: str) -> None:
     weights = open_artifact(tmp_path / "out").weights
     for part in found["parts"]:
         assert {weights[name].scheme.name for name in part["weights"]} == {part["chosen"]}
+    source = open_source(str(micro))
+    made = chunks(documents(source, micro / "prompts.jsonl")[0], 0, 0, source)
+    chosen = {n: weights[n].scheme for part in found["parts"] for n in part["weights"] if part["chosen"] != "bf16"}
+    with Meter(make_plan(source, find_recipe(to)), made, tmp_path, "cpu", 1) as meter:
+        for name, measured in meter._quantised(chosen).items():
+            assert torch.equal(measured.dequantize(), weights[name].dequantize()), (
+                "what was measured is what is written"
+            )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,13 +21,17 @@ from micro import micro_config, micro_tensors, write_micro
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dgq.convert import passes, samples, survey
+from dgq.convert import passes, refine, samples, survey
 from dgq.convert.cli import main
 from dgq.convert.passes import Rows
+from dgq.convert.plan import make_plan
+from dgq.convert.recipes import find_recipe
 from dgq.convert.refine import LEAN, Hessians
 from dgq.convert.samples import BINS, chunks, documents, doubled
+from dgq.convert.slices import Options
 from dgq.convert.source import Source, open_source
 from dgq.convert.stats import FLOOR, WATCHED, coverage, read_stats
+from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import HFDir
 from dgq.quant.imatrix import read_imatrix
 from dgq.quant.schemes import SCHEMES
@@ -104,6 +109,7 @@ def test_sums_are_those_of_the_whole_model(micro: Path, stats: Path) -> None:
     found = read_stats(stats, source)
     sums: dict[Any, Any] = defaultdict(lambda: 0)
     counts: dict[Any, int] = defaultdict(int)
+    most: dict[Any, float] = defaultdict(float)
     side = 0
 
     def see(name: str, x: torch.Tensor, y: torch.Tensor, expert: int | None, _: object) -> torch.Tensor:
@@ -111,6 +117,7 @@ def test_sums_are_those_of_the_whole_model(micro: Path, stats: Path) -> None:
             x = x.reshape(-1, x.shape[-1]).double()
             sums[name, expert, side] = sums[name, expert, side] + x.square().sum(0)
             counts[name, expert, side] += len(x)
+            most[name, expert, side] = max(most[name, expert, side], float(x.abs().amax()) if len(x) else 0.0)
         return y
 
     model = Model(source.config, source, "cpu", torch.float32, observe=see)
@@ -127,8 +134,54 @@ def test_sums_are_those_of_the_whole_model(micro: Path, stats: Path) -> None:
     for (name, expert, which), value in sums.items():
         at = () if expert is None else (expert,)
         torch.testing.assert_close(found.tensors[name + ".sum2"][(*at, which)].double(), value, rtol=1e-3, atol=1e-4)
+        assert float(found.tensors[name + ".amax"][(*at, which)]) == pytest.approx(most[name, expert, which], rel=1e-4)
         kinds = found.tensors[name + ".count"][at or ...]
         assert int(kinds[0] if which == 0 else kinds[1:].sum()) == counts[name, expert, which]
+
+
+def test_drafts_are_the_models_own(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise behind the end of an open document, then what the whole model makes of it, conditioned on itself."""
+    monkeypatch.setattr(passes, "LONGEST", 12)
+    source = open_source(str(micro))
+    found, _ = documents(source, micro / "prompts.jsonl")
+    stream, model = (kind(source.config, source, "cpu", torch.float32) for kind in (Stream, Model))
+    entered: list[tuple[Chunk, torch.Tensor | None]] = []
+    real = stream.enter
+    monkeypatch.setattr(stream, "enter", lambda chunk, soft: entered.append((chunk, soft)) or real(chunk, soft))
+    done = passes.drafted(stream, found, 5, lambda: None)
+    (number,) = (i for i, document in enumerate(found) if document.open)
+    canvas = torch.randint(0, source.config.vocab, (1, 16), generator=torch.Generator().manual_seed(5))
+    cache, logits = model.new_cache(1), None
+    model.encode(torch.tensor([found[number].ids[-12:]]), cache)
+    for chunk, soft in entered:
+        assert chunk.prompts == (found[number].ids[-12:],) and torch.equal(chunk.canvases, canvas)
+        assert (soft is None) == (logits is None)
+        if soft is not None and logits is not None:
+            torch.testing.assert_close(soft, stream.soften(logits), rtol=1e-3, atol=1e-3)
+        logits = model.decode(canvas, cache, logits)
+        canvas = logits.argmax(-1)
+    assert len(entered) == passes.DRAFTS
+    assert len(found[number].ids) > 12 and done[number].ids == (*found[number].ids, *canvas[0].tolist())
+    assert [d for i, d in enumerate(done) if i != number] == [d for i, d in enumerate(found) if i != number]
+
+
+def test_the_embedding_is_a_table_too(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its columns count by what goes into the head, and all alike for those who read rows of it."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def quantised(inputs: torch.Tensor, outputs: Any, scheme: Any, sweeps: int, pool: Any, weight: torch.Tensor) -> Any:
+        seen[tensor.name] = inputs
+        return scheme.quantize(weight)
+
+    monkeypatch.setattr(refine, "_few_at_once", quantised)
+    plan = make_plan(open_source(str(micro)), find_recipe("gguf"))
+    for tensor in plan.tensors:
+        if tensor.name in ("token_embd.weight", "blk.0.attn_q.weight"):
+            hessian = torch.diag(torch.arange(256.0)).unsqueeze(0)
+            sense: Any = SimpleNamespace(of=lambda name, part, h=hessian: (h, None))
+            list(refine._quantised(plan, tensor, slice(0, 1), sense, Options("standard"), None, None))
+    assert torch.equal(seen["blk.0.attn_q.weight"][0].diagonal(), torch.arange(256.0))
+    assert torch.equal(seen["token_embd.weight"][0].diagonal(), torch.arange(256.0) + 127.5)
 
 
 def test_samples_cover_noise_and_conditioning(micro: Path, stats: Path) -> None:
@@ -196,6 +249,13 @@ def test_artifacts_are_of_the_same_shape_and_lose_less(recipe: str, micro: Path,
         assert dgq("run", tmp_path / name, "hi", "--max-new-tokens", 1, "--steps", 1, "--device", "cpu").exit_code == 0
     plain, *others = (tmp_path / name for name in ("stock", "fast", "standard", "max"))
     fine = tmp_path / "standard"
+    held = [
+        b"".join(
+            f.read_bytes() for f in sorted((tmp_path / name).glob("*.[gs]*")) if f.suffix in (".gguf", ".safetensors")
+        )
+        for name in ("fast", "standard", "max")
+    ]
+    assert len(set(held)) == 3, "each effort does something of its own"
     for path in others:
         if to == "gguf":
             sizes = [next(each.glob("*.gguf")).stat().st_size for each in (plain, path)]
@@ -221,8 +281,6 @@ def test_artifacts_are_of_the_same_shape_and_lose_less(recipe: str, micro: Path,
 def test_conversions_with_stats_go_on(
     micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dgq.convert import refine
-
     command = ("convert", micro, "--to", "gguf", "--stats", stats, "--device", "cpu", "-o")
     assert dgq(*command, tmp_path / "whole").exit_code == 0
     real, calls = refine.feedback, []
@@ -239,6 +297,21 @@ def test_conversions_with_stats_go_on(
     assert result.exit_code == 0 and "going on with" in result.stderr
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_full_disk_is_known_before(micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states beside the artifact: what they take, a byte less, and nothing is begun."""
+    source = open_source(str(micro))
+    plan, used = make_plan(source, find_recipe("bnb4")), samples.used(read_stats(stats, source).chunks)
+    tokens = sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in used)
+    need = tokens * (2 + 2) * 256 * 4 + sum(tensor.nbytes for tensor in plan.tensors)
+    monkeypatch.setattr(refine, "check_memory", lambda *_: (_ for _ in ()).throw(InputError("there is room")))
+    for free, expected in ((need - 1, f"hidden states of {tokens} tokens"), (need, "there is room")):
+        monkeypatch.setattr(refine, "shutil", SimpleNamespace(disk_usage=lambda _, n=free: SimpleNamespace(free=n)))
+        options = ("--to", "bnb4", "--stats", stats, "-o", tmp_path / "out", "--device", "cpu")
+        result = dgq("convert", micro, *options)
+        assert result.exit_code == 2 and expected in result.stderr, result.output
+        assert not list(tmp_path.iterdir())
 
 
 def test_starved_experts_are_named(micro: Path, tmp_path: Path) -> None:
@@ -563,6 +636,12 @@ def test_every_expert_has_its_own_hessians() -> None:
     silent.watch({"w": slice(0, 3)})
     silent("w", torch.ones(2, 8), torch.zeros(2, 5), 1)
     assert not any(side is None or bool(side.any()) for side in silent.of("w", slice(0, 3))), "nothing felt: zeros"
+    partly = Hessians(3)
+    partly.watch({"w": slice(0, 3)})
+    partly("w", torch.ones(4, 8), torch.tensor([1.0, 0, 0, 0]).view(4, 1).expand(4, 5), 1)
+    own, lent = partly.of("w", slice(1, 2))[0], partly.of("w", slice(0, 1))[0]
+    assert float(lent[0, 0, 0]) == pytest.approx(1.0), "the average of those that are felt"
+    assert float(own[0, 0, 0]) == pytest.approx(1.0)
     sense("dense", torch.ones(2, 3, 8), 2 * torch.ones(2, 3, 5), None)
     inputs, outputs = sense.of("dense", slice(0, 1))
     assert outputs is not None and float(inputs[0, 0, 0]) == 6 * 4 and float(outputs[0, 0, 0]) == 6 * 4
