@@ -146,7 +146,8 @@ def survey(
     check_target(out)
     found, data = documents(source, prompts)
     budget.enforce()
-    budget.room(Needs(source, device, Sizes.most(source.config, found)), device, "calibrating")
+    most = Sizes.most(source.config, found, len(found) * MORE * rounds * trajectories)
+    budget.room(Needs(source, device, most), device, "calibrating")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     about = {"dgq": dgq_version(), "weights": weights_digest(source), "data": data, "seed": seed, "dtype": str(dtype),
              "trajectories": trajectories}  # fmt: skip
