@@ -20,7 +20,8 @@ from dgq.convert.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VR
     type=click.IntRange(1, 1000),
     default=4,
     show_default=True,
-    help="Through the documents; up to four times as many while an expert has seen too few tokens.",
+    help="Through the documents; up to four times as many while an expert has seen too few tokens. No more than the"
+    " 262,144 tokens that a conversion uses.",
 )
 @click.option(
     "--trajectories",
