@@ -185,10 +185,13 @@ def convert(
 @JSON
 def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
     """Show what an artifact (or a checkpoint) holds and where it came from. Reads headers only; a published artifact
-    is fetched whole."""
-    from dgq.convert import show
+    is fetched whole. Of STATS: how many tokens each expert saw."""
+    from dgq.convert import show, show_stats
     from dgq.convert.inspect import inspect_artifact
+    from dgq.convert.stats import counted
 
+    if Path(artifact).is_file() and (stats := counted(Path(artifact))) is not None:
+        return show.print_json(stats) if as_json else show_stats.counted(artifact, stats)
     found = inspect_artifact(artifact, revision)
     show.print_json(found) if as_json else show.inspected(found)
 

@@ -20,7 +20,8 @@ from dgq.convert.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VR
     type=click.IntRange(1, 1000),
     default=4,
     show_default=True,
-    help="Through the documents; up to four times as many while an expert has seen too few tokens.",
+    help="Through the documents; up to four times as many while an expert has seen too few tokens. No more than the"
+    " 262,144 tokens that a conversion uses.",
 )
 @click.option(
     "--trajectories",
@@ -55,7 +56,7 @@ def calibrate(
     as_json: bool,
 ) -> None:
     """Find out what goes through each weight of SRC, for `convert --stats`. Goes on where it broke off."""
-    from dgq.convert import show
+    from dgq.convert import show, show_stats
     from dgq.convert.budget import Budget
     from dgq.convert.device import chosen_device
     from dgq.convert.source import open_source
@@ -69,4 +70,4 @@ def calibrate(
             chosen_device(device), imatrix, advance, show.note, Budget(ram, vram), trajectories,
         )  # fmt: skip
     if found is not None:
-        show.print_json(found) if as_json else show.calibrated(src, out, found)
+        show.print_json(found) if as_json else show_stats.calibrated(src, out, found)

@@ -8,7 +8,7 @@ from typing import Any
 from dgq.convert.generate import is_artifact, published
 from dgq.convert.hub import fetch_artifact, is_hub_id
 from dgq.convert.plan import tally
-from dgq.convert.provenance import FILE
+from dgq.convert.provenance import FILE, coverage_of
 from dgq.convert.source import Source, open_source
 from dgq.convert.template import template_remarks
 from dgq.quant.errors import InputError
@@ -56,6 +56,7 @@ def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
         },
         "sampler": vars(generation.sampler) | {"eos_ids": list(generation.eos_ids)},
         "provenance": provenance_of(opened) if isinstance(opened, Artifact) else None,
+        "calibration": coverage_of(opened) if isinstance(opened, Artifact) else None,
         "opens_in": ONLY_DGQ if weights.only_dgq else None,
         "remarks": [*weights.remarks, *_transformers(opened), *template_remarks(opened)],
         "vision": _vision(weights),

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from dgq.convert.passes import DRAFTED
 from dgq.convert.plan import PlannedTensor
-from dgq.convert.samples import CHUNK, LONGEST, PER_PROMPT, Document
+from dgq.convert.samples import CHUNK, LONGEST, PER_PROMPT, TOKENS, Document
 from dgq.convert.source import Source
 from dgq.runtime import layers
 from dgq.runtime.chunk import Chunk
@@ -57,16 +57,17 @@ TRIED = 12 << 10  # and a row's candidates for the scales of some columns, witho
 
 
 class Sizes(NamedTuple):
-    """Of the samples, in tokens: the largest chunk, the longest prompt, the canvases behind it; and drafts: of those
-    that the model writes together."""
+    """Of the samples, in tokens: the largest chunk, the longest prompt, the canvases behind it; drafts: of those that
+    the model writes together; given: of canvases whose conditioning, the sampler's, lies in RAM in bfloat16."""
 
     chunk: int
     prompt: int
     canvases: int
     drafts: int = 0
+    given: int = 0
 
     @classmethod
-    def of(cls, chunks: Iterable[Chunk]) -> Sizes:
+    def of(cls, chunks: Sequence[Chunk]) -> Sizes:
         found = [
             (
                 chunk.encoded + 2 * chunk.canvases.numel(),
@@ -75,15 +76,19 @@ class Sizes(NamedTuple):
             )
             for chunk in chunks
         ]
-        return cls(*(max(column) for column in zip(*found, strict=True)))
+        given = sum(len(chunk.given) * chunk.canvases.shape[1] for chunk in chunks)
+        chunk, prompt, canvases = (max(column) for column in zip(*found, strict=True))
+        return cls(chunk, prompt, canvases, given=given)
 
     @classmethod
-    def most(cls, config: ModelConfig, documents: Sequence[Document] = ()) -> Sizes:
-        """What samples.chunks() makes at most."""
+    def most(cls, config: ModelConfig, documents: Sequence[Document] = (), walked: int = 0) -> Sizes:
+        """What samples.chunks() makes at most. walked: prompts behind which the sampler goes; what a step gives
+        is there beside what is kept of those before."""
         prompt, canvases = min(LONGEST, config.context), 2 * PER_PROMPT * config.canvas
         drafts = [min(LONGEST, len(d.ids)) + 2 * config.canvas for d in documents if d.open]
         together = sum(sorted(drafts)[-DRAFTED:])
-        return cls(max(CHUNK, prompt + canvases, together), prompt, canvases, sum(drafts))
+        given = 2 * config.canvas * min(walked, TOKENS // (1 + canvases))
+        return cls(max(CHUNK, prompt + canvases, together), prompt, canvases, sum(drafts), given)
 
 
 Moments = dict[str, dict[str, int]]
@@ -150,7 +155,9 @@ class Needs:
         return (len(self._config.layers) + 2) * self._config.hidden * self._width
 
     def moments(self) -> Moments:
-        fixed = {"libraries": WORKSPACE[self._device] + (BASE["cpu"] if self._device == "cpu" else 0)}
+        fixed = {"libraries": WORKSPACE[self._device]}
+        if self._device == "cpu":
+            fixed = {"libraries": WORKSPACE["cpu"] + BASE["cpu"], "trajectories": self._given()}
         config, sizes = self._config, self._sizes
         states = sizes.chunk * config.hidden * self._width
         drafts = sizes.drafts * config.hidden * self._width
@@ -201,7 +208,13 @@ class Needs:
     def ram(self) -> dict[str, int]:
         """Beside a GPU."""
         states = self._sizes.chunk * self._config.hidden * self._width
-        return {"libraries": BASE["cuda"], "a weight": self._largest, "hidden states": STATES * states}
+        return {
+            "libraries": BASE["cuda"], "a weight": self._largest, "hidden states": STATES * states,
+            "trajectories": self._given(),
+        }  # fmt: skip
+
+    def _given(self) -> int:
+        return 2 * self._sizes.given * self._config.hidden
 
     def _layer(self) -> int:
         layer = (f"{DECODER}layers.{i}." for i in range(len(self._config.layers)))

@@ -159,7 +159,9 @@ def mix(
         "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
     try:
-        out.write_text(text(planned.recipe, about), "utf-8")
+        new = work.folder / "recipe"
+        new.write_text(text(planned.recipe, about), "utf-8")
+        new.replace(out)  # never a part of it
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error})") from None
     work.remove()

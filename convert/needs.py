@@ -21,7 +21,8 @@ from dgq.convert.calibrate import BATCH, CHATS, DRAFTS, TEXTS
 from dgq.convert.memory import Needs, Sizes
 from dgq.convert.pipeline import HEADER_ALLOWANCE
 from dgq.convert.plan import Plan, PlannedTensor
-from dgq.convert.refine import TOKENS, refinable
+from dgq.convert.refine import refinable
+from dgq.convert.samples import TOKENS
 from dgq.convert.slices import rows_at_once
 from dgq.runtime import layers
 from dgq.runtime.config import ModelConfig

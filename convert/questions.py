@@ -94,10 +94,10 @@ def _read(file: Path) -> tuple[str, bytes]:
 
 def _parsed(raw: bytes, name: str, model: Artifact) -> Iterable[Question]:
     try:
-        text = raw.decode()
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{name}: is not UTF-8 text") from None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON's strings may hold what splitlines() takes for ends
         if line.strip():
             yield _question(line, f"{name}, line {number}", model)
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import ExitStack
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +28,18 @@ from torch import Tensor
 from dgq.convert.memory import JOINED, WIDEST, Needs, Sizes, at_once, trips
 from dgq.convert.passes import Passes, Rows
 from dgq.convert.plan import Plan, PlannedTensor
+from dgq.convert.samples import used
 from dgq.convert.slices import InputScales, Options, Slice, slices
 from dgq.convert.steady import one_thread, shared_out
 from dgq.quant.errors import InputError
 from dgq.quant.feedback import by_matrix, feedback
 from dgq.quant.types import Packed, Scheme
-from dgq.runtime.chunk import Chunk
 from dgq.runtime.names import DECODER, EMBEDDING
 from dgq.runtime.stream import Stream
 
 LEAN = 1024.0
 SWEEPS = {"standard": 0, "max": 2}
 FEW = 1 << 22  # elements of experts that a thread of the CPU quantises at once
-TOKENS = 1 << 18  # of the samples at most: their states lie on disk, 47 GB for the 26B in bfloat16
 
 
 class Hessians:
@@ -171,12 +169,6 @@ def refined(
                 for tensor in tensors:
                     if str(tensor.source) in part:
                         yield from _quantised(plan, tensor, part[str(tensor.source)], sense, options, scales, pool)
-
-
-def used(chunks: list[Chunk]) -> list[Chunk]:
-    """The first of the samples, TOKENS of them or one chunk. They were shuffled."""
-    tokens = list(accumulate(chunk.encoded + 2 * chunk.canvases.numel() for chunk in chunks))
-    return chunks[: max(1, sum(total <= TOKENS for total in tokens))]
 
 
 def check_scratch(plan: Plan, todo: list[PlannedTensor], options: Options, scratch: Path) -> None:

@@ -16,9 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ BINS = 4  # of noise, in the counts
 KINDS = 1 + 2 * BINS  # the prompt; canvases by noise; conditioned canvases by noise
 LONGEST = 1024  # tokens of a prompt
 SHORTEST = 8
+TOKENS = 1 << 18  # of all chunks at most: converting keeps their states on disk, 47 GB for the 26B in bfloat16
 MAX_FILE = 1 << 28
 
 
@@ -65,12 +68,14 @@ def documents(source: Source, file: Path | None) -> tuple[list[Document], dict[s
             name, raw = file.name, read_whole(file, MAX_FILE)
         except OSError as error:
             raise InputError(f"{file}: not readable ({error})") from None
-    where = str(file or name)
+    where, kind = str(file or name), Path(name).suffix.lower()
+    if kind not in (".jsonl", ".txt"):
+        raise InputError(f"{where}: its name ends in neither .jsonl nor .txt")
     try:
-        text = raw.decode()
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"{where}: is not UTF-8 text") from None
-    items = _lines(text, where) if name.endswith(".jsonl") else _paragraphs(text)
+    items = _lines(text, where) if kind == ".jsonl" else _paragraphs(text, where)
     found = [document for at, item in items if (document := _document(item, at, tokenizer, source))]
     if not found:
         raise InputError(f"{where}: holds no document of at least {SHORTEST + 1} tokens")
@@ -84,7 +89,7 @@ def shipped(source: Source) -> tuple[str, bytes]:
 
 
 def _lines(text: str, where: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON's strings may hold what splitlines() takes for ends
         if not line.strip():
             continue
         at = f"{where}, line {number}"
@@ -102,25 +107,32 @@ def _lines(text: str, where: str) -> Iterable[tuple[str, dict[str, Any]]]:
         yield at, item
 
 
-def _paragraphs(text: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    return (("", {"text": part}) for part in text.split("\n\n") if part.strip())
+def _paragraphs(text: str, where: str) -> Iterable[tuple[str, dict[str, Any]]]:
+    parts = (part for part in re.split(r"\r?\n\s*\n", text) if part.strip())
+    return ((f"{where}, paragraph {number}", {"text": part}) for number, part in enumerate(parts, 1))
 
 
 def _document(item: dict[str, Any], at: str, tokenizer: Tokenizer, source: Source) -> Document | None:
     vocab = source.config.vocab
-    if "text" in item:
-        ids, first, chat = tokenizer.encode(item["text"]), SHORTEST, False
-    else:
-        messages = item["messages"]
-        answered = messages[-1]["role"] == "assistant"
-        ids = tokenizer.chat(messages[:-1] if answered else messages)
-        first, chat = len(ids), True
-        if answered:
-            ids = tokenizer.chat(messages, add_generation_prompt=False)
-            first = min(first, len(ids) - 1)
+    try:
+        ids, first, chat = _encoded(item, tokenizer)
+    except InputError as error:
+        raise InputError(f"{at}: {error}") from None
     if ids and max(ids) >= vocab:
         raise InputError(f"{at}: its tokenizer gives token {max(ids)}, the vocabulary of {source.path} has {vocab}")
     return Document(tuple(ids), first, chat) if len(ids) > first or (chat and ids) else None
+
+
+def _encoded(item: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], int, bool]:
+    """ids, first and chat of a Document."""
+    if isinstance(item.get("text"), str):
+        return tokenizer.encode(item["text"]), SHORTEST, False
+    messages = item["messages"]
+    prompt = tokenizer.chat(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
+    if messages[-1]["role"] != "assistant":
+        return prompt, len(prompt), True
+    ids = tokenizer.chat(messages, add_generation_prompt=False)
+    return ids, min(len(prompt), len(ids) - 1), True
 
 
 def chunks(found: list[Document], seed: int, turn: int, source: Source) -> list[Chunk]:
@@ -165,6 +177,12 @@ def _chunk(
             owner.append(number)
             kind.append(1 + min(BINS - 1, int(level * BINS)))
     return Chunk(tuple(prompt for prompt, _ in sequences), torch.stack(canvases), tuple(owner), torch.tensor(kind))
+
+
+def used(made: list[Chunk]) -> list[Chunk]:
+    """The first of the chunks, TOKENS of them or one chunk. They were shuffled."""
+    tokens = list(accumulate(chunk.encoded + 2 * chunk.canvases.numel() for chunk in made))
+    return made[: max(1, sum(total <= TOKENS for total in tokens))]
 
 
 def doubled(chunk: Chunk, soft: torch.Tensor) -> tuple[Chunk, torch.Tensor]:

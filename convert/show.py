@@ -6,7 +6,6 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -102,7 +101,7 @@ def plan(plan: Plan, recipe: str | None, found: dict[str, Any]) -> None:
     out.print(
         f"{plan.stored:,} tensors, {plan.nbytes / MIB:,.0f} MiB ({_size(plan.nbytes)}),"
         f" {8 * plan.nbytes / plan.params:.2f} bits a weight;"
-        f" {plan.quantized_share:.2%} of {_count(plan.params)} parameters quantised"
+        f" {plan.quantized_share:.2%} of {count(plan.params)} parameters quantised"
     )
     if plan.mmproj:
         size = sum(tensor.nbytes for tensor in plan.mmproj)
@@ -128,7 +127,7 @@ def plan(plan: Plan, recipe: str | None, found: dict[str, Any]) -> None:
     notices(plan)
     target = shlex.quote(f"{where.name}-{plan.recipe.label}")
     chosen = f" --recipe {shlex.quote(recipe)}" if recipe else ""
-    _next(f"dgq convert {shlex.quote(where.asked)} --to {plan.recipe.format}{chosen} -o {target}")
+    following(f"dgq convert {shlex.quote(where.asked)} --to {plan.recipe.format}{chosen} -o {target}")
 
 
 def _vram(plan: Plan, found: dict[int, dict[str, Any]]) -> Table:
@@ -196,23 +195,12 @@ def converted(plan: Plan, done: Converted) -> None:
     size = sum(file.stat().st_size for file in done.path.iterdir())
     if "input_scales" in done.document and (scales := done.document["input_scales"]):
         out.print(f"input scales {scales['method']}: {_scales(scales)}")
+    if calibration := done.document["calibration"]:
+        from dgq.convert.stats import named
+
+        out.print(f"calibrated on {calibration['data']['name']}: {named(calibration['starved'])}")
     out.print(f"{done.file}  {size / MIB:,.1f} MiB, {plan.quantized_share:.2%} of the parameters quantised")
-    _next(f"dgq run {shlex.quote(str(done.path))} --chat 'Sort: wind apple king door'")
-
-
-def calibrated(src: str, path: Path, found: dict[str, Any]) -> None:
-    """What `dgq calibrate` found: how many tokens each expert saw."""
-    table = Table("layer", "least", "median", "most", "tokens an expert, few to many", title="Experts' tokens")
-    for layer, counts in found["coverage"].items():
-        ranked = sorted(counts)
-        bars = "".join("▁▂▃▄▅▆▇█"[min(7, 8 * n // (ranked[-1] + 1))] for n in ranked[:: max(1, len(ranked) // 32)])
-        table.add_row(layer, *(_count(ranked[i]) for i in (0, len(ranked) // 2, -1)), bars)
-    out.print(table)
-    if found["starved"]:
-        names = ", ".join(f"{name} ({seen})" for name, seen in found["starved"].items())
-        err.print(f"note: too few tokens (layer.expert): {names}; these lean on their layer", style="yellow")
-    out.print(f"{path}: {_count(found['tokens'])} tokens in {found['rounds']} rounds")
-    _next(f"dgq convert {shlex.quote(src)} --to gguf --stats {shlex.quote(str(path))} -o OUT")
+    following(f"dgq run {shlex.quote(str(done.path))} --chat 'Sort: wind apple king door'")
 
 
 def verified(path: str, found: dict[str, Any]) -> None:
@@ -224,7 +212,7 @@ def verified(path: str, found: dict[str, Any]) -> None:
         if "compared" in found:
             aside = "; input scales were left out" if found["left_out"] else ""
             out.print(f"{len(found['compared'])} weights quantised again from the source are the same bytes{aside}")
-        _next(f"dgq run {shlex.quote(path)} --chat 'Sort: wind apple king door'")
+        following(f"dgq run {shlex.quote(path)} --chat 'Sort: wind apple king door'")
     else:
         out.print(f"{path}: {len(found['problems'])} problems")
 
@@ -241,14 +229,14 @@ def inspected(found: dict[str, Any]) -> None:
     model, sampler, origin = found["model"], found["sampler"], found["provenance"]
     out.print(f"{found['path']}: {found['kind']}, {found['file']}", style="bold")
     out.print(_groups("scheme", found["by_scheme"], found["bytes"]))
-    share = f"{found['quantized_share']:.2%} of {_count(found['params'])} parameters quantised"
+    share = f"{found['quantized_share']:.2%} of {count(found['params'])} parameters quantised"
     out.print(f"{found['stored_tensors']:,} tensors, {found['bytes'] / MIB:,.1f} MiB, {share}")
     out.print("model    " + "  ".join(f"{key} {value}" for key, value in model.items()))
     out.print("sampler  " + "  ".join(f"{key} {value}" for key, value in sampler.items()))
     if found["opens_in"]:
         out.print(f"opens in {found['opens_in']}")
     if vision := found["vision"]:
-        out.print(f"images   yes: a vision tower of {_count(vision['params'])} parameters, {_size(vision['bytes'])}")
+        out.print(f"images   yes: a vision tower of {count(vision['params'])} parameters, {_size(vision['bytes'])}")
     elif found["path"].endswith(".gguf"):
         out.print("images   none in this file; with its vision tower, an mmproj*.gguf, beside it")
     else:
@@ -268,9 +256,13 @@ def inspected(found: dict[str, Any]) -> None:
             out.print(f"adapters {', '.join(origin['adapters'])}, merged in")
         if origin["input_scales"]:
             out.print(f"scales   {origin['input_scales']['method']}: {_scales(origin['input_scales'])}")
+    if calibration := found["calibration"]:
+        from dgq.convert.stats import named
+
+        out.print(f"stats    {named(calibration['starved'])}")
     for line in found["remarks"]:
         out.print(f"note     {line}")
-    _next(f"dgq run {shlex.quote(found['path'])} --chat 'Sort: wind apple king door'")
+    following(f"dgq run {shlex.quote(found['path'])} --chat 'Sort: wind apple king door'")
 
 
 def answer(result: dict[str, Any]) -> None:
@@ -295,11 +287,11 @@ def _groups(title: str, groups: dict[str, dict[str, int]], total: int) -> Table:
         table.add_column(heading, justify="right")
     for name, group in groups.items():
         share = f"{group['bytes'] / total:.1%}"
-        table.add_row(name, str(group["tensors"]), _count(group["params"]), f"{group['bytes'] / MIB:,.1f}", share)
+        table.add_row(name, str(group["tensors"]), count(group["params"]), f"{group['bytes'] / MIB:,.1f}", share)
     return table
 
 
-def _count(n: int) -> str:
+def count(n: int) -> str:
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
         if n >= size:
             return f"{n / size:.2f} {unit}"
@@ -310,7 +302,7 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / GB:.2f} GB" if nbytes >= GB else f"{nbytes / 10**6:.1f} MB"
 
 
-def _next(command: str) -> None:
+def following(command: str) -> None:
     if err.is_terminal:
         err.print()
         err.print(f"next: {command}", style="green")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ WATCHED = (
     "embed_tokens.weight",
 )
 READERS = {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}
+SEEN = "experts.gate_up_proj.count"
 FLOOR = 256  # tokens below which an expert leans on its layer
 
 
@@ -77,13 +78,26 @@ def starved(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     }
 
 
+def named(starved: dict[str, int]) -> str:
+    """One line on the experts of too few tokens, by name."""
+    if not starved:
+        return f"no expert saw fewer than {FLOOR} tokens"
+    each = ", ".join(f"{name} ({seen})" for name, seen in starved.items())
+    return (
+        f"{len(starved)} experts saw fewer than {FLOOR} tokens in calibration and lean on their layer's average;"
+        f" layer.expert (tokens): {each}"
+    )
+
+
 def coverage(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
     """Layer -> tokens that each expert saw."""
-    return {
-        name.split("layers.")[1].split(".")[0]: count.sum(-1).tolist()
-        for name, count in tensors.items()
-        if name.endswith("experts.gate_up_proj.count")
-    }
+    return {layer: count.sum(-1).tolist() for layer, count in _by_layer(tensors)}
+
+
+def _by_layer(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Layers in order, and the counts (E, KINDS) of each."""
+    names = {name.split("layers.")[1].split(".")[0]: name for name in tensors if name.endswith(SEEN)}
+    return ((layer, tensors[names[layer]]) for layer in sorted(names, key=int))
 
 
 def sample_tensors(chunks: list[Chunk]) -> dict[str, torch.Tensor]:
@@ -116,6 +130,27 @@ def given_tensors(chunks: Sequence[Chunk]) -> dict[str, torch.Tensor]:
     return {"samples.given": torch.tensor(places, dtype=torch.int32), "samples.soft": torch.stack(soft)}
 
 
+def counted(file: Path) -> dict[str, Any] | None:
+    """What STATS say about themselves, with "floor", "starved", "coverage" and kinds: layer -> of each expert the
+    tokens of each kind (samples.py). None if the file is no STATS; InputError for damaged ones."""
+    try:
+        with safe_open(file, "pt") as opened:
+            said = (opened.metadata() or {}).get("dgq")
+            if said is None:
+                return None
+            about = json.loads(said)
+            tensors = {n: opened.get_tensor(n) for n in opened.keys() if n.endswith(SEEN)}  # noqa: SIM118
+        kinds = {layer: counts.tolist() for layer, counts in _by_layer(tensors)}
+        found = {"starved": starved(tensors), "coverage": coverage(tensors), "kinds": kinds}
+    except (OSError, SafetensorError):
+        return None
+    except (ValueError, IndexError, TypeError, RuntimeError, RecursionError) as error:
+        raise InputError(f"{file}: STATS of dgq calibrate, but damaged ({error})") from None
+    if not isinstance(about, dict) or not isinstance(about.get("data"), dict) or not kinds:
+        raise InputError(f"{file}: STATS of dgq calibrate, but damaged")
+    return {**about, "floor": FLOOR, **found}
+
+
 def read_stats(file: Path, source: Source) -> Stats:
     """Open and check STATS. InputError if it is none, damaged, or of another model."""
     try:
@@ -136,6 +171,8 @@ def read_stats(file: Path, source: Source) -> Stats:
         raise InputError(f"{file}: its samples do not fit {source.path}; calibrate this model")
     if not isinstance(about, dict) or about.get("weights") != weights_digest(source):
         raise InputError(f"{file}: was made from other weights than {source.path}; calibrate these")
+    if not _is_whole(about):
+        raise InputError(f"{file}: does not say what it was made of; damaged")
     for name, shape in watched(source).items():
         expected = {"sum2": (shape, torch.float32), "amax": (shape[:-1], torch.float32),
                     "count": ((*shape[:-2], KINDS), torch.int64)}  # fmt: skip
@@ -146,6 +183,16 @@ def read_stats(file: Path, source: Source) -> Stats:
             if not bool(value.isfinite().all() and (value >= 0).all()):
                 raise InputError(f"{file}: {name}.{part} holds values that are negative or not finite; damaged")
     return Stats(file, sha256(file), about, chunks, tensors)
+
+
+def _is_whole(about: dict[str, Any]) -> bool:
+    """Whether there is what artifacts, their cards and pages tell of."""
+    data = about.get("data")
+    return (
+        isinstance(data, dict)
+        and all(isinstance(data.get(key), str) for key in ("name", "sha256"))
+        and all(type(value) is int for value in (about.get("tokens"), about.get("rounds"), data.get("documents")))
+    )
 
 
 def watched(source: Source, stage: str | int | None = None) -> dict[str, tuple[int, ...]]:
@@ -178,6 +225,8 @@ def read_samples(tensors: dict[str, torch.Tensor]) -> list[Chunk]:
     samples = {n.removeprefix("samples."): t for n, t in tensors.items() if n.startswith("samples.")}
     if any(part.dtype != torch.int32 for name, part in samples.items() if name != "soft"):
         raise ValueError("samples are no int32")
+    if any(part.dim() != 1 + (name == "canvases") for name, part in samples.items() if name != "soft"):
+        raise ValueError("samples are of another shape")
     given = _given(samples)
     lengths, counts = samples["lengths"].tolist(), samples["chunks"].tolist()
     if min(lengths) < 1 or sum(lengths) != len(samples["prompts"]) or sum(counts) != len(lengths) or min(counts) < 1:

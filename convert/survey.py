@@ -3,9 +3,11 @@
     documents ── round 0, 1, … ──> chunks ──> both passes ──> sums, maxima, counts ──> STATS
                      └────────── then on, until every expert saw FLOOR tokens, or 4 times as many are over
 
-Everything lies in .NAME.calibration while it is made: hidden states, drafts, and a file of sums for each layer that is
-done. The same command goes on from there, and ends in the same bytes. Under torchrun the chunks are dealt out to the
-processes, and the sums of a layer are added up before they are written.
+No more than TOKENS are taken, which is what a conversion uses: what is counted here is what quantisers get.
+
+Everything lies in .NAME.calibration while it is made (convert/unfinished.py). The same command goes on from there, and
+ends in the same bytes. Under torchrun the chunks are dealt out to the processes, and the sums of a layer are added up
+before they are written.
 """
 
 from __future__ import annotations
@@ -13,15 +15,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
@@ -30,14 +30,13 @@ from dgq.convert.hashes import dgq_version
 from dgq.convert.journal import check_target
 from dgq.convert.memory import Needs, Sizes
 from dgq.convert.passes import DRAFTS, Passes, Rows, drafted
-from dgq.convert.samples import KINDS, Document, chunks, documents
+from dgq.convert.samples import KINDS, chunks, documents, used
 from dgq.convert.source import Source
 from dgq.convert.stats import (
     READERS,
     WATCHED,
     coverage,
     imatrix_entries,
-    read_samples,
     sample_tensors,
     starved,
     watched,
@@ -45,6 +44,7 @@ from dgq.convert.stats import (
 )
 from dgq.convert.steady import one_thread, shared_out
 from dgq.convert.trajectories import walked
+from dgq.convert.unfinished import Unfinished, save
 from dgq.quant.errors import InputError
 from dgq.quant.imatrix import write_imatrix
 from dgq.runtime.chunk import Chunk
@@ -69,15 +69,24 @@ def calibrated(
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         if imatrix is not None:
-            check_target(imatrix)
+            _check_beside(imatrix, out)
         with one_thread(device) as pool, shared_out(pool):
-            found = survey(source, out, prompts, seed, rounds, device, dtype, progress, notice, budget, trajectories)
-        if imatrix is not None and (not several or dist.get_rank() == 0):
-            export_imatrix(imatrix, source, out, found)
+            found = survey(
+                source, out, prompts, seed, rounds, device, dtype, progress, notice, budget, trajectories, imatrix
+            )
         return found if not several or dist.get_rank() == 0 else None
     finally:
         if several:
             dist.destroy_process_group()
+
+
+def _check_beside(imatrix: Path, out: Path) -> None:
+    """InputError if the imatrix cannot be written, as far as that is known before."""
+    check_target(imatrix)
+    if not imatrix.absolute().parent.is_dir():
+        raise InputError(f"--imatrix {imatrix}: there is no directory {imatrix.absolute().parent}")
+    if imatrix.absolute() == out.absolute():
+        raise InputError(f"--imatrix {imatrix}: is the name of STATS; give it another")
 
 
 class Survey:
@@ -130,56 +139,78 @@ class Survey:
 def survey(
     source: Source, out: Path, prompts: Path | None, seed: int, rounds: int, device: str, dtype: torch.dtype,
     progress: Progress, notice: Callable[[str], None], budget: Budget = UNSAID, trajectories: bool = False,
+    imatrix: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write STATS to `out`; what it says about itself. InputError for bad prompts, an `out` that exists, a budget of
-    memory that is too small."""
+    """Write STATS to `out`, and the imatrix before; what STATS says about itself. InputError for bad prompts, an `out`
+    that exists, a budget of memory that is too small."""
     check_target(out)
     found, data = documents(source, prompts)
     budget.enforce()
-    budget.room(Needs(source, device, Sizes.most(source.config, found)), device, "calibrating")
+    most = Sizes.most(source.config, found, len(found) * MORE * rounds * trajectories)
+    budget.room(Needs(source, device, most), device, "calibrating")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     about = {"dgq": dgq_version(), "weights": weights_digest(source), "data": data, "seed": seed, "dtype": str(dtype),
              "trajectories": trajectories}  # fmt: skip
     sampler = GenerationConfig.from_file(source.path / "generation_config.json", source.config).sampler
     folder = out.absolute().parent / f".{out.name[:200]}.calibration"
-    work = _Work(folder, {**about, "rounds": rounds, "world": world}, rank, notice)
-    stream = Stream(source.config, Rows(source), device, dtype)
-    layers = len(source.config.layers)
-    total = DRAFTS * layers * any(d.open for d in found) + (2 + sampler.steps * trajectories) * layers * rounds
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
-    found = work.drafts(lambda: drafted(stream, found, seed, step), found)
-    tensors: dict[str, Tensor] = {}
-    made: list[Chunk] = []
-    turn = 0
-    for turn in range(MORE * rounds):
-        new = chunks(found, seed, turn, source)
-        if trajectories:
-            new = work.walked(turn, new, partial(walked, stream, new, sampler, seed, turn << 32), step)
-        made += new
-        _add(tensors, _round(source, stream, new, work, turn, step))
-        if turn + 1 >= rounds and not starved(tensors):
-            break
-    about |= {"rounds": turn + 1, "tokens": sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in made)}
-    if rank == 0:
-        tensors = {name: t.float() if t.dtype == torch.float64 else t for name, t in tensors.items()}
-        save({**sample_tensors(made), **tensors}, folder / "stats", {"dgq": json.dumps(about)})
-        (folder / "stats").chmod(0o644)  # safetensors keeps it to its owner
-        (folder / "stats").replace(out)
-    if dist.is_initialized():
-        dist.barrier()
-    if rank == 0:
-        shutil.rmtree(folder)
+    with Unfinished(folder, {**about, "rounds": rounds, "processes": world}, rank, notice) as work:
+        stream = Stream(source.config, Rows(source), device, dtype)
+        layers = len(source.config.layers)
+        drafts = DRAFTS * layers * any(d.open for d in found)
+        each = (2 + sampler.steps * trajectories) * layers
+        steps = _Steps(progress, drafts + each * rounds)
+        with steps.promised(drafts):
+            found = work.drafts(lambda: drafted(stream, found, seed, steps.step), found)
+        tensors: dict[str, Tensor] = {}
+        made: list[Chunk] = []
+        turn = 0
+        while turn < rounds or (turn < MORE * rounds and starved(tensors)):
+            new = chunks(found, seed, turn, source)
+            new = used([*made, *new])[len(made) :]
+            if not new:
+                break
+            steps.total = max(steps.total, steps.done + each)
+            with steps.promised(each):
+                if trajectories:
+                    new = work.walked(turn, new, partial(walked, stream, new, sampler, seed, turn << 32), steps.step)
+                made += new
+                _add(tensors, _round(source, stream, new, work, turn, steps.step))
+            turn += 1
+        about |= {"rounds": turn, "tokens": sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in made)}
+        if rank == 0:
+            tensors = {name: t.float() if t.dtype == torch.float64 else t for name, t in tensors.items()}
+            save({**sample_tensors(made), **tensors}, folder / "stats", {"dgq": json.dumps(about)})
+            (folder / "stats").chmod(0o644)  # safetensors keeps it to its owner
+            if imatrix is not None:  # before: what breaks off here goes on
+                export_imatrix(imatrix, source, tensors, about)
+            (folder / "stats").replace(out)
+        if dist.is_initialized():
+            dist.barrier()
+        if rank == 0:
+            shutil.rmtree(folder)
     return {**about, "starved": starved(tensors), "coverage": coverage(tensors)}
 
 
+class _Steps:
+    """Tells how much is done, and how much there is in all."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self.total, self.done = progress, total, 0
+
+    def step(self) -> None:
+        self.done += 1
+        self._progress(self.done, self.total)
+
+    @contextmanager
+    def promised(self, steps: int) -> Iterator[None]:
+        """For work of so many steps, or less: some of it may have been done before."""
+        before = self.done
+        yield
+        self.total -= steps - (self.done - before)
+
+
 def _round(
-    source: Source, stream: Stream, new: list[Chunk], work: _Work, turn: int, step: Callable[[], None]
+    source: Source, stream: Stream, new: list[Chunk], work: Unfinished, turn: int, step: Callable[[], None]
 ) -> dict[str, Tensor]:
     layers = len(source.config.layers)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -208,10 +239,10 @@ def _round(
     return tensors
 
 
-def export_imatrix(path: Path, source: Source, stats: Path, about: dict[str, Any]) -> None:
+def export_imatrix(path: Path, source: Source, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """The sums as llama.cpp's importance matrix, under the names of a .gguf: of prompts and canvases together."""
     entries = {}
-    for name, found in imatrix_entries(load_file(stats)).items():
+    for name, found in imatrix_entries(tensors).items():
         kind = name.removesuffix(".weight").rpartition(".")[2]
         for reader in (kind, *READERS.get(kind, ())):
             same = name.replace(kind, reader)
@@ -227,76 +258,3 @@ def _add(total: dict[str, Tensor], more: dict[str, Tensor]) -> None:
             total[name] = value
         else:
             total[name] = torch.maximum(known, value) if name.endswith(".amax") else known + value
-
-
-def save(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
-    try:
-        save_file(tensors, path, about)
-    except SafetensorError as error:  # a full disk, to the library
-        raise InputError(f"{path}: cannot be written ({error}); the same command goes on from there") from None
-
-
-class _Work:
-    """The folder of an unfinished survey. Of several processes the first one writes what all share."""
-
-    def __init__(self, folder: Path, identity: dict[str, Any], rank: int, notice: Callable[[str], None]) -> None:
-        self._folder, self._rank = folder, rank
-        path = folder / "identity.json"
-        text = json.dumps(identity, sort_keys=True)
-        if rank == 0:
-            try:
-                if folder.is_dir() and (not path.is_file() or path.read_text("utf-8") != text):
-                    raise InputError(f"{folder}: another calibration's unfinished work; finish it, or remove it")
-                if folder.is_dir():
-                    count = len(list(folder.glob("*.done")))
-                    notice(f"going on with {folder}: {count} stages are done")
-                folder.mkdir(parents=True, exist_ok=True)
-                path.write_text(text, "utf-8")
-            except OSError as error:
-                raise InputError(f"{folder}: cannot be written ({error})") from None
-        self._wait()
-
-    def file(self, name: str) -> Any:
-        path = self._folder / name
-        return path.open("r+b" if path.exists() else "x+b", buffering=0)
-
-    def has(self, name: str) -> bool:
-        found = (self._folder / f"{name}.done").is_file()
-        self._wait()
-        return found
-
-    def note(self, name: str, tensors: dict[str, Tensor]) -> None:
-        self._wait()  # until every process has its hidden states on the disk
-        if self._rank == 0:
-            save(tensors, self._folder / "new")
-            with (self._folder / "new").open("rb") as file:
-                os.fsync(file.fileno())
-            (self._folder / "new").replace(self._folder / f"{name}.done")
-        self._wait()
-
-    def read(self, name: str) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = load_file(self._folder / f"{name}.done")
-        return found
-
-    def drafts(self, make: Callable[[], list[Document]], found: list[Document]) -> list[Document]:
-        if not any(document.open for document in found):
-            return found
-        if not self.has("drafts"):
-            done = make()
-            self.note("drafts", {str(i): torch.tensor(d.ids) for i, d in enumerate(done)})
-        ids = self.read("drafts")
-        return [Document(tuple(ids[str(i)].tolist()), d.first, d.chat) for i, d in enumerate(found)]
-
-    def walked(
-        self, turn: int, new: list[Chunk], make: Callable[..., list[Chunk]], step: Callable[[], None]
-    ) -> list[Chunk]:
-        """`new` with the sampler's canvases. Every process makes all of them, each for itself."""
-        name = f"{turn}-walked"
-        if not self.has(name):
-            with self.file(f"walks-{self._rank}") as file:
-                self.note(name, sample_tensors(make(file, step)))
-        return read_samples(self.read(name))
-
-    def _wait(self) -> None:
-        if dist.is_initialized():
-            dist.barrier()

@@ -52,7 +52,7 @@ class Work:
         file = self.folder / "identity.json"
         text = json.dumps(identity, sort_keys=True, default=str)
         if file.is_file() and (there := file.read_text()) != text:
-            differ = _difference(there, identity)
+            differ = difference(there, identity)
             raise InputError(
                 f"{out}: an unfinished {what} lies in {self.folder}, and {differ}; repeat its command to finish"
                 " it, or remove that directory"
@@ -120,7 +120,7 @@ def _write(file: Path, data: bytes) -> None:
     partial.replace(file)
 
 
-def _difference(there: str, here: dict[str, object]) -> str:
+def difference(there: str, here: dict[str, object]) -> str:
     try:
         was = json.loads(there)
         now = json.loads(json.dumps(here, default=str))

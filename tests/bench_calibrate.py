@@ -27,7 +27,8 @@ from dgq.convert.budget import Budget
 from dgq.convert.memory import Needs, Sizes
 from dgq.convert.plan import make_plan
 from dgq.convert.recipes import find_recipe
-from dgq.convert.refine import refinable, refined, used
+from dgq.convert.refine import refinable, refined
+from dgq.convert.samples import used
 from dgq.convert.sizes import Size
 from dgq.convert.slices import SEARCHED, Options, slices
 from dgq.convert.source import open_source

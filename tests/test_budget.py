@@ -230,6 +230,25 @@ def test_a_budget_below_the_floor(micro: Path, stats: Path, tmp_path: Path) -> N
     assert result.exit_code == 2 and "slices of a thread" in result.stderr and not list(tmp_path.iterdir())
 
 
+def test_what_the_sampler_gave_is_counted(micro: Path, real: Plan, tmp_path: Path) -> None:
+    """bfloat16, a canvas for each prompt: of a step and of those before; no more than TOKENS have room for."""
+    floor = _floor(micro, None) + 2 * (2 * 4) * 16 * 256 * 2  # 2 documents up to 4 times, 16 tokens, rows of 256
+    result = _calibrate(micro, tmp_path / "stats", "--trajectories", "--ram", f"{floor - 1}B")
+    assert result.exit_code == 2 and f"needs {shown(floor)} at least" in result.stderr, result.output
+    assert _calibrate(micro, tmp_path / "stats", "--trajectories", "--ram", f"{floor}B").exit_code == 0
+    config, given = real.source.config, (1 << 18) // (1 + 4 * 256) * 256
+    assert Sizes.most(config, walked=1000).given == 2 * given and Sizes.most(config, walked=3).given == 2 * 3 * 256
+    sizes = Sizes.most(config, walked=1000)
+    for device in ("cpu", "cuda"):
+        needs, plain = (Needs(real.source, device, one) for one in (sizes, Sizes.most(config)))
+        sums = [
+            sum(n.moments()["layer"].values()) if device == "cpu" else sum(n.ram().values()) for n in (needs, plain)
+        ]
+        assert sums[0] - sums[1] == 2 * given * 2816 * 2
+    chunk = Chunk(((5,) * 9,), torch.zeros(2, 16, dtype=torch.int64), (0, 0), torch.ones(2), {1: torch.zeros(16, 4)})
+    assert Sizes.of([chunk, chunk]).given == 2 * 16
+
+
 @pytest.mark.usefixtures("few_steps")
 def test_without_an_option_it_keeps_to_what_is_free(
     micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

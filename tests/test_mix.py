@@ -202,6 +202,14 @@ def test_directories_mix_too(micro: Path, tmp_path: Path, to: str) -> None:
     weights = open_artifact(tmp_path / "out").weights
     for part in found["parts"]:
         assert {weights[name].scheme.name for name in part["weights"]} == {part["chosen"]}
+    source = open_source(str(micro))
+    made = chunks(documents(source, micro / "prompts.jsonl")[0], 0, 0, source)
+    chosen = {n: weights[n].scheme for part in found["parts"] for n in part["weights"] if part["chosen"] != "bf16"}
+    with Meter(make_plan(source, find_recipe(to)), made, tmp_path, "cpu", 1) as meter:
+        for name, measured in meter._quantised(chosen).items():
+            assert torch.equal(measured.dequantize(), weights[name].dequantize()), (
+                "what was measured is what is written"
+            )
 
 
 @pytest.mark.parametrize(
@@ -387,6 +395,24 @@ def test_a_full_disk_is_known_before(micro: Path, tmp_path: Path, monkeypatch: p
     result = dgq("mix", micro, "--to", "gguf", "--bytes", "1MB", *options)
     assert result.exit_code == 2 and "GiB of disk while it measures" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_is_there_whole_or_not_at_all(short: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full in the end: the same command goes on, and no half of a recipe is in its way."""
+    real = Path.write_text
+
+    def full(self: Path, text: str, *given: Any) -> int:
+        if text.startswith("# Made by dgq mix"):
+            real(self, text[:20], *given)
+            raise OSError("no space left")
+        return real(self, text, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        result = short("mine.toml", "1MB")
+    assert result.exit_code == 2 and "cannot be written (no space left)" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [".mine.toml.mix"]
+    assert short("mine.toml", "1MB").exit_code == 0 and (tmp_path / "mine.toml").stat().st_size > 1000
 
 
 def test_prompts_without_an_answer_are_nothing_to_measure_on(micro: Path, tmp_path: Path) -> None:

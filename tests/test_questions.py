@@ -94,3 +94,12 @@ def test_bad_lines_are_named(tiny: Artifact, tmp_path: Path, line: str, said: st
     with pytest.raises(InputError) as error:
         questions(tiny, "tiny", tmp_path / "prompts.jsonl", 1)
     assert said in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_lines_as_programs_write_them(tiny: Artifact, tmp_path: Path) -> None:
+    """A byte order mark, Windows' ends of lines, and those that a string in JSON may hold."""
+    items = [{"prompt": "say\u2028wind\x85", "answer": "wind"}, {"prompt": "say king", "answer": "king"}]
+    text = "\ufeff" + "\r\n".join(json.dumps(item, ensure_ascii=False) for item in items) + "\r\n"
+    (tmp_path / "p.jsonl").write_bytes(text.encode())
+    found, _ = questions(tiny, "tiny", tmp_path / "p.jsonl", 1)
+    assert [question.answer for question in found] == ["wind", "king"]

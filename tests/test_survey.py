@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,13 +21,17 @@ from micro import micro_config, micro_tensors, write_micro
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dgq.convert import passes, samples, survey
+from dgq.convert import passes, refine, samples, survey
 from dgq.convert.cli import main
 from dgq.convert.passes import Rows
+from dgq.convert.plan import make_plan
+from dgq.convert.recipes import find_recipe
 from dgq.convert.refine import LEAN, Hessians
 from dgq.convert.samples import BINS, chunks, documents, doubled
+from dgq.convert.slices import Options
 from dgq.convert.source import Source, open_source
-from dgq.convert.stats import FLOOR, WATCHED, read_stats
+from dgq.convert.stats import FLOOR, WATCHED, coverage, read_stats
+from dgq.quant.errors import InputError
 from dgq.quant.hf_dir import HFDir
 from dgq.quant.imatrix import read_imatrix
 from dgq.quant.schemes import SCHEMES
@@ -35,6 +41,7 @@ from dgq.runtime.chunk import Chunk
 from dgq.runtime.model import Model
 from dgq.runtime.names import EMBEDDING
 from dgq.runtime.stream import Stream
+from dgq.runtime.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("few_steps")
 PROMPTS = [
@@ -62,8 +69,8 @@ def micro(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _calibrate(micro: Path, out: Path, *more: object) -> Result:
-    options = ("--prompts", micro / "prompts.jsonl", "--rounds", 2, "--device", "cpu", "--json")
+def _calibrate(micro: Path, out: Path, *more: object, people: bool = False) -> Result:
+    options = ("--prompts", micro / "prompts.jsonl", "--rounds", 2, "--device", "cpu", *([] if people else ["--json"]))
     return dgq("calibrate", micro, "-o", out, *options, *more)
 
 
@@ -102,6 +109,7 @@ def test_sums_are_those_of_the_whole_model(micro: Path, stats: Path) -> None:
     found = read_stats(stats, source)
     sums: dict[Any, Any] = defaultdict(lambda: 0)
     counts: dict[Any, int] = defaultdict(int)
+    most: dict[Any, float] = defaultdict(float)
     side = 0
 
     def see(name: str, x: torch.Tensor, y: torch.Tensor, expert: int | None, _: object) -> torch.Tensor:
@@ -109,6 +117,7 @@ def test_sums_are_those_of_the_whole_model(micro: Path, stats: Path) -> None:
             x = x.reshape(-1, x.shape[-1]).double()
             sums[name, expert, side] = sums[name, expert, side] + x.square().sum(0)
             counts[name, expert, side] += len(x)
+            most[name, expert, side] = max(most[name, expert, side], float(x.abs().amax()) if len(x) else 0.0)
         return y
 
     model = Model(source.config, source, "cpu", torch.float32, observe=see)
@@ -125,8 +134,54 @@ def test_sums_are_those_of_the_whole_model(micro: Path, stats: Path) -> None:
     for (name, expert, which), value in sums.items():
         at = () if expert is None else (expert,)
         torch.testing.assert_close(found.tensors[name + ".sum2"][(*at, which)].double(), value, rtol=1e-3, atol=1e-4)
+        assert float(found.tensors[name + ".amax"][(*at, which)]) == pytest.approx(most[name, expert, which], rel=1e-4)
         kinds = found.tensors[name + ".count"][at or ...]
         assert int(kinds[0] if which == 0 else kinds[1:].sum()) == counts[name, expert, which]
+
+
+def test_drafts_are_the_models_own(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise behind the end of an open document, then what the whole model makes of it, conditioned on itself."""
+    monkeypatch.setattr(passes, "LONGEST", 12)
+    source = open_source(str(micro))
+    found, _ = documents(source, micro / "prompts.jsonl")
+    stream, model = (kind(source.config, source, "cpu", torch.float32) for kind in (Stream, Model))
+    entered: list[tuple[Chunk, torch.Tensor | None]] = []
+    real = stream.enter
+    monkeypatch.setattr(stream, "enter", lambda chunk, soft: entered.append((chunk, soft)) or real(chunk, soft))
+    done = passes.drafted(stream, found, 5, lambda: None)
+    (number,) = (i for i, document in enumerate(found) if document.open)
+    canvas = torch.randint(0, source.config.vocab, (1, 16), generator=torch.Generator().manual_seed(5))
+    cache, logits = model.new_cache(1), None
+    model.encode(torch.tensor([found[number].ids[-12:]]), cache)
+    for chunk, soft in entered:
+        assert chunk.prompts == (found[number].ids[-12:],) and torch.equal(chunk.canvases, canvas)
+        assert (soft is None) == (logits is None)
+        if soft is not None and logits is not None:
+            torch.testing.assert_close(soft, stream.soften(logits), rtol=1e-3, atol=1e-3)
+        logits = model.decode(canvas, cache, logits)
+        canvas = logits.argmax(-1)
+    assert len(entered) == passes.DRAFTS
+    assert len(found[number].ids) > 12 and done[number].ids == (*found[number].ids, *canvas[0].tolist())
+    assert [d for i, d in enumerate(done) if i != number] == [d for i, d in enumerate(found) if i != number]
+
+
+def test_the_embedding_is_a_table_too(micro: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its columns count by what goes into the head, and all alike for those who read rows of it."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def quantised(inputs: torch.Tensor, outputs: Any, scheme: Any, sweeps: int, pool: Any, weight: torch.Tensor) -> Any:
+        seen[tensor.name] = inputs
+        return scheme.quantize(weight)
+
+    monkeypatch.setattr(refine, "_few_at_once", quantised)
+    plan = make_plan(open_source(str(micro)), find_recipe("gguf"))
+    for tensor in plan.tensors:
+        if tensor.name in ("token_embd.weight", "blk.0.attn_q.weight"):
+            hessian = torch.diag(torch.arange(256.0)).unsqueeze(0)
+            sense: Any = SimpleNamespace(of=lambda name, part, h=hessian: (h, None))
+            list(refine._quantised(plan, tensor, slice(0, 1), sense, Options("standard"), None, None))
+    assert torch.equal(seen["blk.0.attn_q.weight"][0].diagonal(), torch.arange(256.0))
+    assert torch.equal(seen["token_embd.weight"][0].diagonal(), torch.arange(256.0) + 127.5)
 
 
 def test_samples_cover_noise_and_conditioning(micro: Path, stats: Path) -> None:
@@ -194,6 +249,13 @@ def test_artifacts_are_of_the_same_shape_and_lose_less(recipe: str, micro: Path,
         assert dgq("run", tmp_path / name, "hi", "--max-new-tokens", 1, "--steps", 1, "--device", "cpu").exit_code == 0
     plain, *others = (tmp_path / name for name in ("stock", "fast", "standard", "max"))
     fine = tmp_path / "standard"
+    held = [
+        b"".join(
+            f.read_bytes() for f in sorted((tmp_path / name).glob("*.[gs]*")) if f.suffix in (".gguf", ".safetensors")
+        )
+        for name in ("fast", "standard", "max")
+    ]
+    assert len(set(held)) == 3, "each effort does something of its own"
     for path in others:
         if to == "gguf":
             sizes = [next(each.glob("*.gguf")).stat().st_size for each in (plain, path)]
@@ -219,8 +281,6 @@ def test_artifacts_are_of_the_same_shape_and_lose_less(recipe: str, micro: Path,
 def test_conversions_with_stats_go_on(
     micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dgq.convert import refine
-
     command = ("convert", micro, "--to", "gguf", "--stats", stats, "--device", "cpu", "-o")
     assert dgq(*command, tmp_path / "whole").exit_code == 0
     real, calls = refine.feedback, []
@@ -237,6 +297,21 @@ def test_conversions_with_stats_go_on(
     assert result.exit_code == 0 and "going on with" in result.stderr
     for file in (tmp_path / "whole").iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_full_disk_is_known_before(micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states beside the artifact: what they take, a byte less, and nothing is begun."""
+    source = open_source(str(micro))
+    plan, used = make_plan(source, find_recipe("bnb4")), samples.used(read_stats(stats, source).chunks)
+    tokens = sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in used)
+    need = tokens * (2 + 2) * 256 * 4 + sum(tensor.nbytes for tensor in plan.tensors)
+    monkeypatch.setattr(refine, "check_memory", lambda *_: (_ for _ in ()).throw(InputError("there is room")))
+    for free, expected in ((need - 1, f"hidden states of {tokens} tokens"), (need, "there is room")):
+        monkeypatch.setattr(refine, "shutil", SimpleNamespace(disk_usage=lambda _, n=free: SimpleNamespace(free=n)))
+        options = ("--to", "bnb4", "--stats", stats, "-o", tmp_path / "out", "--device", "cpu")
+        result = dgq("convert", micro, *options)
+        assert result.exit_code == 2 and expected in result.stderr, result.output
+        assert not list(tmp_path.iterdir())
 
 
 def test_starved_experts_are_named(micro: Path, tmp_path: Path) -> None:
@@ -261,6 +336,11 @@ def test_starved_experts_are_named(micro: Path, tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "out" / "dgq.json").read_text())["calibration"]["starved"] == found["starved"]
+    shown = [result.stdout, *(dgq("inspect", tmp_path / name).stdout for name in ("stats", "out"))]
+    shown.append(_calibrate(path, tmp_path / "shown", people=True).stderr)
+    for page in shown:
+        assert f"{len(found['starved'])} experts saw fewer than {FLOOR} tokens" in page
+        assert all(f"{name} ({seen})" in page for name, seen in found["starved"].items())
     (path / "asked.jsonl").write_text(json.dumps(PROMPTS[0]))
     options = ("--quick", "--prompts", path / "asked.jsonl", "-o", tmp_path / "report", "--device", "cpu")
     assert dgq("validate", tmp_path / "out", "--against", path, *options).exit_code in (0, 1)
@@ -271,8 +351,16 @@ def test_starved_experts_are_named(micro: Path, tmp_path: Path) -> None:
     assert all(f"{name} ({seen})" in page for name, seen in found["starved"].items())
 
 
-def test_imatrix(micro: Path, stats: Path, tmp_path: Path) -> None:
+def test_imatrix(micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, expected in (("stats", "is the name of STATS"), ("none/im.gguf", "there is no directory")):
+        result = _calibrate(micro, tmp_path / "stats", "--imatrix", tmp_path / name)
+        assert result.exit_code == 2 and expected in result.stderr and not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(survey, "write_imatrix", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert _calibrate(micro, tmp_path / "stats", "--imatrix", tmp_path / "im.gguf").exit_code == 130
+    assert not (tmp_path / "stats").exists(), "or the same command would be refused, and there be no imatrix"
     assert _calibrate(micro, tmp_path / "stats", "--imatrix", tmp_path / "im.gguf").exit_code == 0
+    assert (tmp_path / "stats").read_bytes() == stats.read_bytes()
     matrix = read_imatrix(tmp_path / "im.gguf")
     sums = load_file(stats)
     name = "model.decoder.layers.1.experts.gate_up_proj"
@@ -292,6 +380,8 @@ def test_imatrix(micro: Path, stats: Path, tmp_path: Path) -> None:
         ('\n{"messages": []}', "line 2: expected"),
         ('{"messages": [{"role": "user"}]}', "line 1: expected"),
         ("", "holds no document"),
+        ('{"text": "a \\ud800 b"}', "p.jsonl, line 1: "),
+        ('\n{"messages": [{"role": "user", "content": "\\ud800"}]}', "p.jsonl, line 2: "),
     ],
 )
 def test_bad_prompts(lines: str, expected: str, micro: Path, tmp_path: Path) -> None:
@@ -300,6 +390,42 @@ def test_bad_prompts(lines: str, expected: str, micro: Path, tmp_path: Path) -> 
     result = dgq("calibrate", micro, "-o", tmp_path / "stats", "--prompts", file, "--device", "cpu")
     assert result.exit_code == 2 and expected in result.stderr and len(result.stderr.splitlines()) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+KING = "the king went to the wind and the apple of the door"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text", "count"),
+    [
+        (
+            "p.jsonl",
+            json.dumps({"text": f"{KING}\u2028{KING}\x85{KING}"}, ensure_ascii=False),
+            f"{KING}\u2028{KING}\x85{KING}",
+            1,
+        ),
+        ("p.jsonl", f'\ufeff{{"text": "{KING}"}}\r\n{{"text": "{KING}"}}\r\n', KING, 2),
+        ("P.JSONL", json.dumps({"text": KING}), KING, 1),
+        ("p.jsonl", json.dumps({"text": None, "messages": PROMPTS[1]["messages"]}), None, 1),
+        ("p.txt", f"\ufeff{KING}\r\n\r\n{KING}\r\n \t\r\n\r\n{KING}\r\n", KING, 3),
+        ("p.txt", f"{KING}\n  \n\n{KING}\n{KING}", KING, 2),
+    ],
+)
+def test_prompts_as_programs_write_them(
+    name: str, content: str, text: str | None, count: int, micro: Path, tmp_path: Path
+) -> None:
+    """Byte order marks, Windows' ends of lines, and those that JSON's strings may hold."""
+    (tmp_path / name).write_bytes(content.encode())
+    found, about = documents(open_source(str(micro)), tmp_path / name)
+    assert len(found) == about["documents"] == count
+    assert text is None or list(found[0].ids) == Tokenizer.from_dir(micro).encode(text)
+
+
+def test_a_file_of_prompts_of_another_kind(micro: Path, tmp_path: Path) -> None:
+    """A list in JSON would be taken for one text."""
+    (tmp_path / "p.json").write_text(json.dumps([{"text": KING}]))
+    result = dgq("calibrate", micro, "-o", tmp_path / "stats", "--prompts", tmp_path / "p.json", "--device", "cpu")
+    assert result.exit_code == 2 and "p.json: its name ends in neither .jsonl nor .txt" in result.stderr
 
 
 def test_bad_stats(micro: Path, stats: Path, tmp_path: Path) -> None:
@@ -331,13 +457,87 @@ def test_an_unfinished_calibration_is_not_thrown_away(
         assert _calibrate(micro, tmp_path / "stats").exit_code == 130
     before = {path.name for path in (tmp_path / ".stats.calibration").iterdir()}
     result = _calibrate(micro, tmp_path / "stats", "--seed", 3)
-    assert result.exit_code == 2 and "unfinished" in result.stderr
+    assert result.exit_code == 2 and "unfinished work, its seed was 0, not 3; finish it" in result.stderr
     assert {path.name for path in (tmp_path / ".stats.calibration").iterdir()} == before
     (tmp_path / "other").write_text("mine")
     for more in (("-o", tmp_path / "other"), ("--imatrix", tmp_path / "other")):
         result = _calibrate(micro, tmp_path / "new", *more)
         assert result.exit_code == 2 and "exists already" in result.stderr
     assert (tmp_path / "other").read_text() == "mine" and not (tmp_path / "new").exists()
+
+
+def test_nobody_else_works_on_it(micro: Path, stats: Path, tmp_path: Path) -> None:
+    """Two at once would read each other's hidden states. What one left that had not begun is in nobody's way."""
+    folder = tmp_path / ".stats.calibration"
+    folder.mkdir()
+    with (folder / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = _calibrate(micro, tmp_path / "stats")
+        assert result.exit_code == 2 and "another dgq calibrate is at it" in result.stderr
+    assert _calibrate(micro, tmp_path / "stats").exit_code == 0
+    assert (tmp_path / "stats").read_bytes() == stats.read_bytes() and not folder.exists()
+
+
+def test_no_more_tokens_than_a_conversion_takes(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the tokens that experts were counted to see are those of their Hessians: all of the samples are used."""
+    monkeypatch.setattr(samples, "CHUNK", 300)
+    monkeypatch.setattr(survey, "starved", lambda _: {"0.0": 1})
+    asked = {}
+    for most in (1 << 18, 900, 1):
+        monkeypatch.setattr(samples, "TOKENS", most)
+        out = tmp_path / str(most)
+        result = _calibrate(micro, out)
+        assert result.exit_code == 0, result.output
+        found = read_stats(out, open_source(str(micro)))
+        assert samples.used(found.chunks) == found.chunks
+        tokens = sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in found.chunks)
+        assert tokens == found.about["tokens"] and all(sum(n) == 2 * tokens for n in stats_coverage(found))
+        asked[most] = tokens, found.about["rounds"], len(found.chunks)
+    assert asked[1 << 18][1] == survey.MORE * 2 and asked[900][0] <= 900 < asked[1 << 18][0]
+    assert asked[900][1] < survey.MORE * 2 and asked[1][1:] == (1, 1)
+
+
+def stats_coverage(found: Any) -> list[list[int]]:
+    return list(coverage(found.tensors).values())
+
+
+def test_progress_ends_where_it_said(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With rounds more than were asked for, from the beginning and gone on with."""
+    monkeypatch.setattr(survey, "starved", lambda _: {"0.0": 1})
+
+    def told(stop: int) -> list[tuple[int, int]]:
+        seen: list[tuple[int, int]] = []
+
+        def progress(done: int, total: int) -> None:
+            seen.append((done, total))
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+
+        source, out = open_source(str(micro)), tmp_path / "stats"
+        prompts, notice = micro / "prompts.jsonl", lambda _: None
+        survey.survey(source, out, prompts, 0, 1, "cpu", torch.float32, progress, notice)
+        return seen
+
+    with pytest.raises(KeyboardInterrupt):
+        told(11)
+    again = told(0)
+    (tmp_path / "stats").unlink()
+    whole = told(0)
+    assert all(done <= total for done, total in (*again, *whole))
+    assert whole[0] == (1, 8) and whole[-1] == (20, 20), "drafts, and two passes of two layers, 4 times"
+    assert again[-1][0] == again[-1][1] < 14
+
+
+def test_stats_are_shown_expert_by_expert(micro: Path, stats: Path, tmp_path: Path) -> None:
+    seen = load_file(stats)["model.decoder.layers.1.experts.gate_up_proj.count"]
+    page, found = dgq("inspect", stats), json.loads(dgq("inspect", stats, "--json").stdout)
+    assert f"1: {' '.join(map(str, seen.sum(-1).tolist()))}\n" in page.stdout
+    assert f"no expert saw fewer than {FLOOR} tokens" in page.stdout
+    assert found["kinds"]["1"] == seen.tolist() and found["starved"] == {} and found["data"]["name"] == "prompts.jsonl"
+    (tmp_path / "damaged").write_bytes(stats.read_bytes().replace(b'\\"data\\"', b'\\"date\\"'))
+    for file, expected in ((tmp_path / "damaged", "damaged"), (micro / "prompts.jsonl", "expected a directory")):
+        result = dgq("inspect", file)
+        assert result.exit_code == 2 and expected in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def _changed(stats: Path, to: Path, change: Any) -> Path:
@@ -363,6 +563,11 @@ NAME = "model.decoder.layers.1.experts.down_proj"
         (lambda t, a: t["samples.owner"].fill_(0), "a chunk has no canvas|damaged"),
         (lambda t, a: a.update({"dgq": "[]"}), "other weights"),
         (lambda t, a: a.update({"dgq": "{"}), "damaged"),
+        (
+            lambda t, a: a.update({"dgq": a["dgq"].replace('"documents"', '"pages"')}),
+            "does not say what it was made of",
+        ),
+        (lambda t, a: t.update({"samples.chunks": t["samples.chunks"].unsqueeze(0)}), "samples are of another shape"),
     ],
 )
 def test_stats_of_strangers(change: Any, expected: str, micro: Path, stats: Path, tmp_path: Path) -> None:
@@ -431,6 +636,12 @@ def test_every_expert_has_its_own_hessians() -> None:
     silent.watch({"w": slice(0, 3)})
     silent("w", torch.ones(2, 8), torch.zeros(2, 5), 1)
     assert not any(side is None or bool(side.any()) for side in silent.of("w", slice(0, 3))), "nothing felt: zeros"
+    partly = Hessians(3)
+    partly.watch({"w": slice(0, 3)})
+    partly("w", torch.ones(4, 8), torch.tensor([1.0, 0, 0, 0]).view(4, 1).expand(4, 5), 1)
+    own, lent = partly.of("w", slice(1, 2))[0], partly.of("w", slice(0, 1))[0]
+    assert float(lent[0, 0, 0]) == pytest.approx(1.0), "the average of those that are felt"
+    assert float(own[0, 0, 0]) == pytest.approx(1.0)
     sense("dense", torch.ones(2, 3, 8), 2 * torch.ones(2, 3, 5), None)
     inputs, outputs = sense.of("dense", slice(0, 1))
     assert outputs is not None and float(inputs[0, 0, 0]) == 6 * 4 and float(outputs[0, 0, 0]) == 6 * 4
