@@ -1,6 +1,7 @@
 """`--ram` on a model larger than it: peak memory of `dgq calibrate` and `convert --stats` at the real widths, on a CPU.
 
     python tests/bench_ram.py [--layers 5] [--ram 8GiB] [--recipes nvfp4 …] [--folder DIR] [--documents 1] [--same]
+        [--recipes nvfp4-first]    the first layer's experts alone: all layers gone back through, one quantised
         [--row-groups 64]      fewer: sooner done, not so well, in a little more memory
         [--source DIR]         a checkpoint made before
 
@@ -28,6 +29,18 @@ from typing import Any
 from bench_convert import digests, peak_rss, write_checkpoint
 
 RECIPES = {"nvfp4": ["--to", "nvfp4"], "bnb4": ["--to", "bnb4"], "q4_k_m": ["--to", "gguf"]}
+FIRST = """name = "nvfp4-first"
+format = "nvfp4"
+label = "NVFP4"
+description = "the first layer's experts in NVFP4"
+max_16bit_share = 1
+[[rule]]
+match = "*.layers.0.experts.*_proj"
+scheme = "nvfp4"
+[[rule]]
+match = "*"
+scheme = "bf16"
+"""
 TEXT = "In the beginning was the word, and the king went down to the river with seven ships of corn and wine. "
 
 
@@ -107,13 +120,15 @@ def main() -> None:
         prompts.write_text("\n".join(json.dumps({"text": TEXT * 12}) for _ in range(options.documents)))
         report["source_gib"] = round(sum(file.stat().st_size for file in source.iterdir()) / 2**30, 2)
         print(f"checkpoint: {report['source_gib']} GiB", flush=True)
-        stats = Path(folder) / "stats"
+        stats, first = Path(folder) / "stats", Path(folder) / "first.toml"
+        first.write_text(FIRST)
+        recipes = RECIPES | {"nvfp4-first": ["--to", "nvfp4", "--recipe", str(first)]}
         common = ("calibrate", source, "--prompts", prompts, "--rounds", 1, "--device", "cpu", "-o", stats)
         row = child(options.row_groups, *common, "--ram", options.ram)
         rows = {"calibrate": row}
         print("calibrate", row, flush=True)
         for recipe in options.recipes:
-            common = ("convert", source, *RECIPES[recipe], "--stats", stats, "--device", "cpu", "-o")
+            common = ("convert", source, *recipes[recipe], "--stats", stats, "--device", "cpu", "-o")
             out = Path(folder) / recipe
             row = rows[recipe] = child(options.row_groups, *common, out, "--ram", options.ram)
             if options.same:
