@@ -1,7 +1,7 @@
 """`--ram` on a model larger than it: peak memory of `dgq calibrate` and `convert --stats` at the real widths, on a CPU.
 
     python tests/bench_ram.py [--layers 5] [--ram 8GiB] [--recipes nvfp4 …] [--folder DIR] [--documents 1] [--same]
-        [--recipes nvfp4-first]    the first layer's experts alone: all layers gone back through, one quantised
+        [--recipes q4_k-first]     the first layer's experts alone: all layers gone back through, one quantised
         [--row-groups 64]      fewer: sooner done, not so well, in a little more memory
         [--source DIR]         a checkpoint made before
 
@@ -29,14 +29,17 @@ from typing import Any
 from bench_convert import digests, peak_rss, write_checkpoint
 
 RECIPES = {"nvfp4": ["--to", "nvfp4"], "bnb4": ["--to", "bnb4"], "q4_k_m": ["--to", "gguf"]}
-FIRST = """name = "nvfp4-first"
-format = "nvfp4"
-label = "NVFP4"
-description = "the first layer's experts in NVFP4"
+FIRST = """name = "q4_k-first"
+format = "gguf"
+label = "Q4_K"
+description = "the first layer's experts in 4 and 5 bits"
 max_16bit_share = 1
 [[rule]]
-match = "*.layers.0.experts.*_proj"
-scheme = "nvfp4"
+match = "blk.0.ffn_gate_up_exps.weight"
+scheme = "q4_k"
+[[rule]]
+match = "blk.0.ffn_down_exps.weight"
+scheme = "q5_0"
 [[rule]]
 match = "*"
 scheme = "bf16"
@@ -122,7 +125,7 @@ def main() -> None:
         print(f"checkpoint: {report['source_gib']} GiB", flush=True)
         stats, first = Path(folder) / "stats", Path(folder) / "first.toml"
         first.write_text(FIRST)
-        recipes = RECIPES | {"nvfp4-first": ["--to", "nvfp4", "--recipe", str(first)]}
+        recipes = RECIPES | {"q4_k-first": ["--to", "gguf", "--recipe", str(first)]}
         common = ("calibrate", source, "--prompts", prompts, "--rounds", 1, "--device", "cpu", "-o", stats)
         row = child(options.row_groups, *common, "--ram", options.ram)
         rows = {"calibrate": row}
