@@ -2,6 +2,7 @@
 
     .NAME.WHAT/identity.json             what is being done; another command into the same place is refused
     .NAME.WHAT/STAGE-00003.safetensors   a unit's result: tensors by name
+    .NAME.WHAT/lock                      held while somebody is at it
 
 WHAT is "validation" or "mix".
 
@@ -11,6 +12,7 @@ all results in the end: what comes after is the same everywhere.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable
@@ -44,7 +46,7 @@ class Work:
         notice: Callable[[str], None],
         what: str = "validation",
     ) -> None:
-        """InputError if another command's unfinished work lies there."""
+        """InputError if another command's unfinished work lies there, or another process is at it."""
         self.rank, self.world = rank_and_world()
         name = f".{out.name[:200]}.{what}" + (f"-{self.rank}" if self.world > 1 else "")
         self.folder = out.absolute().parent / name
@@ -61,6 +63,11 @@ class Work:
             count = sum(1 for _ in self.folder.glob("*.safetensors"))
             notice(f"going on with an unfinished {what}: {count} results are there")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("ab")  # as long as this object lives
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{self.folder}: another dgq is at it; wait for it, or choose another -o") from None
         _write(file, text.encode())
 
     def each(self, stage: str, count: int, do: Callable[[int], Found]) -> Results:
