@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -94,17 +94,20 @@ def opened(out: Path, identity: dict[str, Any]) -> Iterator[Journal]:
         yield Journal(file, partial, identity, facts)
 
 
+def lock(file: BinaryIO, busy: str, how: Callable[[BinaryIO, int], None] = fcntl.flock) -> None:
+    """As long as the file is open. InputError saying what is busy if another process has it."""
+    try:
+        how(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{busy}; wait for it, or choose another -o") from None
+
+
 @contextmanager
 def _locked(out: Path, path: Path) -> Iterator[BinaryIO]:
     """The journal's file, locked. Tried again if its owner ended, and removed it, just before the lock was got."""
     while True:
         with path.open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"{out}: another dgq convert is writing it; wait for it, or choose another -o"
-                ) from None
+            lock(file, f"{out}: another dgq convert is writing it")
             if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 yield file
                 return

@@ -9,7 +9,6 @@ Of several processes the first one writes what all share; each has hidden states
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch import distributed as dist
 
+from dgq.convert.journal import lock
 from dgq.convert.samples import Document
 from dgq.convert.stats import read_samples, sample_tensors
 from dgq.convert.work import difference
@@ -63,7 +63,7 @@ class Unfinished:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = (folder / "lock").open("ab")  # as long as this process lives
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock, f"{folder}: another dgq calibrate is at it")
             count = len(list(folder.glob("*.done")))
             there = path.read_text("utf-8") if path.is_file() else ""
             if there != text and (there or count):
@@ -73,8 +73,8 @@ class Unfinished:
                 notice(f"going on with {folder}: {count} stages are done")
             (folder / "new").write_text(text, "utf-8")
             (folder / "new").replace(path)
-        except BlockingIOError:
-            return f"{folder}: another dgq calibrate is at it; wait for it, or choose another -o"
+        except InputError as error:
+            return str(error)
         except OSError as error:
             return f"{folder}: cannot be written ({error})"
         return None

@@ -24,6 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch import distributed as dist
 
+from dgq.convert.journal import lock
 from dgq.quant.errors import InputError
 
 Found = dict[str, Tensor]
@@ -59,15 +60,13 @@ class Work:
                 f"{out}: an unfinished {what} lies in {self.folder}, and {differ}; repeat its command to finish"
                 " it, or remove that directory"
             )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("ab")
+        # the process's, not this object's, which may be there still when a command has failed and is called again
+        lock(self._lock, f"{self.folder}: another dgq is at it", fcntl.lockf)
         if file.is_file():
             count = sum(1 for _ in self.folder.glob("*.safetensors"))
             notice(f"going on with an unfinished {what}: {count} results are there")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("ab")  # as long as this object lives
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"{self.folder}: another dgq is at it; wait for it, or choose another -o") from None
         _write(file, text.encode())
 
     def each(self, stage: str, count: int, do: Callable[[int], Found]) -> Results:

@@ -101,8 +101,9 @@ class Packed:
         lead = parts[""].shape[: len(self.shape) - 1 - isinstance(index, int)]
         return Packed(self.scheme, (*lead, self.shape[-1]), parts)
 
-    def to(self, device: torch.device | str) -> Packed:
-        return Packed(self.scheme, self.shape, {k: v.to(device) for k, v in self.parts.items()})
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Packed:
+        parts = {k: v.to(device, non_blocking=non_blocking) for k, v in self.parts.items()}
+        return Packed(self.scheme, self.shape, parts)
 
     @property
     def numel(self) -> int:

@@ -103,12 +103,7 @@ def read_ahead(weights: Mapping[str, Packed], names: list[str], device: torch.de
             while len(ahead) < READERS and (following := next(rest, None)) is not None:
                 ahead.append((following, pool.submit(_read, weights, following)))
             assert ahead[0][0] == name
-            yield name, _moved(ahead.popleft()[1].result(), device)  # and not held here while the next one is moved
-
-
-def _moved(packed: Packed, device: torch.device) -> Packed:
-    parts = {key: part.to(device, non_blocking=True) for key, part in packed.parts.items()}
-    return Packed(packed.scheme, packed.shape, parts)
+            yield name, ahead.popleft()[1].result().to(device, non_blocking=True)  # not held here while the next moves
 
 
 def _read(weights: Mapping[str, Packed], name: str) -> Packed:
