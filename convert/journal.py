@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -94,10 +94,10 @@ def opened(out: Path, identity: dict[str, Any]) -> Iterator[Journal]:
         yield Journal(file, partial, identity, facts)
 
 
-def lock(file: BinaryIO, busy: str, how: Callable[[BinaryIO, int], None] = fcntl.flock) -> None:
-    """As long as the file is open. InputError saying what is busy if another process has it."""
+def lock(file: BinaryIO, busy: str, process: bool = False) -> None:
+    """As long as the file is open; process: for all of this process. InputError saying what is busy if another process has it."""
     try:
-        how(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        (fcntl.lockf if process else fcntl.flock)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{busy}; wait for it, or choose another -o") from None
 

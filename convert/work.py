@@ -12,7 +12,6 @@ all results in the end: what comes after is the same everywhere.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable
@@ -62,8 +61,8 @@ class Work:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("ab")
-        # the process's, not this object's, which may be there still when a command has failed and is called again
-        lock(self._lock, f"{self.folder}: another dgq is at it", fcntl.lockf)
+        # the process's, as this object may be there still when a command has failed and is called again
+        lock(self._lock, f"{self.folder}: another dgq is at it", process=True)
         if file.is_file():
             count = sum(1 for _ in self.folder.glob("*.safetensors"))
             notice(f"going on with an unfinished {what}: {count} results are there")
