@@ -95,7 +95,7 @@ def opened(out: Path, identity: dict[str, Any]) -> Iterator[Journal]:
 
 
 def lock(file: BinaryIO, busy: str, process: bool = False) -> None:
-    """As long as the file is open; process: for all of this process. InputError saying what is busy if another process has it."""
+    """As long as the file is open; process: for all of this process. InputError saying what is busy if it is taken."""
     try:
         (fcntl.lockf if process else fcntl.flock)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
