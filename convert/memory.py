@@ -49,7 +49,8 @@ MIXED = {4: (16, 14, 14), 2: (11, 8, 14)}  # forwards: tokens x queries, keys an
 MIXED_BACK = {4: (26, 23, 23), 2: (22, 7, 23)}
 SCORES = 8  # heads x tokens x keys, where the kernel keeps them
 LOGITS = 4  # times: as they are, as probabilities, the cap's slope, the draw
-STATES, STATES_BACK = 3, 5  # times the chunk
+STATES, STATES_BACK = {"cpu": 3, "cuda": 4}, {"cpu": 5, "cuda": 6}  # times the chunk; a GPU's last is being written
+STATES_BESIDE = 8  # in RAM beside a GPU: read, read ahead, being written, each up to a power of two
 TOLD = 16  # inputs and outputs of a product: in float64, squared; in float32, weighted
 INVERTED = 4  # times a Hessian: itself, damped, factor, inverse
 FELT, PLAIN = 4, 11  # times a weight in float32, quantised with G (a group of rows at a time) and without
@@ -167,13 +168,13 @@ class Needs:
                 "embeddings": self._held[EMBEDDING],
                 "decoded": self._decoded(min(layers.DECODE_BUDGET, config.vocab * config.hidden)),
                 "logits": LOGITS * 4 * config.vocab * max(config.canvas, HEAD_TOKENS),
-                "hidden states": STATES * states + drafts,
+                "hidden states": STATES[self._device] * states + drafts,
             },
             "layer": fixed | {
                 "weights": self._layer(),
                 "decoded": self._decoded(min(layers.DECODE_BUDGET, config.experts * each)),
                 "activations": self._activations(FED, MIXED),
-                "hidden states": STATES * states + drafts,
+                "hidden states": STATES[self._device] * states + drafts,
             },
         }  # fmt: skip
         if self._todo:
@@ -181,7 +182,7 @@ class Needs:
                 "weights": self._layer(),
                 "decoded": self._decoded(max(self._matrices())),
                 "activations": self._activations(FED_BACK, MIXED_BACK),
-                "hidden states": STATES_BACK * states,
+                "hidden states": STATES_BACK[self._device] * states,
                 "Hessians": self._least(),
             }
             found["quantising"] = fixed | {
@@ -209,7 +210,7 @@ class Needs:
         """Beside a GPU."""
         states = self._sizes.chunk * self._config.hidden * self._width
         return {
-            "libraries": BASE["cuda"], "a weight": self._largest, "hidden states": STATES * states,
+            "libraries": BASE["cuda"], "a weight": self._largest, "hidden states": STATES_BESIDE * states,
             "trajectories": self._given(),
         }  # fmt: skip
 

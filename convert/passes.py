@@ -7,18 +7,19 @@
 
 Between two layers the hidden states lie in files in turn. With two files layer i reads file i % 2 and writes the other,
 so work that broke off in a layer begins again with that layer. The way back wants all of them kept: a file a layer, and
-one more.
+one more. Beside a GPU the next chunk's states are read, and the last one's written, while it computes.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import BinaryIO
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, BinaryIO
 
 import torch
 
-from dgq.convert.samples import LONGEST, Document, doubled
+from dgq.convert.samples import LONGEST, Document, conditioned, doubled
 from dgq.convert.source import Source
 from dgq.quant.errors import InputError
 from dgq.quant.types import Packed
@@ -58,12 +59,14 @@ class Passes:
         """files: of the hidden states, at least two; soft: of what canvases are conditioned on. All empty, or of the
         same work broken off."""
         self.stream, self._chunks, self.mine = stream, chunks, mine
+        self.doubled = [doubled(chunk) for chunk in chunks]  # as the second pass takes them
         self.layers = len(stream.config.layers)
-        hidden, dtype = stream.config.hidden, stream.dtype
-        tokens = [chunk.encoded + 2 * chunk.canvases.numel() for chunk in chunks]
-        self._states = [States(file, tokens, hidden, dtype) for file in files]
-        self._plain = [States(file, [chunk.tokens for chunk in chunks], hidden, dtype) for file in files[:2]]
-        self._soft = States(soft, [chunk.canvases.numel() for chunk in chunks], hidden, dtype)
+        self.meanwhile = stream.device.type == "cuda"
+        kind = stream.config.hidden, stream.dtype, self.meanwhile
+        tokens = [chunk.tokens for chunk in self.doubled]
+        self._states = [States(file, tokens, *kind) for file in files]
+        self._plain = [States(file, [chunk.tokens for chunk in chunks], *kind) for file in files[:2]]
+        self._soft = States(soft, [chunk.canvases.numel() for chunk in chunks], *kind)
 
     def first(self, progress: Callable[[], None]) -> None:
         """The first pass; afterwards the second can begin."""
@@ -82,45 +85,66 @@ class Passes:
 
     def _plainly(self, index: int) -> None:
         layer, before, after = self.stream.layer(index), self._plain[index % 2], self._plain[(index + 1) % 2]
-        for number in self.mine:
-            after.write(number, layer(self._chunks[number], before.read(number)))
+        self._each(before.read, lambda number, x: layer(self._chunks[number], x), after.write)
+
+    def _each(
+        self, read: Callable[[int], Any], work: Callable[[int, Any], torch.Tensor],
+        write: Callable[[int, torch.Tensor], None],
+    ) -> None:  # fmt: skip
+        """Write what work makes of what is read, for every chunk."""
+        if not self.meanwhile:
+            for number in self.mine:
+                write(number, work(number, read(number)))
+            return
+        last: Future[None] | None = None
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            ahead = [reader.submit(read, number) for number in self.mine[:1]]
+            for place, number in enumerate(self.mine, 1):
+                given = ahead.pop().result()
+                ahead = [reader.submit(read, following) for following in self.mine[place : place + 1]]
+                made = work(number, given)
+                if last is not None:
+                    last.result()
+                last = writer.submit(write, number, made)
+            if last is not None:
+                last.result()
 
     def enter(self, watch: Watch | None) -> None:
         """Second pass, before the first layer: self-conditioning."""
         for number in self.mine:
-            chunk, soft = self.both(number)
-            self._states[0].write(number, self.stream.enter(chunk, soft, watch))
+            self._states[0].write(number, self.stream.enter(self.doubled[number], self.soft(number), watch))
         os.fsync(self._states[0].file.fileno())
 
     def layer(self, index: int, watch: Watch | None) -> None:
         """Second pass, layer `index`, after the one before it."""
         layer = self.stream.layer(index, watch)
-        states = self._states[(index + 1) % len(self._states)]
-        for number in self.mine:
-            states.write(number, layer(self.both(number)[0], self._states[index % len(self._states)].read(number)))
-        os.fsync(states.file.fileno())
+        before, after = (self._states[i % len(self._states)] for i in (index, index + 1))
+        self._each(before.read, lambda number, x: layer(self.doubled[number], x), after.write)
+        os.fsync(after.file.fileno())
 
     def leave(self, watch: Watch | None) -> None:
         """Second pass, after the last layer: the head."""
         for number in self.mine:
             x = self._states[self.layers % len(self._states)].read(number).to(self.stream.device)
-            for _ in self.stream.leave(self.both(number)[0], x, watch):
+            for _ in self.stream.leave(self.doubled[number], x, watch):
                 pass
 
     def back(self, stage: int | str, sense: Sense, again: bool = False) -> None:
         """One stage of the way back: "leave", then each layer from the last to the first, then "enter". Gradients take
         the place of the states they belong to, but not if the same stage comes again, for a sense that cannot hold
         everything at once."""
-        layer = self.stream.layer(stage, sense=sense) if isinstance(stage, int) else None
+        if isinstance(stage, int):
+            layer, own, above = self.stream.layer(stage, sense=sense), self._states[stage], self._states[stage + 1]
+            self._each(
+                lambda number: (own.read(number), above.read(number)),
+                lambda number, read: layer.pull(self.doubled[number], *read),
+                (lambda number, found: None) if again else own.write,
+            )
+            self.stream.forget()
+            return
         for number in self.mine:
-            chunk, soft = self.both(number)
-            if isinstance(stage, int):
-                assert layer is not None
-                above = self._states[stage + 1].read(number)
-                found = layer.pull(chunk, self._states[stage].read(number), above)
-                if not again:
-                    self._states[stage].write(number, found)
-            elif stage == "leave":
+            chunk = self.doubled[number]
+            if stage == "leave":
                 last = self._states[self.layers]
                 x = last.read(number)
                 if not bool(x.isfinite().all()):
@@ -132,17 +156,17 @@ class Passes:
                 if not again:
                     last.write(number, found)
             else:
-                self.stream.pull_enter(chunk, soft, self._states[0].read(number), sense)
+                self.stream.pull_enter(chunk, self.soft(number), self._states[0].read(number), sense)
         self.stream.forget()
 
     def before(self, index: int, number: int) -> torch.Tensor:
         """A chunk's states before layer `index` in the second pass, of which a file is kept."""
         return self._states[index].read(number)
 
-    def both(self, number: int) -> tuple[Chunk, torch.Tensor]:
-        """A chunk as the second pass takes it, and what its canvases are conditioned on."""
+    def soft(self, number: int) -> torch.Tensor:
+        """What the canvases of a chunk are conditioned on in the second pass."""
         chunk = self._chunks[number]
-        return doubled(chunk, self._soft.read(number).view(*chunk.canvases.shape, -1))
+        return conditioned(chunk, self._soft.read(number).view(*chunk.canvases.shape, -1))
 
 
 def drafted(stream: Stream, found: list[Document], seed: int, progress: Callable[[], None]) -> list[Document]:

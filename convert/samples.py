@@ -185,13 +185,21 @@ def used(made: list[Chunk]) -> list[Chunk]:
     return made[: max(1, sum(total <= TOKENS for total in tokens))]
 
 
-def doubled(chunk: Chunk, soft: torch.Tensor) -> tuple[Chunk, torch.Tensor]:
-    """Every canvas a second time, conditioned. soft (n, canvas, hidden) -> (2n, canvas, hidden), zeros for the plain
-    ones."""
+def doubled(chunk: Chunk) -> Chunk:
+    """Every canvas a second time, conditioned."""
+    index, second = _twice(chunk)
+    owner = tuple(chunk.owner[i] for i in index.tolist())
+    return Chunk(chunk.prompts, chunk.canvases[index], owner, chunk.kind[index] + BINS * second)
+
+
+def conditioned(chunk: Chunk, soft: torch.Tensor) -> torch.Tensor:
+    """soft (n, canvas, hidden) of a chunk -> (2n, canvas, hidden) of it doubled: zeros for the plain canvases."""
+    index, second = _twice(chunk)
+    return soft[index] * second[:, None, None]
+
+
+def _twice(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which canvas each of the doubled ones is, and whether for the second time; (2n,)."""
     n = len(chunk.owner)
     order = sorted(range(2 * n), key=lambda i: (chunk.owner[i % n], i))
-    index = torch.tensor([i % n for i in order])
-    conditioned = torch.tensor([i >= n for i in order])
-    owner = tuple(chunk.owner[i] for i in index.tolist())
-    both = Chunk(chunk.prompts, chunk.canvases[index], owner, chunk.kind[index] + BINS * conditioned)
-    return both, soft[index] * conditioned[:, None, None]
+    return torch.tensor([i % n for i in order]), torch.tensor([i >= n for i in order])

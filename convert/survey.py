@@ -96,6 +96,7 @@ class Survey:
 
     def __init__(self, experts: int) -> None:
         self._experts = experts
+        self._rows: tuple[Tensor, Tensor | None, Tensor, Tensor] | None = None
         self.found: dict[str, Tensor] = {}
 
     def __call__(self, name: str, x: Tensor, y: Tensor, expert: int | None, tokens: Tensor | None) -> Tensor:
@@ -104,21 +105,29 @@ class Survey:
         return y
 
     def _add(self, name: str, x: Tensor, expert: int | None, tokens: Tensor | None) -> None:
-        kinds = self.kinds if tokens is None else self.kinds[tokens]
-        sides = torch.stack((kinds == 0, kinds != 0))  # (2, rows)
-        sums = sides.double() @ x.double().square()
-        amax = (sides * x.abs().amax(-1).float()).amax(-1)
-        numbers = torch.arange(KINDS, device=kinds.device).unsqueeze(1)
-        count = (kinds == numbers).sum(1)  # bincount() waits for the GPU
+        sides, count = self._sides(tokens)
+        sums = sides @ x.double().square()
+        amax = (sides * x.abs().amax(-1)).amax(-1).float()
         if name + ".sum2" not in self.found:
             lead = () if expert is None else (self._experts,)
             self.found[name + ".sum2"] = sums.new_zeros(*lead, *sums.shape)
             self.found[name + ".amax"] = amax.new_zeros(*lead, 2)
             self.found[name + ".count"] = count.new_zeros(*lead, KINDS)
         at = ... if expert is None else expert
-        self.found[name + ".sum2"][at] += sums
-        self.found[name + ".count"][at] += count
-        self.found[name + ".amax"][at] = torch.maximum(self.found[name + ".amax"][at], amax)
+        own = {part: self.found[f"{name}.{part}"][at] for part in ("sum2", "count", "amax")}
+        own["sum2"].add_(sums)
+        own["count"].add_(count)
+        torch.maximum(own["amax"], amax, out=own["amax"])
+
+    def _sides(self, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Which rows are a prompt's and which a canvas's, float64 (2, rows), and how many of each kind. An expert's two
+        products have the same."""
+        if self._rows is None or self._rows[0] is not self.kinds or self._rows[1] is not tokens:
+            kinds = self.kinds if tokens is None else self.kinds[tokens]
+            sides = torch.stack((kinds == 0, kinds != 0)).double()
+            numbers = torch.arange(KINDS, device=kinds.device).unsqueeze(1)
+            self._rows = self.kinds, tokens, sides, (kinds == numbers).sum(1)  # bincount() waits for the GPU
+        return self._rows[2:]
 
     def result(self, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """The sums of all processes, on the CPU. expected: weights that the others may have seen -> shape of sum2."""

@@ -32,7 +32,7 @@ from dgq.convert.needs import slices_ram
 from dgq.convert.passes import Passes, Rows
 from dgq.convert.pipeline import GPU_THREADS
 from dgq.convert.plan import Plan, PlannedTensor
-from dgq.convert.samples import BINS, doubled
+from dgq.convert.samples import BINS, conditioned, doubled
 from dgq.convert.slices import SLICE, Options, ordered, slices
 from dgq.quant.errors import InputError
 from dgq.quant.recipe import layer_of
@@ -97,7 +97,7 @@ class Meter:
         self._options = Options("fast", threads=threads, device=device)
         self._stream = Stream(plan.source.config, Rows(plan.source), device, torch.float32)
         self._chunks = chunks
-        self._both = [doubled(chunk, torch.zeros(len(chunk.owner), 1, 1))[0] for chunk in chunks]
+        self._both = [doubled(chunk) for chunk in chunks]
         self._sizes = [chunk.tokens for chunk in self._both]
         self._layers = len(plan.source.config.layers)
         self._files = ExitStack()
@@ -167,10 +167,9 @@ class Meter:
             return False
         stream = self._streamed(trial)
         for number, chunk in enumerate(self._chunks):
-            both, soft = self._passes.both(number)
-            if EMBEDDING in trial:
-                soft = doubled(chunk, self._conditions(number, stream))[1]
-            self._states.write(self._at(slot, number), stream.enter(both, soft))
+            own = EMBEDDING in trial
+            soft = conditioned(chunk, self._conditions(number, stream)) if own else self._passes.soft(number)
+            self._states.write(self._at(slot, number), stream.enter(self._both[number], soft))
         self._stream.forget()
         return True
 

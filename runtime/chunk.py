@@ -80,13 +80,18 @@ class Tapped:
 
 
 class States:
-    """Hidden states of every chunk, flat (tokens, hidden), in an unbuffered file. tokens: of each chunk."""
+    """Hidden states of every chunk, flat (tokens, hidden), in an unbuffered file. tokens: of each chunk; pinned: those
+    read, and those on their way to the file, lie in memory that a GPU copies from and to."""
 
-    def __init__(self, file: BinaryIO, tokens: Sequence[int], hidden: int, dtype: torch.dtype) -> None:
-        self.file, self._hidden, self._dtype = file, hidden, dtype
+    def __init__(
+        self, file: BinaryIO, tokens: Sequence[int], hidden: int, dtype: torch.dtype, pinned: bool = False
+    ) -> None:
+        self.file, self._hidden, self._dtype, self._pinned = file, hidden, dtype, pinned
         self._starts = list(accumulate(tokens, initial=0))
 
     def write(self, number: int, x: Tensor) -> None:
+        if self._pinned:
+            x = torch.empty(x.shape, dtype=self._dtype, pin_memory=True).copy_(x)
         data = x.to(self._dtype).cpu().contiguous().flatten().view(torch.uint8).numpy().data
         at = self._starts[number] * self._hidden * self._dtype.itemsize
         while data:
@@ -96,7 +101,7 @@ class States:
     def read(self, number: int) -> Tensor:
         tokens = self._starts[number + 1] - self._starts[number]
         size, at = tokens * self._hidden * self._dtype.itemsize, self._starts[number] * self._hidden
-        found = torch.empty(tokens, self._hidden, dtype=self._dtype)
+        found = torch.empty(tokens, self._hidden, dtype=self._dtype, pin_memory=self._pinned)
         data, done = found.view(torch.uint8).numpy().data.cast("B"), 0
         while done < size:
             count = os.preadv(self.file.fileno(), [data[done:]], at * self._dtype.itemsize + done)

@@ -169,6 +169,7 @@ def experts(
     order = picks.argsort(stable=True)
     counts = torch.bincount(picks, minlength=gate_up.shape[0]).tolist()
     rows = x[order % tokens]
+    parts = rows.split(counts)  # on the way back one sum; slices would each make a whole one
     results: list[Tensor] = []
     per_expert = gate_up.shape[1] * gate_up.shape[2] + down.shape[1] * down.shape[2]
     group = max(1, DECODE_BUDGET // per_expert)
@@ -183,14 +184,15 @@ def experts(
             if count:
                 own = slice(start, start + count)
                 expert = first + i
-                both = _product(rounded(rows[own], gate_up[expert]), w_in[i], least)
+                seen = None if observe is None else order[own] % tokens
+                both = _product(rounded(parts[expert], gate_up[expert]), w_in[i], least)
                 if observe is not None:
-                    both = observe("gate_up_proj", rows[own], both, expert, order[own] % tokens)
+                    both = observe("gate_up_proj", parts[expert], both, expert, seen)
                 gate, up = both.chunk(2, dim=-1)
                 inner = _gelu(gate) * up
                 out = _product(rounded(inner, down[expert]), w_out[i], least)
                 if observe is not None:
-                    out = observe("down_proj", inner, out, expert, order[own] % tokens)
+                    out = observe("down_proj", inner, out, expert, seen)
                 results.append(out)
                 start += count
     unsorted = torch.empty_like(rows)

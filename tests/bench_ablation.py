@@ -37,7 +37,7 @@ ARMS = ("noised", "clean", "plain", "trajectories")
 
 
 def patch(arm: str) -> None:
-    chunk, doubled = samples._chunk, samples.doubled
+    chunk, conditioned = samples._chunk, samples.conditioned
 
     def clean(sequences: Any, *rest: Any) -> Chunk:
         made = chunk(sequences, *rest)
@@ -47,7 +47,7 @@ def patch(arm: str) -> None:
     if arm == "clean":
         samples._chunk = clean
     if arm in ("clean", "plain"):
-        passes.doubled = lambda chunk, soft: doubled(chunk, torch.zeros_like(soft))
+        passes.conditioned = lambda chunk, soft: conditioned(chunk, torch.zeros_like(soft))
 
 
 def make(arm: str, folder: Path, device: str, seed: str, formats: list[str]) -> None:

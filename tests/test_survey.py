@@ -27,7 +27,7 @@ from dgq.convert.passes import Rows
 from dgq.convert.plan import make_plan
 from dgq.convert.recipes import find_recipe
 from dgq.convert.refine import LEAN, Hessians
-from dgq.convert.samples import BINS, chunks, documents, doubled
+from dgq.convert.samples import BINS, chunks, conditioned, documents, doubled
 from dgq.convert.slices import Options
 from dgq.convert.source import Source, open_source
 from dgq.convert.stats import FLOOR, WATCHED, coverage, read_stats
@@ -189,7 +189,8 @@ def test_samples_cover_noise_and_conditioning(micro: Path, stats: Path) -> None:
     count = found.tensors[EMBEDDING + ".count"]
     assert int(count[0]) == 0 and bool((count[1 : 1 + BINS] == count[1 + BINS :]).all()) and bool((count[1:] > 0).all())
     chunk = found.chunks[0]
-    both, soft = doubled(chunk, torch.arange(1.0, 1 + len(chunk.owner)).view(-1, 1, 1).expand(-1, 16, 4))
+    both = doubled(chunk)
+    soft = conditioned(chunk, torch.arange(1.0, 1 + len(chunk.owner)).view(-1, 1, 1).expand(-1, 16, 4))
     assert sorted(both.owner) == list(both.owner)
     for i, kind in enumerate(both.kind.tolist()):
         twin = [j for j in range(len(chunk.owner)) if torch.equal(chunk.canvases[j], both.canvases[i])]
@@ -655,7 +656,7 @@ def there(micro: Path) -> tuple[Source, Chunk, torch.Tensor]:
     chunk = chunks([d for d in found if not d.open], 1, 0, source)[0]
     stream = Stream(source.config, Rows(source), "cpu", torch.float32)
     soft = stream.soften(torch.cat([rows for _, rows in stream.leave(chunk, _through(stream, chunk, None)[-1])]))
-    return source, *doubled(chunk, soft.clone())
+    return source, doubled(chunk), conditioned(chunk, soft.clone())
 
 
 def test_the_way_back_is_the_gradient(
@@ -707,8 +708,12 @@ def test_the_way_back_is_the_gradient(
         torch.testing.assert_close(slope, wanted[int(expert)] if expert else wanted, rtol=2e-3, atol=2e-3)
 
 
-def test_passes_go_back_as_the_stream_does(there: tuple[Source, Chunk, torch.Tensor], tmp_path: Path) -> None:
-    """H and G of every weight, by files of states and one chunk after the other, and straight through."""
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_passes_go_back_as_the_stream_does(
+    there: tuple[Source, Chunk, torch.Tensor], tmp_path: Path, meanwhile: bool
+) -> None:
+    """H and G of every weight, by files of states and one chunk after the other, and straight through. meanwhile: as
+    beside a GPU."""
     source, chunk, soft = there
     stream = Stream(source.config, Rows(source), "cpu", torch.float32)
     names = {name for name, spec in source.text.items() if len(spec.shape) > 1}
@@ -725,6 +730,7 @@ def test_passes_go_back_as_the_stream_does(there: tuple[Source, Chunk, torch.Ten
     with ExitStack() as stack:
         files = [stack.enter_context((tmp_path / str(i)).open("x+b", buffering=0)) for i in range(layers + 2)]
         way = passes.Passes(stream, [once, once], range(2), files[0], files[1:])
+        way.meanwhile = meanwhile
         way.first(lambda: None)
         way.enter(None)
         for index in range(layers):
@@ -736,6 +742,35 @@ def test_passes_go_back_as_the_stream_does(there: tuple[Source, Chunk, torch.Ten
             assert (got is None) == (wanted is None)
             if got is not None and wanted is not None:
                 torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-7 + 1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("meanwhile", [False, True])
+@pytest.mark.parametrize("mine", [[], [4], [1, 3, 5]])
+def test_each_chunk_in_its_place(
+    there: tuple[Source, Chunk, torch.Tensor], tmp_path: Path, meanwhile: bool, mine: list[int]
+) -> None:
+    """What is read goes through the work of its number and is written under it; a disk that is full is heard of, at
+    the last chunk too."""
+    source, chunk, _ = there
+    stream = Stream(source.config, Rows(source), "cpu", torch.float32)
+    with (tmp_path / "a").open("x+b", buffering=0) as a, (tmp_path / "b").open("x+b", buffering=0) as b:
+        way = passes.Passes(stream, [chunk] * 6, mine, a, [a, b])
+    way.meanwhile = meanwhile
+    written: dict[int, float] = {}
+
+    def write(number: int, x: torch.Tensor) -> None:
+        if len(written) == full:
+            raise OSError("no room")
+        written[number] = float(x)
+
+    full = 6
+    way._each(lambda number: torch.tensor(10.0 * number), lambda number, x: x + number, write)
+    assert written == {number: 11.0 * number for number in mine}
+    if mine:
+        written.clear()
+        full = len(mine) - 1
+        with pytest.raises(OSError, match="no room"):
+            way._each(lambda number: torch.tensor(10.0 * number), lambda number, x: x + number, write)
 
 
 def _back(stream: Stream, chunk: Chunk, soft: torch.Tensor, sense: Any, seed: int = 7) -> list[torch.Tensor]:

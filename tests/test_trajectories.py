@@ -114,7 +114,7 @@ def test_what_was_kept_conditions(micro: Path, stats: Path, tmp_path: Path) -> N
         files = [stack.enter_context((tmp_path / str(i)).open("x+b", buffering=0)) for i in range(3)]
         way = Passes(stream, [chunk], [0], files[0], files[1:])
         way.first(lambda: None)
-        both, soft = way.both(0)
+        both, soft = way.doubled[0], way.soft(0)
     conditioned = [i for i, kind in enumerate(both.kind.tolist()) if kind > BINS]
     assert len(conditioned) == len(chunk.owner)
     for canvas, given in chunk.given.items():
