@@ -7,7 +7,7 @@
     quantising   Hessians; those of a few experts, being inverted; these experts' weights
 
 and always hidden states of a chunk of samples. On the CPU all of it is RAM, in float32 but for stored weights. On a GPU
-it lies there, in bfloat16 but for logits and Hessians, and RAM holds a weight on its way.
+it lies there, in bfloat16 but for logits and Hessians, and RAM holds a weight on its way and hidden states on theirs.
 
 What is done at once is fixed by shapes and device, so that bytes depend on no budget: all but the Hessians. Those of a
 layer of the 26B take 5.5 GB. Without room for all of them its way back is gone several times, each time for as many as
@@ -50,7 +50,7 @@ MIXED_BACK = {4: (26, 23, 23), 2: (22, 7, 23)}
 SCORES = 8  # heads x tokens x keys, where the kernel keeps them
 LOGITS = 4  # times: as they are, as probabilities, the cap's slope, the draw
 STATES, STATES_BACK = {"cpu": 3, "cuda": 4}, {"cpu": 5, "cuda": 6}  # times the chunk; a GPU's last is being written
-STATES_BESIDE = 8  # in RAM beside a GPU: read, read ahead, being written, each up to a power of two
+STATES_BESIDE = 14  # in RAM beside a GPU: two read, two ahead, one written; the first pass' four; up to powers of two
 TOLD = 16  # inputs and outputs of a product: in float64, squared; in float32, weighted
 INVERTED = 4  # times a Hessian: itself, damped, factor, inverse
 FELT, PLAIN = 4, 11  # times a weight in float32, quantised with G (a group of rows at a time) and without

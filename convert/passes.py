@@ -96,18 +96,16 @@ class Passes:
             for number in self.mine:
                 write(number, work(number, read(number)))
             return
-        last: Future[None] | None = None
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+            last: Future[Any] = writer.submit(int)
             ahead = [reader.submit(read, number) for number in self.mine[:1]]
             for place, number in enumerate(self.mine, 1):
                 given = ahead.pop().result()
                 ahead = [reader.submit(read, following) for following in self.mine[place : place + 1]]
                 made = work(number, given)
-                if last is not None:
-                    last.result()
-                last = writer.submit(write, number, made)
-            if last is not None:
                 last.result()
+                last = writer.submit(write, number, made)
+            last.result()
 
     def enter(self, watch: Watch | None) -> None:
         """Second pass, before the first layer: self-conditioning."""

@@ -168,12 +168,13 @@ def experts(
     picks = chosen.t().flatten()
     order = picks.argsort(stable=True)
     counts = torch.bincount(picks, minlength=gate_up.shape[0]).tolist()
-    rows = x[order % tokens]
-    parts = rows.split(counts)  # on the way back one sum; slices would each make a whole one
+    whose = order % tokens
+    rows = x[whose]
+    # On the way back one sum; slices would each make a whole one.
+    parts, seen = rows.split(counts), whose.split(counts)
     results: list[Tensor] = []
     per_expert = gate_up.shape[1] * gate_up.shape[2] + down.shape[1] * down.shape[2]
     group = max(1, DECODE_BUDGET // per_expert)
-    start = 0
     for first in range(0, len(counts), group):
         hit = counts[first : first + group]
         if not any(hit):
@@ -182,19 +183,16 @@ def experts(
         w_in, w_out = some if _goes_back(rows) else [weight.dequantize(x.dtype) for weight in some]
         for i, count in enumerate(hit):
             if count:
-                own = slice(start, start + count)
                 expert = first + i
-                seen = None if observe is None else order[own] % tokens
                 both = _product(rounded(parts[expert], gate_up[expert]), w_in[i], least)
                 if observe is not None:
-                    both = observe("gate_up_proj", parts[expert], both, expert, seen)
+                    both = observe("gate_up_proj", parts[expert], both, expert, seen[expert])
                 gate, up = both.chunk(2, dim=-1)
                 inner = _gelu(gate) * up
                 out = _product(rounded(inner, down[expert]), w_out[i], least)
                 if observe is not None:
-                    out = observe("down_proj", inner, out, expert, seen)
+                    out = observe("down_proj", inner, out, expert, seen[expert])
                 results.append(out)
-                start += count
     unsorted = torch.empty_like(rows)
     unsorted[order] = torch.cat(results) if results else rows
     weighted = unsorted.view(k, tokens, -1).float() * share.t().unsqueeze(-1)

@@ -7,7 +7,7 @@
                             hidden states lie in a file between two layers
 
 One layer's weights are in memory at a time (as they are stored if they are BF16, and then decoded piece by piece), the
-table of embeddings only before and after the layers, and one chunk's hidden states. The decoder of a layer reads only
+table of embeddings only before and after the layers, and a chunk's hidden states. The decoder of a layer reads only
 that layer's keys, so prompt and canvases go through together: first attention, sequence by sequence; then the rest,
 FEED_TOKENS at a time, which are many, as experts like it. A chunk's results do not depend on the other chunks.
 
