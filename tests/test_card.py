@@ -19,6 +19,7 @@ from test_publish import report
 
 from dgq.convert.publish import Asked, Ready, prepare
 
+pytestmark = pytest.mark.xdist_group("card")
 FORMATS = {"bnb4": "bnb4", "bnb4-dq": "bnb4", "nvfp4": "nvfp4", "nvfp4-w4a16": "nvfp4", "q4_k_m": "gguf",
            "nvfp4-stats": "nvfp4", "bnb4-max": "bnb4", "q4_k_m-max": "gguf"}  # fmt: skip
 NUMBER = r"\d+(?:\.\d+)?(?:e-\d+)?"

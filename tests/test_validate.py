@@ -189,8 +189,9 @@ def test_every_real_fault_is_caught_and_named(room: Path, tmp_path: Path) -> Non
     with (paths[0] / "chat_template.jinja").open("a") as template:
         template.write("{# of another day #}")
     found = validated(
-        *paths, room / "good", "--against", "tiny", "--reference", room / "reference", "-o", tmp_path / "out", code=1
-    )
+        *paths, room / "good", "--against", "tiny", "--quick", "--reference", room / "reference",
+        "-o", tmp_path / "out", code=1,
+    )  # fmt: skip
     by_name = {one["name"]: one for one in found["artifacts"]}
     for name, (_, says) in broken.FAULTS.items():
         one = by_name[name.replace(" ", "-")]
@@ -237,12 +238,12 @@ def test_a_runtime_that_skips_self_conditioning_is_caught(
     assert lines["fixed.conditioned_ratio"].startswith("self-conditioning: KL ")
 
 
-def test_w4a4_is_judged_by_its_rounded_inputs(room: Path, tmp_path: Path) -> None:
+def test_w4a4_is_judged_by_its_rounded_inputs(room: Path, whole: dict[str, Any], tmp_path: Path) -> None:
     assert dgq("convert", "tiny", "--to", "nvfp4", "-o", tmp_path / "w4a4", "--effort", "fast").exit_code == 0
-    arguments = (tmp_path / "w4a4", room / "good", "--against", "tiny", "--reference", room / "reference")
-    rounded = validated(*arguments, "-o", tmp_path / "a", "--activations", "nvfp4")
-    plain = validated(*arguments, "-o", tmp_path / "b")
-    (with_, other), (without, same) = rounded["artifacts"], plain["artifacts"]
+    more = ("--against", "tiny", "--quick", "--reference", room / "reference")
+    rounded = validated(tmp_path / "w4a4", room / "good", *more, "-o", tmp_path / "a", "--activations", "nvfp4")
+    plain = validated(tmp_path / "w4a4", *more, "-o", tmp_path / "b")
+    (with_, other), (without,), (same,) = rounded["artifacts"], plain["artifacts"], whole["artifacts"]
     assert (with_["activations"], other["activations"], without["activations"]) == ("nvfp4", None, None)
     assert with_["fixed"]["mean"]["kl"][0] > 1.2 * without["fixed"]["mean"]["kl"][0]
     assert with_["layers"][3]["experts"] > 1.2 * without["layers"][3]["experts"]

@@ -133,35 +133,46 @@ def logits(model: Oracle, prompt: tuple[int, ...], noised: Tensor, given: list[T
 
 
 @pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The artifacts, and report/, which the reference's file suffices for: SRC adds nothing to what is held here."""
     folder = files("dgq.recipes").joinpath("prompts")
     texts, tasks = (folder.joinpath(f"heldout_{kind}.jsonl").read_text("utf-8") for kind in ("text", "tasks"))
-    path = tmp_path_factory.mktemp("meter") / "prompts.jsonl"
-    path.write_text("\n".join([*texts.splitlines()[10:12], *tasks.splitlines()[5:7]]))
+    path = tmp_path_factory.mktemp("meter")
+    (path / "prompts.jsonl").write_text("\n".join([*texts.splitlines()[10:12], *tasks.splitlines()[5:7]]))
+    commands = [["convert", "tiny", "--to", to, "--recipe", recipe, "-o", path / to] for to, recipe in FORMATS.items()]
+    commands += [
+        ["validate", "--against", "tiny", "--prompts", path / "prompts.jsonl", "--quick", "--reference", path / "tiny"],
+        ["validate", *(path / to for to in FORMATS), "--reference", path / "tiny", "-o", path / "report"],
+    ]
+    for command in commands:
+        result = CliRunner().invoke(main, [str(argument) for argument in command])
+        assert (path / "report").is_dir() or result.exit_code == 0, result.output
     return path
 
 
-@pytest.mark.parametrize("to", FORMATS)
-def test_kl_by_others_code(to: str, prompts: Path, tmp_path: Path) -> None:
-    arguments = ["convert", "tiny", "--to", to, "--recipe", FORMATS[to], "-o", str(tmp_path / "it")]
-    assert CliRunner().invoke(main, arguments).exit_code == 0
-    arguments = ["validate", str(tmp_path / "it"), "--against", "tiny", "--prompts", str(prompts), "--quick", "--json"]
-    result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "out")])
-    report = json.loads(result.stdout.splitlines()[-1])
-    ours = report["artifacts"][0]["fixed"]["by_level"]
-
-    asked, _ = questions(open_model("tiny"), "tiny", prompts, 0)
-    noised = canvases(asked, range(len(asked)), 0, 2048)  # (levels, questions, canvas)
+@pytest.fixture(scope="module")
+def asked(room: Path) -> list[tuple[tuple[int, ...], Tensor, list[list[Tensor]]]]:
+    """Of each question the prompt, its canvas at all levels, and the logits of transformers' own model."""
+    found, _ = questions(open_model("tiny"), "tiny", room / "prompts.jsonl", 0)
+    noised = canvases(found, range(len(found)), 0, 2048)  # (levels, questions, canvas)
     reference = filled({name: tensor.float() for name, tensor in load_file(TINY / "model.safetensors").items()})
-    wanted = [logits(reference, question.prompt, noised[:, i], None) for i, question in enumerate(asked)]
+    return [(q.prompt, noised[:, i], logits(reference, q.prompt, noised[:, i], None)) for i, q in enumerate(found)]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_kl_by_others_code(
+    to: str, room: Path, asked: list[tuple[tuple[int, ...], Tensor, list[list[Tensor]]]]
+) -> None:
+    report = json.loads((room / "report" / "report.json").read_text())
+    ours = {one["name"]: one for one in report["artifacts"]}[to]["fixed"]["by_level"]
     decode = {"nvfp4": by_modelopt, "bnb4": by_bitsandbytes, "gguf": by_gguf}[to]
-    artifact = filled(decode(tmp_path / "it"))
+    artifact = filled(decode(room / to))
     sums = torch.zeros(len(LEVELS), 2, dtype=torch.float64)
-    for i, question in enumerate(asked):
-        found = logits(artifact, question.prompt, noised[:, i], [level[0] for level in wanted[i]])
+    for prompt, noised, wanted in asked:
+        found = logits(artifact, prompt, noised, [level[0] for level in wanted])
         for level in range(len(LEVELS)):
             for c in range(2):
-                p, q = (side[level][c].double().log_softmax(-1) for side in (wanted[i], found))
+                p, q = (side[level][c].double().log_softmax(-1) for side in (wanted, found))
                 sums[level, c] += functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
     theirs = (sums / len(asked)).tolist()
     for level, row in zip(LEVELS, theirs, strict=True):
