@@ -127,6 +127,12 @@ class MergedDir(HFDir):
             values = delta.merged(values, start)
         return values.to(stored.dtype)
 
+    def row(self, name: str, *at: int) -> Tensor:
+        if not any(name in adapter.deltas for adapter in self._adapters):
+            return super().row(name, *at)
+        first, *rest = at
+        return self.rows(name, first, first + 1)[(0, *rest)]
+
 
 def open_adapter(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
     """Read and check an adapter. shapes: of the checkpoint's weights, by canonical name. InputError for what

@@ -229,6 +229,7 @@ def _identity(plan: Plan, options: Options) -> dict[str, Any]:
     """What must be the same for a conversion to go on: everything that decides the artifact's bytes."""
     source = plan.source
     names = [source.path / name for name in COPIED]
+    by_calibration = plan.recipe.activations and options.input_scale == "calibrate"
     return {
         "dgq version": dgq_version(),
         "recipe": f"{plan.recipe.name} ({digest(plan.recipe.model_dump_json())})",
@@ -237,6 +238,7 @@ def _identity(plan: Plan, options: Options) -> dict[str, Any]:
         "adapters": [adapter.about for adapter in source.adapters],
         "stats": options.stats.sha256 if options.stats else None,
         "input scale": options.input_scale if plan.recipe.activations else None,
+        "device": options.device if options.stats or by_calibration else None,  # sums differ in their last bits
         "source": f"{source.where.repo or source.where.name} {source.where.revision or ''}".strip(),
         "files": {file.name: _stamp(file) for file in (*source.files, *names) if file.is_file()},
     }

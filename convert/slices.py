@@ -42,7 +42,8 @@ class InputScales:
 class Options:
     """What besides plan and target decides a conversion. effort: "stock", the reference quantiser's exact bytes;
     "fast", the best without data; "standard", with error feedback by `stats`; "max", and two sweeps more.
-    threads: slices quantised at the same time; device: where; budget: of memory; the bytes depend on none of them.
+    threads: slices quantised at the same time; budget: of memory; the bytes depend on neither of them. device: where;
+    with `stats`, or found input scales, the bytes depend on it.
 
     input_scale: what was asked for; find_scales makes it so, if the recipe has activations.
     """

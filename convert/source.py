@@ -82,6 +82,10 @@ class Source(Weights):
         """Rows of a tensor along its first axis, read, not mapped."""
         return self._dir.rows(name, start, stop)
 
+    def row(self, name: str, *at: int) -> torch.Tensor:
+        """One row (in,) of a matrix, or of one expert's: row(name, expert, row)."""
+        return self._dir.row(name, *at)
+
     def everything(self) -> dict[str, Stored]:
         specs = self.text | self.vision
         return {name: Stored(FLOATS[spec.dtype], spec.numel, spec.stop - spec.start) for name, spec in specs.items()}

@@ -45,6 +45,8 @@ WATCHED = (
 READERS = {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}
 SEEN = "experts.gate_up_proj.count"
 FLOOR = 256  # tokens below which an expert leans on its layer
+ROWS = 8  # of a matrix that tell it from another
+STRIDE = 37  # from the row that tells an expert to the next one's
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,38 @@ def read_stats(file: Path, source: Source) -> Stats:
                 raise InputError(f"{file}: {name}.{part} is missing, or not {kind[1]} {list(kind[0])}; damaged")
             if not bool(value.isfinite().all() and (value >= 0).all()):
                 raise InputError(f"{file}: {name}.{part} holds values that are negative or not finite; damaged")
+        if wrong := _contradiction(name, tensors, chunks, config.top_k):
+            raise InputError(f"{file}: {name}: {wrong}; damaged")
+    tokens = int(_tokens(chunks).sum())
+    if about["tokens"] != tokens or about["rounds"] < 1:
+        said = f"{about['tokens']} tokens in {about['rounds']} rounds"
+        raise InputError(f"{file}: tells of {said}, and its samples have {tokens}; damaged")
     return Stats(file, sha256(file), about, chunks, tensors)
+
+
+def _contradiction(name: str, tensors: dict[str, torch.Tensor], chunks: list[Chunk], top_k: int) -> str | None:
+    """What a weight's sums, largest values and counts say against each other, or against the samples."""
+    sum2, amax, count = (tensors[f"{name}.{part}"] for part in ("sum2", "amax", "count"))
+    seen = torch.stack((count[..., 0], count[..., 1:].sum(-1)), -1).double()
+    most, squared = sum2.double().amax(-1), amax.double().square()  # of a column; its largest value is among the sum
+    low, high = most < squared * (1 - 1e-3) - 1e-30, most > squared * seen * (1 + 1e-3) + 1e-30
+    if bool((low | high).any()):
+        return "the largest values, sums and counts of its inputs contradict each other"
+    if ".layers." in name:
+        routed = ".experts." in name
+        if not torch.equal(count.sum(0) if routed else count, _tokens(chunks) * (top_k if routed else 1)):
+            return "its counts are not those of the samples' tokens"
+    return None
+
+
+def _tokens(chunks: list[Chunk]) -> torch.Tensor:
+    """Of each kind (KINDS,) int64, in a layer."""
+    found = torch.zeros(KINDS, dtype=torch.int64)
+    for chunk in chunks:
+        found[0] += chunk.encoded
+        each = torch.full_like(chunk.kind, chunk.canvases.shape[1])
+        found.index_add_(0, chunk.kind, each).index_add_(0, chunk.kind + BINS, each)
+    return found
 
 
 def _is_whole(about: dict[str, Any]) -> bool:
@@ -212,11 +245,19 @@ def watched(source: Source, stage: str | int | None = None) -> dict[str, tuple[i
 
 
 def weights_digest(source: Source) -> str:
-    """Of the first row of every matrix, the first expert of every layer, and all vectors: what a fine-tune changes."""
+    """Of ROWS rows of every matrix, one row of each expert's (not the same one), and all vectors: a fine-tune changes
+    some of them, and so do experts that are exchanged, left out or made anew. What changes single rows may not."""
     digest = hashlib.sha256()
     for name, spec in source.text.items():
-        rows = source.rows(name, 0, spec.shape[0] if len(spec.shape) == 1 else 1)
-        digest.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
+        *lead, rows = spec.shape[:-1] or (1,)
+        if len(spec.shape) < 2:
+            found = [source.rows(name, 0, spec.shape[0] if spec.shape else 1)]
+        elif lead:
+            found = [source.row(name, expert, expert * STRIDE % rows) for expert in range(lead[0])]
+        else:
+            found = [source.row(name, i * rows // ROWS) for i in range(min(ROWS, rows))]
+        for part in found:
+            digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

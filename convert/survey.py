@@ -52,6 +52,7 @@ from dgq.runtime.names import gguf_name
 from dgq.runtime.settings import GenerationConfig
 from dgq.runtime.stream import Stream
 
+STATS = "stats"  # in the folder of the unfinished work, once all is counted
 MORE = 4  # times the rounds asked for are made while an expert has too few tokens
 Progress = Callable[[int, int], None]
 
@@ -69,7 +70,7 @@ def calibrated(
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     try:
         if imatrix is not None:
-            _check_beside(imatrix, out)
+            _check_beside(imatrix, out, again=(_folder(out) / STATS).is_file())
         with one_thread(device) as pool, shared_out(pool):
             found = survey(
                 source, out, prompts, seed, rounds, device, dtype, progress, notice, budget, trajectories, imatrix
@@ -80,13 +81,19 @@ def calibrated(
             dist.destroy_process_group()
 
 
-def _check_beside(imatrix: Path, out: Path) -> None:
-    """InputError if the imatrix cannot be written, as far as that is known before."""
-    check_target(imatrix)
+def _check_beside(imatrix: Path, out: Path, again: bool) -> None:
+    """InputError if the imatrix cannot be written, as far as that is known before. again: the same work may have
+    written it, and not got further."""
+    if imatrix.resolve() == out.resolve():
+        raise InputError(f"--imatrix {imatrix}: is the name of STATS; give it another")
+    if not again:
+        check_target(imatrix)
     if not imatrix.absolute().parent.is_dir():
         raise InputError(f"--imatrix {imatrix}: there is no directory {imatrix.absolute().parent}")
-    if imatrix.absolute() == out.absolute():
-        raise InputError(f"--imatrix {imatrix}: is the name of STATS; give it another")
+
+
+def _folder(out: Path) -> Path:
+    return out.absolute().parent / f".{out.name[:200]}.calibration"
 
 
 class Survey:
@@ -161,7 +168,7 @@ def survey(
     about = {"dgq": dgq_version(), "weights": weights_digest(source), "data": data, "seed": seed, "dtype": str(dtype),
              "trajectories": trajectories}  # fmt: skip
     sampler = GenerationConfig.from_file(source.path / "generation_config.json", source.config).sampler
-    folder = out.absolute().parent / f".{out.name[:200]}.calibration"
+    folder = _folder(out)
     with Unfinished(folder, {**about, "rounds": rounds, "processes": world}, rank, notice) as work:
         stream = Stream(source.config, Rows(source), device, dtype)
         layers = len(source.config.layers)
@@ -188,11 +195,12 @@ def survey(
         about |= {"rounds": turn, "tokens": sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in made)}
         if rank == 0:
             tensors = {name: t.float() if t.dtype == torch.float64 else t for name, t in tensors.items()}
-            save({**sample_tensors(made), **tensors}, folder / "stats", {"dgq": json.dumps(about)})
-            (folder / "stats").chmod(0o644)  # safetensors keeps it to its owner
+            save({**sample_tensors(made), **tensors}, folder / STATS, {"dgq": json.dumps(about)})
+            (folder / STATS).chmod(0o644)  # safetensors keeps it to its owner
+            check_target(out)  # hours may have gone by
             if imatrix is not None:  # before: what breaks off here goes on
-                export_imatrix(imatrix, source, tensors, about)
-            (folder / "stats").replace(out)
+                _export(folder / "imatrix", imatrix, source, tensors, about)
+            (folder / STATS).replace(out)
         if dist.is_initialized():
             dist.barrier()
         if rank == 0:
@@ -246,6 +254,17 @@ def _round(
                 work.note(name, watch.result(watched(source, stage)))
             tensors |= work.read(name)
     return tensors
+
+
+def _export(made: Path, path: Path, source: Source, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    """The imatrix, which the same work may have written before it broke off; InputError if another file is there."""
+    export_imatrix(made, source, tensors, about)
+    if path.is_file() and path.read_bytes() == made.read_bytes():
+        return
+    check_target(path)
+    partial = path.with_name(f".{path.name[:200]}.partial")
+    shutil.copyfile(made, partial)  # the folder may be on another disk
+    partial.replace(path)
 
 
 def export_imatrix(path: Path, source: Source, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ class Unfinished:
             self._lock = (folder / "lock").open("ab")  # as long as this process lives
             lock(self._lock, f"{folder}: another dgq calibrate is at it")
             count = len(list(folder.glob("*.done")))
-            there = path.read_text("utf-8") if path.is_file() else ""
+            there = path.read_text("utf-8", "replace") if path.is_file() else ""
             if there != text and (there or count):
                 return (f"{folder}: another calibration's unfinished work, {difference(there, identity)}; finish it, or"
                         " remove it")  # fmt: skip
@@ -98,7 +98,11 @@ class Unfinished:
         self._wait()
 
     def read(self, name: str) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = load_file(self._folder / f"{name}.done")
+        file = self._folder / f"{name}.done"
+        try:
+            found: dict[str, Tensor] = load_file(file)
+        except (SafetensorError, OSError) as error:  # hidden states have gone on from there
+            raise InputError(f"{file}: damaged ({error}); remove {self._folder} and begin anew") from None
         return found
 
     def drafts(self, make: Callable[[], list[Document]], found: list[Document]) -> list[Document]:

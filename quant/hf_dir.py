@@ -12,7 +12,9 @@ tensor. Bytes are mapped, not loaded: `HFDir[name]` is a view until somebody com
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -211,6 +213,15 @@ class HFDir(Mapping[str, Packed]):
         else:
             self._fill(spec, name, raw, at)
         return raw.view(DTYPES[spec.dtype]).view(stop - start, *shape[1:])
+
+    def row(self, name: str, *at: int) -> torch.Tensor:
+        """One row (in,) of a matrix, or of one of a stack of them: row(name, expert, row)."""
+        spec = self.specs[name]
+        size = (spec.stop - spec.start) // math.prod(spec.shape[:-1])
+        number = functools.reduce(lambda number, axis: number * spec.shape[axis] + at[axis], range(len(at)), 0)
+        raw = torch.empty(size, dtype=torch.uint8)
+        self._fill(spec, name, raw, spec.start + number * size)
+        return raw.view(DTYPES[spec.dtype])
 
     def _fill(self, spec: Spec, name: str, raw: torch.Tensor, at: int) -> None:
         view = raw.numpy().data

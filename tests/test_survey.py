@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from micro import micro_config, micro_tensors, write_micro
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dgq.convert import passes, refine, samples, survey
+from dgq.convert import passes, pipeline, refine, samples, survey
 from dgq.convert.cli import main
 from dgq.convert.passes import Rows
 from dgq.convert.plan import make_plan
@@ -353,13 +354,21 @@ def test_starved_experts_are_named(micro: Path, tmp_path: Path) -> None:
 
 
 def test_imatrix(micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, expected in (("stats", "is the name of STATS"), ("none/im.gguf", "there is no directory")):
+    for name, expected in (("stats", "is the name of STATS"), (f"../{tmp_path.name}/stats", "is the name of STATS"),
+                           ("none/im.gguf", "there is no directory")):  # fmt: skip
         result = _calibrate(micro, tmp_path / "stats", "--imatrix", tmp_path / name)
         assert result.exit_code == 2 and expected in result.stderr and not list(tmp_path.iterdir())
     with monkeypatch.context() as patch:
         patch.setattr(survey, "write_imatrix", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert _calibrate(micro, tmp_path / "stats", "--imatrix", tmp_path / "im.gguf").exit_code == 130
     assert not (tmp_path / "stats").exists(), "or the same command would be refused, and there be no imatrix"
+    with monkeypatch.context() as patch:
+        real = survey._export
+        patch.setattr(survey, "_export", lambda *given: (real(*given), 1 / 0))  # between the two
+        assert isinstance(
+            _calibrate(micro, tmp_path / "stats", "--imatrix", tmp_path / "im.gguf").exception, ArithmeticError
+        )
+    assert (tmp_path / "im.gguf").is_file() and not (tmp_path / "stats").exists()
     assert _calibrate(micro, tmp_path / "stats", "--imatrix", tmp_path / "im.gguf").exit_code == 0
     assert (tmp_path / "stats").read_bytes() == stats.read_bytes()
     matrix = read_imatrix(tmp_path / "im.gguf")
@@ -371,6 +380,20 @@ def test_imatrix(micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.M
     assert {"token_embd.weight", "self_cond_up.weight", "blk.1.ffn_down_exps.weight"} <= matrix.weights.keys()
     out = tmp_path / "out"
     assert dgq("convert", micro, "--to", "gguf", "--imatrix", tmp_path / "im.gguf", "-o", out).exit_code == 0
+
+
+@pytest.mark.parametrize("taken", ["stats", "im.gguf"])
+def test_what_appears_meanwhile_stays(taken: str, micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = (micro, tmp_path / "stats", "--imatrix", tmp_path / "im.gguf")
+    with monkeypatch.context() as patch:
+        real = survey.sample_tensors
+        patch.setattr(survey, "sample_tensors", lambda made: ((tmp_path / taken).write_text("precious"), real(made))[1])
+        result = _calibrate(*command)
+    assert result.exit_code == 2 and "exists already" in result.stderr
+    assert (tmp_path / taken).read_text() == "precious"
+    (tmp_path / taken).unlink()
+    result = _calibrate(*command)
+    assert result.exit_code == 0 and "going on with" in result.stderr and (tmp_path / "im.gguf").is_file()
 
 
 @pytest.mark.parametrize(
@@ -448,6 +471,98 @@ def test_bad_stats(micro: Path, stats: Path, tmp_path: Path) -> None:
     assert dgq("convert", micro, "--to", "bnb4", "--effort", "standard", "-o", tmp_path / "out").exit_code == 2
     result = dgq("convert", other, "--to", "bnb4", "--stats", stats, "-o", tmp_path / "out", "--device", "cpu")
     assert result.exit_code == 0, "the same weights elsewhere"
+
+
+def _everything(change: Callable[[torch.Tensor], torch.Tensor], part: str) -> Callable[[Any, Any], None]:
+    def edit(tensors: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+        for name in [name for name in tensors if name.endswith(part)]:
+            tensors[name] = change(tensors[name])
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        _everything(lambda amax: amax + 1e19, ".amax"),
+        _everything(torch.zeros_like, ".amax"),
+        _everything(torch.zeros_like, ".sum2"),
+        _everything(lambda sums: sums * 1e6, ".sum2"),
+        _everything(lambda count: count + 10**6, "experts.gate_up_proj.count"),
+        _everything(lambda count: count.flip(0), ".q_proj.weight.count"),
+        lambda tensors, about: about.update(tokens=about["tokens"] + 1),
+        lambda tensors, about: about.update(rounds=-5),
+    ],
+)
+def test_stats_that_contradict_themselves(
+    edit: Callable[[Any, Any], None], micro: Path, stats: Path, tmp_path: Path
+) -> None:
+    with safe_open(stats, "pt") as opened:
+        about = json.loads(opened.metadata()["dgq"])
+    tensors = load_file(stats)
+    edit(tensors, about)
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()}, tmp_path / "bad", {"dgq": json.dumps(about)}
+    )
+    result = dgq(
+        "convert", micro, "--to", "nvfp4", "--stats", tmp_path / "bad", "-o", tmp_path / "out", "--device", "cpu"
+    )
+    assert result.exit_code == 2 and "damaged" in result.stderr and not (tmp_path / "out").exists(), result.output
+
+
+def _turned(weight: torch.Tensor) -> torch.Tensor:
+    """All experts but the first."""
+    return torch.cat((weight[:1], weight[1:].flip(0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.decoder.layers.1.experts.down_proj", _turned),
+        ("model.decoder.layers.0.self_attn.o_proj.weight", lambda weight: torch.cat((weight[:1], -weight[1:]))),
+        ("model.decoder.norm.weight", lambda weight: weight * 2),
+    ],
+)
+def test_stats_of_other_weights(
+    name: str, change: Callable[[torch.Tensor], torch.Tensor], micro: Path, stats: Path, tmp_path: Path
+) -> None:
+    tensors = {name: open_source(str(micro))[name].parts[""].clone() for name in open_source(str(micro)).text}
+    read_stats(stats, open_source(str(write_micro(tmp_path / "same", _config(micro), tensors))))
+    tensors[name] = change(tensors[name])
+    other = write_micro(tmp_path / "other", _config(micro), tensors)
+    with pytest.raises(InputError, match="made from other weights"):
+        read_stats(stats, open_source(str(other)))
+
+
+def _config(micro: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((micro / "config.json").read_text())
+    return found
+
+
+def test_another_device_does_not_go_on(micro: Path, stats: Path) -> None:
+    """Where bytes depend on it."""
+    source = open_source(str(micro))
+    plan, found = make_plan(source, find_recipe("bnb4")), read_stats(stats, source)
+    with_stats = [pipeline._identity(plan, Options("standard", device=one, stats=found)) for one in ("cpu", "cuda")]
+    without = [pipeline._identity(plan, Options("fast", device=one)) for one in ("cpu", "cuda")]
+    assert with_stats[0] != with_stats[1] and without[0] == without[1]
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [("0-1.done", "damaged"), ("0-enter.done", "damaged"), ("identity.json", "another calibration's")],
+)
+def test_a_damaged_unfinished_calibration(
+    file: str, expected: str, micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(passes.Passes, "leave", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert _calibrate(micro, tmp_path / "stats").exit_code == 130
+    folder = tmp_path / ".stats.calibration"
+    (folder / file).write_bytes(b"\xff\xfe torn")
+    result = _calibrate(micro, tmp_path / "stats")
+    assert result.exit_code == 2 and expected in result.stderr and str(folder) in result.stderr, result.output
+    assert len(result.stderr.splitlines()) <= 2 and not isinstance(result.exception, UnicodeDecodeError)
 
 
 def test_an_unfinished_calibration_is_not_thrown_away(
