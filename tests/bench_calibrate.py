@@ -5,9 +5,11 @@
 
 Makes a random checkpoint of a few layers (tests/bench_convert.py), runs `dgq calibrate` on it with the prompts that
 ship for `tiny` (their tokenizer, the real canvas of 256), and then the refined conversion of each recipe, weights
-dropped instead of written. Also effort fast for the recipes that have it. Projection: the middle layer's seconds times
-30, and what comes once. Beside each peak of memory what convert/memory.py counts at each moment, with as many Hessians
-as the budget has room for. Ends in one JSON line.
+dropped instead of written. Also effort fast for the recipes that have it. Projection: the last layer's passes times 30
+(it is a full one, and the first has what comes once); way back and quantising of the first layer, a sliding one, times
+25, and of the last times 5; and what comes once. Not in it: the artifact's bytes written and hashed, and a disk slower
+than DIR, where hidden states of all layers lie. Beside each peak of memory what convert/memory.py counts at each
+moment, with as many Hessians as the budget has room for. Ends in one JSON line.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from dgq.convert.source import open_source
 from dgq.convert.stats import read_stats
 from dgq.convert.survey import calibrated
 
-LAYERS = 30
+LAYERS, FULL = 30, 5
 FORMATS = {"nvfp4-w4a16": "nvfp4", "bnb4": "bnb4", "q4_k_m": "gguf"}
 
 
@@ -123,13 +125,18 @@ def main() -> None:
             stages = [(what, round(end - at, 2)) for (what, at), end in zip(steps, ends, strict=True)]
             count = options.layers
             passes = stages[count - 1][1] + stages[2 * count][1]  # the last layer's: the first has what comes once
-            layer = sum(s for what, s in stages if re.match("samples, back to 0($|,)", what))
+            sliding, full = (
+                sum(s for what, s in stages if re.match(f"samples, back to {number}($|,)", what))
+                for number in (0, count - 1)
+            )
+            layers = LAYERS * passes + (LAYERS - FULL) * sliding + FULL * full
             once = sum(s for what, s in stages if what in ("samples, back to enter", "samples, back to leave"))
             once += max(0.0, sum(s for what, s in stages if what.endswith("pass")) - count * passes)
             row: dict[str, Any] = {
-                "stages": stages, "passes_layer_s": round(passes, 2), "layer_s": layer, "once_s": round(once, 2),
+                "stages": stages, "passes_layer_s": round(passes, 2), "sliding_s": sliding, "full_s": full,
+                "once_s": round(once, 2),
                 "peak_gib": peak(options.device), "counted_gib": counted(needs, room),
-                "projected_26b_s": round(LAYERS * (passes + layer) + once),
+                "projected_26b_s": round(layers + once),
                 "slowest": sorted(((round(s, 2), n) for n, s in spent.items()), reverse=True)[:4],
             }  # fmt: skip
             if any(tensor.scheme.name in SEARCHED for tensor in todo):

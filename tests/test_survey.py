@@ -18,12 +18,15 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from gguf import GGUFReader
 from micro import micro_config, micro_tensors, write_micro
+from others import DECODED
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dgq.convert import passes, pipeline, refine, samples, survey
 from dgq.convert.cli import main
+from dgq.convert.generate import open_model
 from dgq.convert.passes import Rows
 from dgq.convert.plan import make_plan
 from dgq.convert.recipes import find_recipe
@@ -235,7 +238,9 @@ def test_two_processes_find_the_same(micro: Path, stats: Path, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-w4a16", "nvfp4-all", "bnb4", "bnb4-dq", "q4_k_m"])
-def test_artifacts_are_of_the_same_shape_and_lose_less(recipe: str, micro: Path, stats: Path, tmp_path: Path) -> None:
+def test_artifacts_are_of_the_same_shape_and_others_read_them(
+    recipe: str, micro: Path, stats: Path, tmp_path: Path
+) -> None:
     to = recipe.split("-")[0] if recipe[0] != "q" else "gguf"
     common = ("convert", micro, "--to", to, "--recipe", recipe, "--device", "cpu")
     scale = ("--input-scale", "0.01") if recipe == "nvfp4" else ()
@@ -260,24 +265,21 @@ def test_artifacts_are_of_the_same_shape_and_lose_less(recipe: str, micro: Path,
     assert len(set(held)) == 3, "each effort does something of its own"
     for path in others:
         if to == "gguf":
-            sizes = [next(each.glob("*.gguf")).stat().st_size for each in (plain, path)]
-            assert sizes[0] == sizes[1]
+            read = [GGUFReader(next(each.glob("*.gguf"))).tensors for each in (plain, path)]
+            specs = [{t.name: (t.shape.tolist(), t.tensor_type, t.data_offset) for t in each} for each in read]
         else:
-            specs = [{n: (s.shape, s.dtype) for n, s in HFDir(each).specs.items()} for each in (plain, path)]
-            assert specs[0] == specs[1]
+            specs = [{n: (s.shape, s.dtype, s.start) for n, s in HFDir(each).specs.items()} for each in (plain, path)]
+        assert specs[0] == specs[1]
+        skipped = path.name == "fast" or recipe == "nvfp4-all" or (to == "nvfp4" and path.name != "max")
+        if not skipped:  # modelopt takes its time to import, and -all is dgq's own layout
+            weights, theirs = open_model(str(path)).weights, DECODED[to](path)
+            for name in weights:
+                assert torch.equal(theirs[name].view(weights[name].shape), weights[name].dequantize()), (
+                    path.name,
+                    name,
+                )
     document = json.loads((fine / "dgq.json").read_text())
     assert document["effort"] == "standard" and document["calibration"]["data"]["name"] == "prompts.jsonl"
-    source = open_source(str(micro))
-    found = read_stats(stats, source)
-    name = "model.decoder.layers.1.experts.gate_up_proj"
-    power = found.tensors[name + ".sum2"].sum(1).unsqueeze(1)
-    from dgq.convert.generate import open_model
-
-    losses = {}
-    for path in (plain, fine):
-        error = open_model(str(path)).weights[name].dequantize() - source[name].dequantize()
-        losses[path.name] = float((error.square() * power).sum())
-    assert losses["standard"] != losses["stock"]
 
 
 def test_conversions_with_stats_go_on(

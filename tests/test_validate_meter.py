@@ -4,21 +4,16 @@ decoded by gguf-py, bitsandbytes or modelopt into transformers' model, KL by tor
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from bitsandbytes import functional as bnb
 from click.testing import CliRunner
+from others import DECODED
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -26,70 +21,12 @@ from torch.nn import functional
 from dgq.convert.cli import main
 from dgq.convert.generate import open_model
 from dgq.convert.questions import LEVELS, canvases, questions
-from dgq.runtime.names import hf_name
 
 pytestmark = pytest.mark.xdist_group("validate-meter")
 transformers: Any = pytest.importorskip("transformers")
 TINY = Path(str(files("dgq.recipes").joinpath("tiny")))
-STATE = ".quant_state.bitsandbytes__nf4"
 FORMATS = {"nvfp4": "nvfp4-w4a16", "bnb4": "bnb4", "gguf": "q4_k_m"}
 Oracle = Any
-MODELOPT = """
-import sys
-from safetensors.torch import load_file, save_file
-import torch
-from modelopt.torch.quantization.qtensor import NVFP4QTensor
-found = load_file(sys.argv[1])
-decoded = {}
-for name, packed in found.items():
-    if packed.dtype == torch.uint8:
-        shape = torch.Size((packed.shape[0], 2 * packed.shape[1]))
-        own = NVFP4QTensor(shape, torch.float32, packed)
-        scales = (found[name + "_scale"], found[name + "_scale_2"])
-        decoded[name] = own.dequantize(torch.float32, scale=scales[0], double_scale=scales[1], block_sizes={-1: 16})
-save_file({name: weight.contiguous() for name, weight in decoded.items()}, sys.argv[2])
-"""
-
-
-def by_modelopt(path: Path) -> dict[str, Tensor]:
-    """In a process of its own: modelopt patches what it imports."""
-    out, file = path / "decoded.safetensors", path / "model.safetensors"
-    command = [sys.executable, "-c", MODELOPT, str(file), str(out)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-    stored, decoded = load_file(file), load_file(out)
-    out.unlink()
-    found = {name: tensor.float() for name, tensor in stored.items() if ".experts." not in name}
-    for layer in range(6):
-        owner = f"model.decoder.layers.{layer}.experts."
-        each = [{p: decoded[f"{owner}{e}.{p}_proj.weight"] for p in ("gate", "up", "down")} for e in range(16)]
-        found[owner + "gate_up_proj"] = torch.stack([torch.cat((one["gate"], one["up"])) for one in each])
-        found[owner + "down_proj"] = torch.stack([one["down"] for one in each])
-    return found
-
-
-def by_bitsandbytes(path: Path) -> dict[str, Tensor]:
-    stored = load_file(path / "model.safetensors")
-    found = {}
-    for name, tensor in stored.items():
-        if name + STATE in stored:
-            parts = {key.removeprefix(name + "."): value for key, value in stored.items() if key.startswith(name + ".")}
-            state = bnb.QuantState.from_dict(parts, torch.device("cpu"))
-            state.dtype = torch.float32
-            found[name] = bnb.dequantize_4bit(tensor.view(-1, 1), state)
-        elif ".absmax" not in name and ".quant" not in name:
-            found[name] = tensor.float()
-    return found
-
-
-def by_gguf(path: Path) -> dict[str, Tensor]:
-    found = {}
-    for tensor in gguf.GGUFReader(next(path.glob("*.gguf"))).tensors:
-        name = hf_name(tensor.name)
-        if name is not None:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
-            shape = tensor.shape.tolist()[::-1]
-            found[name] = torch.from_numpy(np.array(values)).view(shape)
-    return found
 
 
 @cache
@@ -165,8 +102,7 @@ def test_kl_by_others_code(
 ) -> None:
     report = json.loads((room / "report" / "report.json").read_text())
     ours = {one["name"]: one for one in report["artifacts"]}[to]["fixed"]["by_level"]
-    decode = {"nvfp4": by_modelopt, "bnb4": by_bitsandbytes, "gguf": by_gguf}[to]
-    artifact = filled(decode(room / to))
+    artifact = filled(DECODED[to](room / to))
     sums = torch.zeros(len(LEVELS), 2, dtype=torch.float64)
     for prompt, noised, wanted in asked:
         found = logits(artifact, prompt, noised, [level[0] for level in wanted])
