@@ -143,6 +143,7 @@ def convert(
     from dgq.convert.journal import check_target
     from dgq.convert.plan import make_plan
     from dgq.convert.recipes import find_recipe
+    from dgq.convert.refine import refinable
     from dgq.convert.slices import CALIBRATED, Options
     from dgq.convert.source import open_source
     from dgq.convert.stats import read_stats
@@ -164,6 +165,8 @@ def convert(
     if is_hub_id(src):  # from headers: a recipe that does not fit is said before anything large is fetched
         revision = make_plan(open_source(src, revision, weights=False, adapters=adapters), policy).source.where.revision
     planned = make_plan(open_source(src, revision, adapters=adapters), policy)
+    if stats and not any(refinable(tensor) for tensor in planned.tensors):
+        raise InputError(f"--stats {stats}: recipe {policy.name} quantises nothing that they serve; leave them out")
     if not as_json:
         show.notices(planned)
     budget = Budget(ram, vram)

@@ -471,6 +471,12 @@ def test_bad_stats(micro: Path, stats: Path, tmp_path: Path) -> None:
         assert result.exit_code == 2 and expected in result.stderr, result.output
         assert len(result.stderr.splitlines()) <= 2 and not out.exists()
     assert dgq("convert", micro, "--to", "bnb4", "--effort", "standard", "-o", tmp_path / "out").exit_code == 2
+    about = "".join(f'{key} = "wide"\n' for key in ("name", "label", "description"))
+    rules = 'format = "gguf"\nmax_16bit_share = 1\n[[rule]]\nmatch = "*"\nscheme = "f32"\n'
+    (tmp_path / "wide.toml").write_text(about + rules)
+    command = ("convert", micro, "--to", "gguf", "--recipe", tmp_path / "wide.toml", "-o", tmp_path / "out")
+    result = dgq(*command, "--stats", stats)
+    assert result.exit_code == 2 and "recipe wide quantises nothing" in result.stderr, result.output
     result = dgq("convert", other, "--to", "bnb4", "--stats", stats, "-o", tmp_path / "out", "--device", "cpu")
     assert result.exit_code == 0, "the same weights elsewhere"
 
