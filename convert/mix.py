@@ -33,7 +33,6 @@ from dgq.convert.plan import Plan, PlannedTensor, layout_of, make_plan
 from dgq.convert.recipes import DEFAULTS, find_recipe
 from dgq.convert.samples import chunks, documents
 from dgq.convert.source import Source
-from dgq.convert.stats import weights_digest
 from dgq.convert.trials import Meter, Trial, batches
 from dgq.convert.work import Found, Work
 from dgq.quant.errors import InputError, printable
@@ -106,7 +105,7 @@ def mix(
     stock = _stock(source, to)
     others = [stock] if stock else []
     identity = {
-        "dgq": dgq_version(), "weights": weights_digest(source), "data": data, "seed": seed, "chunks": count,
+        "dgq": dgq_version(), "weights": source.digest(), "data": data, "seed": seed, "chunks": count,
         "format": to, "groups": groups, "device": device,
     }  # fmt: skip
     work = Work(out, identity, lambda *_: None, notice, "mix")

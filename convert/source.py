@@ -10,6 +10,7 @@ the encoder's text weights) that turn out byte-equal when they are compared, as 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from dgq.runtime.vision import expected_vision
 from dgq.runtime.weights import Stored, Weights
 
 COMPARE_BYTES = 1 << 24
+ROWS = 8  # of a matrix that tell it from another
+STRIDE = 37  # from the row that tells an expert to the next one's
 ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
 SAMPLER_KEYS = ("t_min", "t_max", "stability_threshold", "confidence_threshold", "sampler_config._cls_name",
                 "sampler_config.entropy_bound")  # fmt: skip
@@ -85,6 +88,23 @@ class Source(Weights):
     def row(self, name: str, *at: int) -> torch.Tensor:
         """One row (in,) of a matrix, or of one expert's: row(name, expert, row)."""
         return self._dir.row(name, *at)
+
+    def digest(self) -> str:
+        """SHA-256 of ROWS rows of every matrix, one row of each expert's (not the same one), and all vectors: a
+        fine-tune changes some of them, and so do experts that are exchanged, left out or made anew. What changes single
+        rows may not."""
+        digest = hashlib.sha256()
+        for name, spec in self.text.items():
+            *lead, rows = spec.shape[:-1] or (1,)
+            if len(spec.shape) < 2:
+                found = [self.rows(name, 0, spec.shape[0] if spec.shape else 1)]
+            elif lead:
+                found = [self.row(name, expert, expert * STRIDE % rows) for expert in range(lead[0])]
+            else:
+                found = [self.row(name, i * rows // ROWS) for i in range(min(ROWS, rows))]
+            for part in found:
+                digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def everything(self) -> dict[str, Stored]:
         specs = self.text | self.vision

@@ -15,7 +15,6 @@ kept: `dgq convert --stats` makes a layer's anew from the samples.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,8 +44,6 @@ WATCHED = (
 READERS = {"q_proj": ("k_proj", "v_proj"), "gate_proj": ("up_proj",)}
 SEEN = "experts.gate_up_proj.count"
 FLOOR = 256  # tokens below which an expert leans on its layer
-ROWS = 8  # of a matrix that tell it from another
-STRIDE = 37  # from the row that tells an expert to the next one's
 
 
 @dataclass(frozen=True)
@@ -171,7 +168,7 @@ def read_stats(file: Path, source: Source) -> Stats:
         raise InputError(f"{file}: its samples do not fit {source.path}; calibrate this model")
     if chunks[0].canvases.shape[1:] != (config.canvas,) or int(ids.min()) < 0 or int(ids.max()) >= config.vocab:
         raise InputError(f"{file}: its samples do not fit {source.path}; calibrate this model")
-    if not isinstance(about, dict) or about.get("weights") != weights_digest(source):
+    if not isinstance(about, dict) or about.get("weights") != source.digest():
         raise InputError(f"{file}: was made from other weights than {source.path}; calibrate these")
     if not _is_whole(about):
         raise InputError(f"{file}: does not say what it was made of; damaged")
@@ -242,23 +239,6 @@ def watched(source: Source, stage: str | int | None = None) -> dict[str, tuple[i
         for name, spec in source.text.items()
         if name.startswith(prefix) and name.endswith(WATCHED)
     }
-
-
-def weights_digest(source: Source) -> str:
-    """Of ROWS rows of every matrix, one row of each expert's (not the same one), and all vectors: a fine-tune changes
-    some of them, and so do experts that are exchanged, left out or made anew. What changes single rows may not."""
-    digest = hashlib.sha256()
-    for name, spec in source.text.items():
-        *lead, rows = spec.shape[:-1] or (1,)
-        if len(spec.shape) < 2:
-            found = [source.rows(name, 0, spec.shape[0] if spec.shape else 1)]
-        elif lead:
-            found = [source.row(name, expert, expert * STRIDE % rows) for expert in range(lead[0])]
-        else:
-            found = [source.row(name, i * rows // ROWS) for i in range(min(ROWS, rows))]
-        for part in found:
-            digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def read_samples(tensors: dict[str, torch.Tensor]) -> list[Chunk]:

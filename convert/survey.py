@@ -40,7 +40,6 @@ from dgq.convert.stats import (
     sample_tensors,
     starved,
     watched,
-    weights_digest,
 )
 from dgq.convert.steady import one_thread, shared_out
 from dgq.convert.trajectories import walked
@@ -165,7 +164,7 @@ def survey(
     most = Sizes.most(source.config, found, len(found) * MORE * rounds * trajectories)
     budget.room(Needs(source, device, most), device, "calibrating")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    about = {"dgq": dgq_version(), "weights": weights_digest(source), "data": data, "seed": seed, "dtype": str(dtype),
+    about = {"dgq": dgq_version(), "weights": source.digest(), "data": data, "seed": seed, "dtype": str(dtype),
              "trajectories": trajectories}  # fmt: skip
     sampler = GenerationConfig.from_file(source.path / "generation_config.json", source.config).sampler
     folder = _folder(out)

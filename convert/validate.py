@@ -32,7 +32,6 @@ from dgq.convert.questions import LEVELS, batches, questions, written
 from dgq.convert.reference import Reference, combined, read_reference
 from dgq.convert.sensitivity import parts
 from dgq.convert.source import Source
-from dgq.convert.stats import weights_digest
 from dgq.convert.template import template_remarks
 from dgq.convert.work import Work
 from dgq.quant.errors import InputError
@@ -191,7 +190,7 @@ def _check_kept(kept: Reference, file: Path | None, source: Artifact | None, opt
         raise InputError(f"--quick: {file} is a full reference; leave --quick out, or name another file")
     if options.prompts is not None:
         raise InputError(f"--prompts: {file} has its own; leave it out, or name another file")
-    if source is not None and isinstance(source.weights, Source) and weights_digest(source.weights) != about["weights"]:
+    if source is not None and isinstance(source.weights, Source) and source.weights.digest() != about["weights"]:
         raise InputError(f"{file}: was made from other weights than {source.path}; name another file")
 
 
@@ -218,7 +217,7 @@ def _reference(source: Artifact | None, against: str | None, options: Options, w
     merged = [str(one["name"]) for one in _adapters(source)]
     said_of = {
         "name": f"{against} with {', '.join(merged)}" if merged else against,
-        "weights": weights_digest(source.weights) if isinstance(source.weights, Source) else None,
+        "weights": source.weights.digest() if isinstance(source.weights, Source) else None,
         "config": asdict(config), "generation": asdict(source.generation),
         "bytes": sum(weight.nbytes for weight in source.weights.everything().values()),
         "prompts": about, "seed": seed, "quick": options.quick, "dtype": str(options.precision), "rows": rows,
