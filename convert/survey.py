@@ -262,8 +262,12 @@ def _export(made: Path, path: Path, source: Source, tensors: dict[str, Tensor], 
         return
     check_target(path)
     partial = path.with_name(f".{path.name[:200]}.partial")
-    shutil.copyfile(made, partial)  # the folder may be on another disk
-    partial.replace(path)
+    try:
+        shutil.copyfile(made, partial)  # the folder may be on another disk
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def export_imatrix(path: Path, source: Source, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
