@@ -172,6 +172,7 @@ def read_stats(file: Path, source: Source) -> Stats:
         raise InputError(f"{file}: was made from other weights than {source.path}; calibrate these")
     if not _is_whole(about):
         raise InputError(f"{file}: does not say what it was made of; damaged")
+    tokens = _tokens(chunks)
     for name, shape in watched(source).items():
         expected = {"sum2": (shape, torch.float32), "amax": (shape[:-1], torch.float32),
                     "count": ((*shape[:-2], KINDS), torch.int64)}  # fmt: skip
@@ -181,17 +182,16 @@ def read_stats(file: Path, source: Source) -> Stats:
                 raise InputError(f"{file}: {name}.{part} is missing, or not {kind[1]} {list(kind[0])}; damaged")
             if not bool(value.isfinite().all() and (value >= 0).all()):
                 raise InputError(f"{file}: {name}.{part} holds values that are negative or not finite; damaged")
-        if wrong := _contradiction(name, tensors, chunks, config.top_k):
+        if wrong := _contradiction(name, tensors, tokens, config.top_k):
             raise InputError(f"{file}: {name}: {wrong}; damaged")
-    tokens = int(_tokens(chunks).sum())
-    if about["tokens"] != tokens or about["rounds"] < 1:
+    if about["tokens"] != int(tokens.sum()) or about["rounds"] < 1:
         said = f"{about['tokens']} tokens in {about['rounds']} rounds"
-        raise InputError(f"{file}: tells of {said}, and its samples have {tokens}; damaged")
+        raise InputError(f"{file}: tells of {said}, and its samples have {int(tokens.sum())}; damaged")
     return Stats(file, sha256(file), about, chunks, tensors)
 
 
-def _contradiction(name: str, tensors: dict[str, torch.Tensor], chunks: list[Chunk], top_k: int) -> str | None:
-    """What a weight's sums, largest values and counts say against each other, or against the samples."""
+def _contradiction(name: str, tensors: dict[str, torch.Tensor], tokens: torch.Tensor, top_k: int) -> str | None:
+    """What a weight's sums, largest values and counts say against each other, or against the tokens (KINDS,) there are."""
     sum2, amax, count = (tensors[f"{name}.{part}"] for part in ("sum2", "amax", "count"))
     seen = torch.stack((count[..., 0], count[..., 1:].sum(-1)), -1).double()
     most, squared = sum2.double().amax(-1), amax.double().square()  # of a column; its largest value is among the sum
@@ -200,7 +200,7 @@ def _contradiction(name: str, tensors: dict[str, torch.Tensor], chunks: list[Chu
         return "the largest values, sums and counts of its inputs contradict each other"
     if ".layers." in name:
         routed = ".experts." in name
-        if not torch.equal(count.sum(0) if routed else count, _tokens(chunks) * (top_k if routed else 1)):
+        if not torch.equal(count.sum(0) if routed else count, tokens * (top_k if routed else 1)):
             return "its counts are not those of the samples' tokens"
     return None
 

@@ -258,16 +258,9 @@ def _round(
 def _export(made: Path, path: Path, source: Source, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
     """The imatrix, which the same work may have written before it broke off; InputError if another file is there."""
     export_imatrix(made, source, tensors, about)
-    if path.is_file() and path.read_bytes() == made.read_bytes():
-        return
-    check_target(path)
-    partial = path.with_name(f".{path.name[:200]}.partial")
-    try:
-        shutil.copyfile(made, partial)  # the folder may be on another disk
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    if not (path.is_file() and path.read_bytes() == made.read_bytes()):
+        check_target(path)
+        export_imatrix(path, source, tensors, about)
 
 
 def export_imatrix(path: Path, source: Source, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:

@@ -137,6 +137,16 @@ def test_a_reference_from_elsewhere_gives_the_same_report(room: Path, whole: dic
     assert unchecked == {"structure", "weights", "layers"} and alone["ok"]
 
 
+def test_without_quick_all_levels_are_asked(room: Path, whole: dict[str, Any], tmp_path: Path) -> None:
+    """By parts put back, and of more questions by layers; what is asked of fixed canvases is the same."""
+    more = ("--against", "tiny", "--reference", room / "reference", "-o", tmp_path / "out")
+    (full,), (quick,) = validated(room / "good", *more)["artifacts"], whole["artifacts"]
+    assert list(differences(full["fixed"], quick["fixed"])) == []
+    recovered = [sum(row["recovered"][0] for row in one["sensitivity"]) for one in (full, quick)]
+    assert 0.3 < recovered[0] / full["fixed"]["mean"]["kl"][0] < 2 and recovered[0] != recovered[1]
+    assert full["layers"] != quick["layers"]
+
+
 def test_two_ranks_give_the_numbers_of_one(
     room: Path, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
