@@ -191,7 +191,7 @@ def read_stats(file: Path, source: Source) -> Stats:
 
 
 def _contradiction(name: str, tensors: dict[str, torch.Tensor], tokens: torch.Tensor, top_k: int) -> str | None:
-    """What a weight's sums, largest values and counts say against each other, or against the tokens (KINDS,) there are."""
+    """What a weight's sums, largest values and counts say against each other, or the tokens (KINDS,) that there are."""
     sum2, amax, count = (tensors[f"{name}.{part}"] for part in ("sum2", "amax", "count"))
     seen = torch.stack((count[..., 0], count[..., 1:].sum(-1)), -1).double()
     most, squared = sum2.double().amax(-1), amax.double().square()  # of a column; its largest value is among the sum
