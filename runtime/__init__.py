@@ -10,7 +10,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 def __getattr__(name: str) -> object:
     """load(path), of api.py: imported when it is asked for, since torch takes a second."""
     if name == "load":
-        from dgq.runtime.api import load
+        from dgq.runtime.engine.api import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,7 +45,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """For conversions whose subject is not how well they round: rows make each other's losses good in 4 groups, not
     64, each of which goes through all columns one by one."""
-    monkeypatch.setattr("dgq.quant.feedback.ROW_GROUPS", 4)
+    monkeypatch.setattr("dgq.quant.feedback.feedback.ROW_GROUPS", 4)
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,7 @@ def tiny_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     xdist group "validate-page"."""
     from click.testing import CliRunner
 
-    from dgq.convert.cli import main
+    from dgq.convert.cli.__main__ import main
 
     path = tmp_path_factory.mktemp("page")
     folder = files("dgq.recipes").joinpath("prompts")

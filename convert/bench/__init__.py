@@ -1,0 +1,1 @@
+"""How fast a model denoises, where the time goes, and how far that is from the floor."""

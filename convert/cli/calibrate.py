@@ -1,0 +1,73 @@
+"""`dgq calibrate`. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import click
+
+from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM, stop
+
+
+@click.command()
+@SOURCE
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="File to create.")
+@click.option("--prompts", type=click.Path(path_type=Path), help=".jsonl of {text} or {messages}, or .txt.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, 1000),
+    default=4,
+    show_default=True,
+    help="Through the documents; up to four times as many while an expert has seen too few tokens. No more than the"
+    " 262,144 tokens that a conversion uses.",
+)
+@click.option(
+    "--trajectories",
+    is_flag=True,
+    help="Half of the canvases from the sampler's own steps; each of up to 48 steps reads the model once.",
+)
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    help="Write an importance matrix for llama-quantize, too (GGUF). llama-imatrix's counts clean text that the encoder"
+    " reads; this one adds the decoder's noised canvases, self-conditioning and embedding.",
+)
+@REVISION
+@ADAPTER
+@DEVICE
+@RAM
+@VRAM
+@JSON
+def calibrate(
+    src: str,
+    out: Path,
+    prompts: Path | None,
+    seed: int,
+    rounds: int,
+    trajectories: bool,
+    imatrix: Path | None,
+    revision: str | None,
+    adapters: tuple[Path, ...],
+    device: str,
+    ram: int | None,
+    vram: int | None,
+    as_json: bool,
+) -> None:
+    """Find out what goes through each weight of SRC, for `convert --stats`. Goes on where it broke off."""
+    from dgq.convert.calibration.survey import calibrated
+    from dgq.convert.layerwise.budget import Budget
+    from dgq.convert.source.checkpoint import open_source
+    from dgq.convert.source.device import chosen_device
+    from dgq.convert.terminal import console, show_stats
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    with console.count_bar("calibrating") as advance:
+        found = calibrated(
+            open_source(src, revision, adapters=adapters), out.expanduser(), prompts, seed, rounds,
+            chosen_device(device), imatrix, advance, console.note, Budget(ram, vram), trajectories,
+        )  # fmt: skip
+    if found is not None:
+        console.print_json(found) if as_json else show_stats.calibrated(src, out, found)

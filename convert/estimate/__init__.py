@@ -1,0 +1,1 @@
+"""What a conversion and its artifact will need: memory, disk, time."""

@@ -1,0 +1,156 @@
+"""A recipe decides, from names and shapes alone, which scheme each tensor gets: ordered rules, first match wins.
+
+Recipes are TOML files (dgq's own lie in recipes/); this reads them and applies them. Nothing is decided while
+converting: `assign` maps the whole list of tensors to schemes before a byte is read, and refuses there.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dgq.quant.errors import InputError
+from dgq.quant.files.hf_dir import read_whole
+from dgq.quant.schemes.registry import SCHEMES
+from dgq.quant.types import Scheme
+
+MAX_RECIPE = 1 << 20  # bytes
+
+# What each format can store. 16 bits is BF16 where transformers reads it.
+FORMAT_SCHEMES = {
+    "gguf": {"bf16", "f16", "f32", "q4_k", "q5_0", "q6_k", "q8_0"},
+    "nvfp4": {"bf16", "nvfp4"},
+    "nvfp4 in dgq's own layout": {"bf16", "nvfp4", "q8_0"},
+    "bnb4": {"bf16", "nf4", "nf4_dq"},
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rule(_Strict):
+    """One line of a recipe. match is a shell pattern on the tensor's name in the artifact."""
+
+    match: str
+    scheme: str
+    more_bits: str | None = None
+    counted: Literal["layer", "tensor"] = "layer"
+    max_dims: int | None = None
+
+    @field_validator("scheme", "more_bits")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in SCHEMES:
+            raise ValueError(f"unknown scheme {name!r} (dgq has {', '.join(SCHEMES)})")
+        return name
+
+    def matches(self, name: str, shape: tuple[int, ...]) -> bool:
+        return fnmatchcase(name, self.match) and (self.max_dims is None or len(shape) <= self.max_dims)
+
+
+class Recipe(_Strict):
+    """An artifact's policy: rules for tensors, a fallback for rows that don't fit a scheme's block."""
+
+    name: str
+    format: Literal["gguf", "nvfp4", "bnb4"]
+    label: str = Field(pattern=r"^[\w.+-]{1,64}$")  # part of a file's name
+    description: str
+    file_type: int = 0  # general.file_type of a .gguf
+    layout: Literal["dgq"] | None = None  # of nvfp4: dgq's own instead of modelopt's, which holds experts alone
+    activations: Literal["nvfp4"] | None = None  # W4A4: input scales are stored beside the weights
+    max_16bit_share: float = Field(ge=0, le=1)
+    refuse_experts: tuple[int, ...] = ()
+    rule: tuple[Rule, ...]
+    fallback: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _schemes_of_the_format(self) -> Recipe:
+        named = self.schemes
+        if self.layout and self.format != "nvfp4":
+            raise ValueError(f"{self.format} has no layout {self.layout!r}, nvfp4 has")
+        where = "nvfp4 in dgq's own layout" if self.layout else self.format
+        if wrong := sorted(named - FORMAT_SCHEMES[where]):
+            has = f"it has {', '.join(sorted(FORMAT_SCHEMES[where]))}"
+            more = '; layout = "dgq" has, which opens in dgq only' if where == "nvfp4" and wrong == ["q8_0"] else ""
+            raise ValueError(f"{where} has no scheme {wrong[0]!r} ({has}){more}")
+        if {"nf4", "nf4_dq"} <= named:
+            raise ValueError("an artifact is either nf4 or nf4_dq throughout: its config.json says which, once")
+        if self.activations and (self.format != "nvfp4" or self.layout):
+            raise ValueError(f"{where} has no place for activations {self.activations!r}")
+        return self
+
+    @property
+    def schemes(self) -> set[str]:
+        """Every scheme that it names."""
+        named = {rule.scheme for rule in self.rule} | {rule.more_bits for rule in self.rule if rule.more_bits}
+        return named | set(self.fallback) | set(self.fallback.values())
+
+    def assign(self, shapes: Mapping[str, tuple[int, ...]], layers: int) -> dict[str, Scheme]:
+        """name -> scheme for every tensor; shapes in the artifact's order, `layers` the model's layer count.
+
+        InputError, naming the tensor, if no rule matches or its rows fit neither the scheme nor the fallback.
+        """
+        chosen = {name: self._rule(name, shape) for name, shape in shapes.items()}
+        schemes: dict[str, Scheme] = {}
+        for name, shape in shapes.items():
+            rule = chosen[name]
+            index: int | None
+            if rule.counted == "tensor":
+                peers = [n for n, r in chosen.items() if r is rule]
+                index, count = peers.index(name), len(peers)
+            else:
+                index, count = layer_of(name), layers
+            better = rule.more_bits is not None and index is not None and use_more_bits(index, count)
+            schemes[name] = self._fitting(name, shape, rule.more_bits if better and rule.more_bits else rule.scheme)
+        return schemes
+
+    def _rule(self, name: str, shape: tuple[int, ...]) -> Rule:
+        for rule in self.rule:
+            if rule.matches(name, shape):
+                return rule
+        raise InputError(f"recipe {self.name}: no rule matches tensor {name} {list(shape)}; add one")
+
+    def _fitting(self, name: str, shape: tuple[int, ...], scheme: str) -> Scheme:
+        for candidate in (scheme, self.fallback.get(scheme)):
+            if candidate is not None and (shape or (1,))[-1] % SCHEMES[candidate].block == 0:
+                return SCHEMES[candidate]
+        block = f"{scheme}'s block of {SCHEMES[scheme].block}"
+        more = ", nor does a fallback of it fit" if scheme in self.fallback else ""
+        raise InputError(f"recipe {self.name}: rows of {shape[-1]} in {name} are no multiple of {block}{more}")
+
+
+def use_more_bits(index: int, count: int) -> bool:
+    """llama.cpp's choice of the layers that deserve more bits: first and last eighth, every third in between."""
+    eighth = count // 8
+    return index < eighth or index >= 7 * count // 8 or (index - eighth) % 3 == 2
+
+
+def layer_of(name: str) -> int | None:
+    """The N of blk.N. or layers.N. in a tensor's name."""
+    parts = name.split(".")
+    for before, part in pairwise(parts):
+        if before in ("blk", "layers") and part.isdigit():
+            return int(part)
+    return None
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe; InputError names the file and the key that is wrong."""
+    try:
+        recipe = Recipe.model_validate(tomllib.loads(read_whole(path, MAX_RECIPE).decode()))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe") from None
+    except ValidationError as error:  # which is a ValueError
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{path}: {where}: {first['msg']}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as TOML ({error})") from None
+    return recipe

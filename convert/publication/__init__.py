@@ -1,0 +1,1 @@
+"""An artifact on the Hub: checks, the card, the upload."""

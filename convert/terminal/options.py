@@ -1,0 +1,37 @@
+"""Options that several commands have. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from dgq.convert.source.sizes import Size
+
+SOURCE = click.argument("src")
+REVISION = click.option("--revision", help="Branch, tag or commit of a Hub source. [default: its main branch]")
+DEVICE = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="[auto: a GPU if any]",
+)
+ADAPTER = click.option(
+    "--adapter",
+    "adapters",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Directory of a LoRA adapter (peft's) to merge into SRC; may be given several times, in order.",
+)
+RAM = click.option(
+    "--ram", type=Size(), help="RAM to keep below, like 8GiB; takes longer, same bytes. [default: 80 % of what is free]"
+)
+VRAM = click.option("--vram", type=Size(), help="The same for the GPU's memory.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, and nothing for people.")
+
+
+def stop(number: int, frame: object) -> None:
+    """SIGTERM and SIGHUP unwind the program, so that a partial artifact is removed."""
+    sys.exit(128 + number)

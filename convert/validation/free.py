@@ -1,0 +1,62 @@
+"""Free running: the same prompts and random numbers, each model with its own sampler settings, from noise to text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dgq.convert.resume.work import Found
+from dgq.convert.validation.questions import BATCH_LOGITS, Question
+from dgq.runtime.engine.engine import generate
+from dgq.runtime.model.model import Model
+from dgq.runtime.shape.settings import GenerationConfig
+
+ROWS = 8  # of a batch, which waits for its slowest row
+
+
+def free_batches(questions: Sequence[Question], texts: int, canvas: int, vocab: int) -> list[list[int]]:
+    """The questions of each batch: the first `texts` texts to be continued, and all others. Kinds are not mixed, since
+    a batch waits for its slowest row."""
+    rows = max(1, min(ROWS, BATCH_LOGITS // (canvas * vocab)))
+    continued = [i for i, question in enumerate(questions) if question.group == "text"][:texts]
+    others = [i for i, question in enumerate(questions) if question.group != "text"]
+    return [kind[i : i + rows] for kind in (continued, others) for i in range(0, len(kind), rows)]
+
+
+def run(
+    model: Model, generation: GenerationConfig, questions: Sequence[Question], rows: Sequence[int], seed: int,
+    blocks: int,
+) -> Found:  # fmt: skip
+    """Answer a batch. rows: the questions' numbers, and their random streams'.
+
+    canvases (rows, tokens) int64 as committed, steps (rows, blocks) int64, -1 where the answer had ended; seconds.
+    """
+    prompts = [questions[row].prompt for row in rows]
+    tokens = blocks * model.config.canvas
+    began = time.perf_counter()
+    result = generate(model, prompts, generation, tokens, seed, rows=rows)
+    seconds = time.perf_counter() - began
+    steps = torch.full((len(rows), blocks), -1)
+    for row, took in enumerate(result.steps):
+        steps[row, : len(took)] = torch.tensor(took)
+    committed = torch.full((len(rows), tokens), generation.pad_id)
+    committed[:, : result.canvases.shape[1]] = result.canvases
+    return {"canvases": committed, "steps": steps, "seconds": torch.tensor(seconds, dtype=torch.float64)}
+
+
+def agreement(a: Tensor, b: Tensor, pad: int) -> Tensor:
+    """Share (n,) of equal tokens of canvases (n, tokens) where not both have ended."""
+    counted = (a != pad) | (b != pad)
+    return ((a == b) & counted).sum(-1) / counted.sum(-1).clamp(min=1) + (~counted.any(-1)).float()
+
+
+def tokens_of(canvases: Tensor, generation: GenerationConfig) -> list[list[int]]:
+    """What was said: up to the first end-of-sequence token."""
+    said = []
+    for row in canvases.tolist():
+        end = next((i for i, token in enumerate(row) if token in generation.eos_ids), len(row))
+        said.append(row[:end])
+    return said

@@ -1,0 +1,134 @@
+"""What an artifact or checkpoint holds, from its headers: format, schemes, sizes, sampler, provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from dgq.convert.plans.plan import tally
+from dgq.convert.source.checkpoint import Source, open_source
+from dgq.convert.source.hub import fetch_artifact, is_hub_id
+from dgq.convert.verification.generate import is_artifact, published
+from dgq.convert.verification.template import template_remarks
+from dgq.convert.write.provenance import FILE, coverage_of
+from dgq.quant.errors import InputError
+from dgq.quant.files.hf_dir import read_json
+from dgq.quant.formats.own_layout import ONLY_DGQ
+from dgq.quant.schemes.registry import stored_bits
+from dgq.runtime.files.artifact import Artifact, open_artifact
+from dgq.runtime.files.weights import DirWeights, Weights
+from dgq.runtime.shape.names import VISION
+
+
+def inspect_artifact(asked: str, revision: str | None = None) -> dict[str, Any]:
+    """Check it against its config, from headers alone, and describe it. Of a checkpoint on the Hub only headers are
+    fetched; of an artifact there everything, into the cache, where `run` and `verify` find it."""
+    opened: Artifact | Source
+    if is_artifact(asked):
+        opened = open_artifact(asked)
+    elif is_hub_id(asked) and (small := published(asked, revision)) is not None:
+        opened = open_artifact(fetch_artifact(asked, small.revision).path)
+    else:
+        opened = open_source(asked, revision, weights=False)
+    weights: Weights = opened.weights if isinstance(opened, Artifact) else opened
+    rows = _rows(weights)
+    schemes = tally((scheme, numel, nbytes) for _, scheme, numel, nbytes, _ in rows)
+    params = sum(group["params"] for group in schemes.values())
+    below = sum(group["params"] for name, group in schemes.items() if stored_bits(name) < 16)
+    config, generation = opened.config, opened.generation
+    return {
+        "path": asked,
+        "kind": opened.kind if isinstance(opened, Artifact) else "safetensors",
+        "file": opened.file.name if isinstance(opened, Artifact) else opened.where.name,
+        "params": params,
+        "bytes": sum(group["bytes"] for group in schemes.values()),
+        "quantized_share": round(below / params, 6),
+        "by_scheme": schemes,
+        "model": {
+            "layers": len(config.layers),
+            "hidden": config.hidden,
+            "experts": config.experts,
+            "top_k": config.top_k,
+            "vocab": config.vocab,
+            "canvas": config.canvas,
+            "window": config.window,
+            "context": config.context,
+        },
+        "sampler": vars(generation.sampler) | {"eos_ids": list(generation.eos_ids)},
+        "provenance": provenance_of(opened) if isinstance(opened, Artifact) else None,
+        "calibration": coverage_of(opened) if isinstance(opened, Artifact) else None,
+        "opens_in": ONLY_DGQ if weights.only_dgq else None,
+        "remarks": [*weights.remarks, *_transformers(opened), *template_remarks(opened)],
+        "vision": _vision(weights),
+        "stored_tensors": sum(row[-1] for row in rows),
+        "tensors": {row[0]: row[1] for row in rows},
+    }
+
+
+def _vision(weights: Weights) -> dict[str, int] | None:
+    """Parameters and bytes of the vision tower; None without one."""
+    found = [stored for name, stored in weights.everything().items() if name.startswith(VISION)]
+    if not found:
+        return None
+    return {"params": sum(one.numel for one in found), "bytes": sum(one.nbytes for one in found)}
+
+
+Row = tuple[str, str, int, int, int]  # name in the file, scheme, elements, bytes, tensors
+
+
+def _rows(weights: Weights) -> list[Row]:
+    return [
+        (weights.own_name(name), stored.scheme, stored.numel, stored.nbytes, stored.tensors)
+        for name, stored in weights.everything().items()
+    ]
+
+
+def _transformers(opened: Artifact | Source) -> tuple[str, ...]:
+    """What a user of transformers must know of packed weights."""
+    weights = opened.weights if isinstance(opened, Artifact) else None
+    if isinstance(weights, DirWeights) and weights.is_mixed and weights.is_modelopts:
+        return ("transformers gives it WRONG weights and only warns; after `import dgq.runtime.hf` it raises",)
+    if not isinstance(opened, Artifact) or (without := opened.weights.without_import) is None:
+        return ()
+    return (f"transformers opens it after `import dgq.runtime.hf`; without that line it {without}",)
+
+
+def provenance_of(artifact: Artifact) -> dict[str, Any] | None:
+    """What dgq.json beside the weights says of them; None without one, or if it does not list their files."""
+    file = artifact.weights.files[0].parent / FILE
+    if not file.is_file():
+        return None
+    document = read_json(file)
+    kept = {key: document.get(key) for key in ("dgq", "recipe", "effort", *_SOUND)}
+    for key, sound in _SOUND.items():
+        said = kept[key]
+        if said is not None and not (isinstance(said, dict) and sound(said)):
+            raise InputError(f"{file}: its {key} is not what dgq writes there; damaged")
+    adapters = document.get("adapters") or []
+    if not isinstance(adapters, list) or not all(
+        _holds(one, object) and isinstance(one.get("name"), str) for one in adapters
+    ):
+        raise InputError(f"{file}: its adapters are not what dgq writes there; damaged")
+    kept["adapters"] = [one["name"] for one in adapters]
+    listed = kept.pop("files") or {}
+    return kept if all(weights.name in listed for weights in artifact.weights.files) else None
+
+
+def _is_scales(said: dict[str, Any]) -> bool:
+    if said.get("method") != "calibrated":
+        return said.get("method") == "given" and isinstance(said.get("value"), float)
+    amax = said.get("amax")
+    return isinstance(amax, dict) and bool(amax) and all(_holds(side, float) for side in amax.values())
+
+
+def _holds(said: Any, kind: type) -> bool:
+    return isinstance(said, dict) and bool(said) and all(isinstance(value, kind) for value in said.values())
+
+
+# What must be true of dgq.json's objects before anybody reads on in them.
+_SOUND: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "source": lambda said: not said.get("repository") or "revision" in said,
+    "imatrix": lambda said: isinstance(said.get("name"), str),
+    "input_scales": _is_scales,
+    "files": lambda said: True,
+}

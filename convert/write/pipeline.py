@@ -1,0 +1,313 @@
+"""Carries a plan out: read a slice, quantise it, write it to its place.
+
+    source rows (read, not mapped)  --threads-->  quantised slices  --in order-->  <name>-Q4_K_M.gguf, or *.safetensors
+                                                                                   mmproj-<name>-BF16.gguf
+    source files                    --hash---->   dgq.json  <--hash--  the artifact's files
+
+With a GPU each thread copies its slices there, quantises them on a stream of its own and copies them back, so that
+copies and arithmetic overlap; the bytes are the same. Everything goes into a hidden directory beside the target, which
+gets its name in one rename when it is complete: a reader never meets a half-written artifact. A conversion that ends
+early (a signal, a full disk, a power cut) leaves that directory and its journal (resume/journal.py), and the same
+command goes on from there; bad input leaves nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgq.convert.plans.gguf_metadata import metadata
+from dgq.convert.plans.mmproj import metadata as vision_metadata
+from dgq.convert.plans.plan import Plan
+from dgq.convert.resume import journal
+from dgq.convert.resume.journal import Journal, check_target
+from dgq.convert.source.hashes import describe, dgq_version, digest
+from dgq.convert.write import provenance
+from dgq.convert.write.hf_artifact import DirWriter, write_configs
+from dgq.convert.write.input_scales import scales_of
+from dgq.convert.write.refine import check_memory, check_scratch, refinable, refined
+from dgq.convert.write.slices import InputScales, Options, ordered, slices
+from dgq.quant.errors import InputError
+from dgq.quant.files.gguf_file import GGUFWriter
+from dgq.quant.files.imatrix import Imatrix
+from dgq.quant.files.places import sync_path
+from dgq.runtime.files import mmproj
+from dgq.runtime.shape.config import GGUF_ARCH
+
+GPU_THREADS = 4  # slices on a GPU at once
+HASHERS = 4  # source files hashed at once, beside the work
+HEADER_ALLOWANCE = 64 << 20  # disk for metadata, tokenizer and the copied files
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "LICENSE",
+    "NOTICE",
+)
+
+Progress = Callable[[int, str], None]  # bytes of the artifact done since the last call, name of the tensor
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The finished artifact: its directory, what to open (the .gguf, or the directory), the content of its dgq.json;
+    seconds spent by stage; weights that an earlier run had done."""
+
+    path: Path
+    file: Path
+    document: dict[str, Any]
+    seconds: dict[str, float]
+    resumed: int
+
+
+def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice: Callable[[str], None]) -> Converted:
+    """Write the artifact `out`, a directory that must not exist, or go on with what an earlier run began of it.
+
+    InputError for weights that are not finite, an imatrix that does not fit, a full disk, a source that changes, an
+    unfinished conversion of something else. notice: told when work goes on.
+    """
+    source, version, identity = plan.source, dgq_version(), _identity(plan, options)
+    gguf = plan.recipe.format == "gguf"
+    if options.imatrix is not None:
+        options = replace(options, imatrix=_fitted(plan, options.imatrix, notice))
+    options.budget.enforce()
+    if options.stats is not None and (careful := [tensor for tensor in plan.tensors if refinable(tensor)]):
+        check_memory(plan, careful, options)
+    source.check_vocabulary()
+    keys = metadata(plan, version, options.imatrix) if gguf else {}  # before the weights: it may refuse the tokenizer
+    tower_keys = vision_metadata(source, version) if plan.mmproj else {}
+    if gguf and "tokenizer.ggml.mask_token_id" not in keys:
+        notice(f"{source.path}: its tokenizer names no mask token; llama.cpp's llama-diffusion-cli stops without one")
+    file = plan.files[0] if gguf else ""
+    seconds: dict[str, float] = {}
+    with _staged(plan, out, identity, notice) as (partial, log), _hashers() as hashers:
+        hashes = _hashes(hashers, source.files)
+        with _timed(seconds, "checking copies"):
+            source.check_copies()
+        with _timed(seconds, "input scales"):
+            scales = _scales(plan, options, log)
+        writer: GGUFWriter | DirWriter
+        if gguf:
+            writer = GGUFWriter(partial / file, GGUF_ARCH, keys, {t.name: (t.shape, t.scheme) for t in plan.text})
+            if plan.mmproj:
+                tower = {t.name: (t.shape, t.scheme) for t in plan.mmproj}
+                GGUFWriter(partial / plan.files[1], mmproj.ARCH, tower_keys, tower, writer.places)
+        else:
+            writer = DirWriter(plan, partial)
+        resumed = len(log.done)
+        with _timed(seconds, "quantising"):
+            _write(plan, writer, log, options, scales, progress, partial.parent)
+            writer.close()
+        for name in COPIED:
+            if (source.path / name).is_file():
+                shutil.copyfile(source.path / name, partial / name)
+        if not gguf:
+            write_configs(plan, partial, version)
+        progress(0, "hashing")
+        with _timed(seconds, "hashing the source"):
+            sources = {name: future.result() for name, future in hashes.items()}
+        _check_unchanged(plan, options, identity)
+        with _timed(seconds, "hashing the artifact"):
+            files = {name: f.result() for name, f in _hashes(hashers, sorted(partial.iterdir())).items()}
+        about = scales.about if scales else None
+        document = provenance.document(
+            plan, options.effort, options.imatrix, about, sources, files, options.stats, options.device
+        )
+        (partial / provenance.FILE).write_text(provenance.text(document), "utf-8")
+    return Converted(out, out / file, document, seconds, resumed)
+
+
+def _write(
+    plan: Plan,
+    writer: GGUFWriter | DirWriter,
+    log: Journal,
+    options: Options,
+    scales: InputScales | None,
+    progress: Progress,
+    scratch: Path,
+) -> None:
+    """Quantise and write every weight that the journal does not have."""
+    for tensor in plan.tensors:
+        if tensor.name in log.done:
+            writer.places.skip(tensor.entries or (tensor.name,))
+            progress(tensor.nbytes, tensor.name)
+    todo = [tensor for tensor in plan.tensors if tensor.name not in log.done]
+    careful = [tensor for tensor in todo if options.stats is not None and refinable(tensor)]
+    plain = [tensor for tensor in todo if tensor not in careful]
+    if careful:
+        check_scratch(plan, todo, options, scratch)
+    jobs = (job for tensor in plain for job in slices(plan, tensor, options, scales))
+    threads = options.threads if options.device == "cpu" else min(options.threads, GPU_THREADS)
+    before = torch.get_num_threads()
+    # one OpenMP thread each: there are enough of ours
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            step = functools.partial(progress, 0)
+            for job, piece in chain(
+                ordered(pool, jobs, 2 * threads), refined(plan, careful, options, scratch, scales, step)
+            ):
+                writer.append(job.tensor.name, piece)
+                progress(job.tensor.nbytes * piece.numel // job.tensor.numel, job.tensor.name)
+                if job.last and log.finish(job.tensor.name):
+                    writer.places.sync()
+                    log.flush()
+        except BaseException:
+            with suppress(OSError):  # what is whole is kept, if the disk still takes it
+                writer.places.sync()
+                log.flush()
+            raise
+        finally:
+            torch.set_num_threads(before)
+        writer.places.sync()
+        log.flush()
+
+
+def _scales(plan: Plan, options: Options, log: Journal) -> InputScales | None:
+    """The journal's input scales, or new ones; noted there if they were calibrated, which takes long."""
+    if options.stats is not None and plan.recipe.activations and options.input_scale == "calibrate":
+        return scales_of(options.stats)
+    if log.scales is not None:
+        return InputScales(**log.scales)
+    scales = options.find_scales()
+    if scales is not None and options.input_scale == "calibrate":
+        log.note({"scales": {"values": dict(scales.values), "about": scales.about}})
+    return scales
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds[stage] = round(time.perf_counter() - began, 3)
+
+
+@contextmanager
+def _hashers() -> Iterator[ThreadPoolExecutor]:
+    """A pool whose end does not wait for files that it has not begun."""
+    pool = ThreadPoolExecutor(HASHERS)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _hashes(pool: ThreadPoolExecutor, files: list[Path]) -> dict[str, Future[dict[str, Any]]]:
+    return {file.name: pool.submit(describe, file) for file in files}
+
+
+def _fitted(plan: Plan, imatrix: Imatrix, notice: Callable[[str], None]) -> Imatrix:
+    if plan.recipe.format != "gguf":
+        raise InputError(f"--imatrix {imatrix.file}: weighs GGUF quantisers, and recipe {plan.recipe.name} has none")
+    found = imatrix.fitted({tensor.name: tensor.shape for tensor in plan.tensors})
+    quantised = [tensor.name for tensor in plan.tensors if tensor.scheme.bits < 16]
+    without = [name for name in quantised if name not in found.weights]
+    if without:
+        notice(f"{imatrix.file}: no entry for {len(without)} of {len(quantised)} quantised weights ({without[0]}, …):"
+               " quantised unweighed")  # fmt: skip
+    if found.unseen:
+        notice(f"{imatrix.file}: {found.unseen} experts or weights saw no token: their columns weigh the same")
+    return found
+
+
+def _identity(plan: Plan, options: Options) -> dict[str, Any]:
+    """What must be the same for a conversion to go on: everything that decides the artifact's bytes."""
+    source = plan.source
+    names = [source.path / name for name in COPIED]
+    by_calibration = plan.recipe.activations and options.input_scale == "calibrate"
+    return {
+        "dgq version": dgq_version(),
+        "recipe": f"{plan.recipe.name} ({digest(plan.recipe.model_dump_json())})",
+        "effort": options.effort,
+        "imatrix": describe(Path(options.imatrix.file)) if options.imatrix else None,
+        "adapters": [adapter.about for adapter in source.adapters],
+        "stats": options.stats.sha256 if options.stats else None,
+        "input scale": options.input_scale if plan.recipe.activations else None,
+        "device": options.device if options.stats or by_calibration else None,  # sums differ in their last bits
+        "source": f"{source.where.repo or source.where.name} {source.where.revision or ''}".strip(),
+        "files": {file.name: _stamp(file) for file in (*source.files, *names) if file.is_file()},
+    }
+
+
+def _stamp(file: Path) -> str:
+    stat = file.stat()
+    return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
+
+
+def _check_unchanged(plan: Plan, options: Options, began: dict[str, Any]) -> None:
+    """InputError if a source file, or the imatrix, is not what it was when the conversion began."""
+    now = _identity(plan, options)
+    changed = [plan.source.path / name for name, stamp in began["files"].items() if now["files"].get(name) != stamp]
+    if options.imatrix and now["imatrix"] != began["imatrix"]:
+        changed.append(Path(options.imatrix.file))
+    if changed:
+        raise InputError(f"{changed[0]}: changed while it was converted; run the command again")
+
+
+def _check_room(plan: Plan, out: Path, partial: Path) -> None:
+    taken = sum(512 * file.stat().st_blocks for file in partial.iterdir())
+    need = HEADER_ALLOWANCE + max(0, plan.nbytes - taken)
+    free = shutil.disk_usage(partial).free
+    if free < need:
+        raise InputError(f"{out}: needs {need / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free")
+
+
+@contextmanager
+def _staged(
+    plan: Plan, out: Path, identity: dict[str, Any], notice: Callable[[str], None]
+) -> Iterator[tuple[Path, Journal]]:
+    """The partial directory and its journal; renamed to `out` at the end. Kept if the work can go on, else removed."""
+    check_target(out)
+    partial, path = journal.paths(out)
+    missing = [folder for folder in (partial.parent, *partial.parent.parents) if not folder.exists()]
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with journal.opened(out, identity) as log:
+            keep = log.worth_keeping
+            try:
+                check_target(out)
+                _check_room(plan, out, partial)
+                if log.done:
+                    notice(f"going on with {partial}: {len(log.done)} of {len(plan.tensors)} weights are done")
+                keep = False
+                yield partial, log
+                partial.chmod(0o755)
+                for file in partial.iterdir():
+                    sync_path(file)
+                check_target(out)
+                partial.rename(out)
+                with suppress(OSError):  # a file system may not know how
+                    sync_path(out)
+                    sync_path(out.absolute().parent)
+            except BaseException as error:
+                keep = partial.is_dir() and (keep or (log.worth_keeping and not isinstance(error, InputError)))
+                if keep and not isinstance(error, InputError | OSError):
+                    notice(f"{partial} keeps what is done; the same command goes on from there")
+                raise
+            finally:
+                if not keep:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    path.unlink(missing_ok=True)
+    except OSError as error:
+        kept = "; what is done is kept, the same command goes on from there" if partial.is_dir() else ""
+        raise InputError(f"{out}: cannot be written ({error}){kept}") from None
+    finally:
+        with suppress(OSError):  # those that are empty
+            for folder in missing:
+                folder.rmdir()

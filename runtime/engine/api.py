@@ -1,0 +1,160 @@
+"""The engine for programs: `dgq.runtime.load(path)`.
+
+engine = dgq.runtime.load("diffusiongemma-NVFP4")
+engine.generate("Once upon a time", max_new_tokens=512).text
+for event in engine.stream([{"role": "user", "content": "Why is the sky blue?"}]):
+    ...    # Step: the canvas taking shape; Block: tokens that stay
+chat = engine.chat()
+chat.ask("Why is the sky blue?").text
+chat.ask("And at night?").text
+engine.generate([{"role": "user", "content": "What is this?"}], images=["cat.png"]).text
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from dgq.quant.errors import InputError
+from dgq.runtime.engine.chat import Chat
+from dgq.runtime.engine.engine import Block, Step, generate, stream
+from dgq.runtime.files.artifact import Artifact, open_artifact
+from dgq.runtime.files.images import Once, placed
+from dgq.runtime.shape.pictured import Pictured
+
+if TYPE_CHECKING:
+    from dgq.runtime.files.tower import Tower
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text as it is, token ids, or the messages of a chat, whose content may be parts: see images.placed()."""
+
+Images = Sequence[Any]
+"""Of one prompt: files (a path) or PIL images."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To one prompt. ended: whether the model said so itself; steps: of each block."""
+
+    text: str
+    tokens: list[int]
+    ended: bool
+    steps: list[int]
+
+
+class Engine:
+    """An opened artifact on a device; one batch at a time: threads that call generate() take turns; streams and chats
+    are one thread's. The first image loads its vision tower, which then stays; on the CPU if `vram` bounds the GPU's
+    memory."""
+
+    def __init__(self, artifact: Artifact, device: str, dtype: torch.dtype | None, vram: int | None) -> None:
+        self.artifact, self.tokenizer, self.generation = artifact, artifact.tokenizer, artifact.generation
+        self.model = artifact.load(device, dtype, vram=vram)
+        self._one = RLock()
+        self._tower_device = self.model.device if vram is None else torch.device("cpu")
+
+    @cached_property
+    def tower(self) -> Tower:
+        """The vision tower, in the model's dtype. InputError if the artifact has none."""
+        return self.artifact.vision.tower(self._tower_device, self.model.dtype)
+
+    def ids(self, prompt: Prompt, images: Images = ()) -> Sequence[int]:
+        """A prompt's tokens, with its images if it has any: a prompt as well."""
+        if isinstance(prompt, Pictured) and not images:
+            return prompt
+        ids, images, front = placed(self.tokenizer, prompt, images)
+        return self.artifact.vision.prompt(ids, images, self.tower, front) if images else ids
+
+    def generate(self, prompt: Prompt, images: Images = (), **settings: Any) -> Answer:
+        """The answer to one prompt. settings: max_new_tokens, steps, seed, on_step; see engine.generate()."""
+        return self.generate_batch([prompt], [images], **settings)[0]
+
+    def close(self) -> None:
+        """Give back the memory; also at the end of a `with`. (Without it Python does so when it next looks for cycles.)
+        A chat keeps the weights as long as it is there."""
+        self.model.session = None
+        self.__dict__.pop("tower", None)
+        del self.model
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], images: Sequence[Images] | None = None, **settings: Any
+    ) -> list[Answer]:
+        """Answers to several prompts, each with its images, computed together; each is what it would be alone with
+        rows=[its number]."""
+        ids = self._all_ids(prompts, images)
+        with self._one:
+            found = generate(self.model, ids, self.generation, **settings)
+        texts = map(self.tokenizer.decode, found.tokens)
+        return [Answer(*one) for one in zip(texts, found.tokens, found.ended, found.steps, strict=True)]
+
+    def stream(
+        self, *prompts: Prompt, images: Sequence[Images] | None = None, **settings: Any
+    ) -> Iterator[Step | Block]:
+        """Steps and committed blocks as they come. settings: also every_step=False, for blocks only. The last block is
+        whole, whatever max_new_tokens is. On a GPU, InputError where it goes on after this engine began another
+        answer."""
+        return stream(self.model, self._all_ids(prompts, images), self.generation, **settings)
+
+    def _all_ids(self, prompts: Sequence[Prompt], images: Sequence[Images] | None) -> list[Sequence[int]]:
+        if isinstance(prompts, str):  # whose letters are no prompts
+            raise InputError("prompts is a text: give a list of prompts, or one to generate()")
+        given = [()] * len(prompts) if images is None else images
+        if len(given) != len(prompts):
+            raise InputError(f"images of {len(given)} prompts for {len(prompts)}: give a list for each prompt")
+        return [self.ids(prompt, own) for prompt, own in zip(prompts, given, strict=True)]
+
+    def chat(self, system: str | None = None, thinking: bool | None = None, **settings: Any) -> Chat:
+        """A conversation, whose turns keep their keys and values: see chat.Chat. As long as nothing else is generated
+        in between, that is: on a GPU this takes a conversation's memory, and the next turn encodes it anew."""
+        tower = Once(lambda patches: self.tower(patches))
+
+        def see(ids: Sequence[int], images: Sequence[Any]) -> Sequence[int]:
+            return self.artifact.vision.prompt(ids, images, tower)
+
+        settings = {"see": see, **settings}
+        return Chat(self.model, self.tokenizer, self.generation, system=system, thinking=thinking, **settings)
+
+    def text(self, event: Step | Block, row: int = 0) -> str:
+        """What a step's canvas or a block says, up to its end-of-sequence token. row: the prompt's number; once that
+        has left the batch, ""."""
+        if row not in event.rows:
+            return ""
+        tokens = event.canvas[event.rows.index(row)].tolist()
+        stop = next((i for i, token in enumerate(tokens) if token in self.generation.eos_ids), len(tokens))
+        return self.tokenizer.decode(tokens[:stop])
+
+
+def load(
+    path: Path | str, device: str | None = None, dtype: torch.dtype | None = None, vram: int | None = None
+) -> Engine:
+    """Open an artifact or a BF16 checkpoint: a directory or a .gguf. InputError for everything that is wrong with it.
+
+    device: "cuda" or "cpu", a GPU where there is one unless given; dtype: of activations, bfloat16 on a GPU and
+    float32 on a CPU; vram: bytes of the GPU to use, experts beyond that wait in host memory. Warns of ggml types
+    that have no kernels and are decoded, and of the memory that takes.
+    """
+    visible = torch.cuda.is_available()
+    device = str(device or ("cuda" if visible else "cpu"))
+    if device not in ("cuda", "cpu"):
+        raise InputError(f"device is {device!r}, expected cuda (CUDA_VISIBLE_DEVICES says which) or cpu")
+    if device == "cuda" and not visible:
+        raise InputError("device cuda: no CUDA device is visible to torch; use cpu")
+    if vram is not None and (device == "cpu" or dtype not in (None, torch.bfloat16)):
+        raise InputError("vram: is for bfloat16 on a GPU")
+    artifact = open_artifact(path)
+    for line in artifact.weights.remarks:
+        warnings.warn(line, stacklevel=2)
+    return Engine(artifact, device, dtype, vram)

@@ -1,0 +1,252 @@
+"""A model's session.Passes by kernels, in bfloat16 on a GPU: block.py's layer in few launches, nothing waited for.
+
+    x ───────────────────────────────────────(+)──┬────────────────────────────────────────────(+)── × scalar ── x
+    normed ─ qkv ─ place ─> slots ─ attend ─ o ─┘ mixed ─┬─ gate·up ─ gelu · ─ down ──┬─ fed ───┘             normed
+                                                         └─ router ─ route ─ experts ─┘
+
+Weights that share their input are multiplied at once (q, k and v; gate and up). Logits stay bfloat16 and uncapped, and
+a step's last product is the expected embedding for the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dgq.runtime.kernels import dense, fused, moe
+from dgq.runtime.model.memory import PREFILL
+from dgq.runtime.model.model import Model
+from dgq.runtime.model.rng import CounterRandom
+from dgq.runtime.model.slots import Canvas, Prompt
+from dgq.runtime.shape.config import ModelConfig
+from dgq.runtime.shape.names import DECODER
+from dgq.runtime.shape.pictured import Pictures
+from dgq.runtime.shape.settings import SamplerConfig
+
+View = Canvas | Prompt
+
+
+class Fast:
+    """See session.Passes."""
+
+    prefill = PREFILL
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.config, self.device, self.dtype = model.config, model.device, model.dtype
+        self.capturable = model.device.type == "cuda"
+        side = torch.cuda.Stream() if self.capturable else None
+        self._layers = [FastLayer(model, index, side) for index in range(len(model.layers))]
+        assert model.kernels is not None and model.kernels.table is not None
+        condition = DECODER + "self_conditioning."
+        self._gate_up, self._down = model.kernels.gated(condition + "gate_up"), model.kernels.linear(condition + "down")
+        table = model.kernels.table
+        self._table = PlainTable(table) if isinstance(table, Tensor) else table
+        self._room = torch.empty(0, self.config.vocab, dtype=self.dtype, device=self.device)
+
+    def new_state(self, rows: int, sampler: SamplerConfig) -> FastState:
+        positions = rows * self.config.canvas
+        if len(self._room) < positions:  # the first state is the largest
+            self._room = torch.empty(positions, self.config.vocab, dtype=self.dtype, device=self.device)
+        return FastState(self.config, self._table, rows, sampler, self._room[:positions])
+
+    def decode(self, state: FastState, view: Canvas) -> Tensor:
+        """bfloat16 logits (rows * canvas, vocab), not capped."""
+        eps, factor = self.config.norm_eps, self.config.hidden**0.5
+        ordered = self._gate_up.packed
+        soft = fused.norm(
+            state.soft, self._model.condition_norm, eps, scale=state.scale, factor=factor, ordered=ordered
+        )
+        signal = dense.gated_mlp(soft, self._gate_up, self._down, ordered)
+        x = fused.norm(self._embed(state.canvas), None, eps, plus=signal)
+        return self._table.head(self._run(x, view, self._model.decoder_scalars, causal=False))
+
+    def encode(self, ids: Tensor, view: View) -> None:
+        self._run(self._embed(ids), view, self._model.encoder_scalars, causal=True)
+
+    def encode_prompt(self, ids: Tensor, view: Prompt, images: Pictures | None) -> None:
+        x, reach = self._embed(ids), None
+        if images is not None:
+            images.put_into(x)
+            reach = torch.cat((images.behind, images.ahead))
+        self._run(x, view, self._model.encoder_scalars, causal=True, reach=reach)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self._table.rows(ids.flatten(), self.config.hidden**0.5)
+
+    def _run(
+        self, x: Tensor, view: View, scalars: Sequence[Tensor], causal: bool, reach: Tensor | None = None
+    ) -> Tensor:
+        """x (rows * tokens, hidden), overwritten, through all layers -> normed for the head. reach: see attend()."""
+        tokens = len(x) // len(view.lengths)
+        turns = {s: fused.rotations(view.lengths, f, tokens) for s, f in self._model.frequencies.items()}
+        first, eps = self._layers[0], self.config.norm_eps
+        normed = fused.norm(x, first.norm("input_layernorm"), eps, ordered=first.ordered)
+        for layer, scalar in zip(self._layers, scalars, strict=True):
+            after, ordered = self._model.final_norm, False
+            if layer.index + 1 < len(self._layers):
+                following = self._layers[layer.index + 1]
+                after, ordered = following.norm("input_layernorm"), following.ordered
+            normed = layer(x, normed, turns[layer.sliding], view, scalar, after, ordered, causal, reach)
+        return normed
+
+
+class FastLayer:
+    """block.Layer on x in place, its input normed before and the next layer's after."""
+
+    def __init__(self, model: Model, index: int, side: torch.cuda.Stream | None) -> None:
+        layer, config = model.layers[index], model.config
+        prefix = f"{DECODER}layers.{index}."
+        routed = model.routed(index)
+        assert routed is not None
+        self.index, self.sliding, self._side = index, layer.shape.is_sliding, side
+        self._config, self._shape, self._routed = config, layer.shape, routed
+        self._norms = layer.norms
+        assert model.kernels is not None
+        offload = model.kernels.offload
+        self._offload = offload if offload and index in offload else None
+        self._qkv, self._o = (model.kernels.linear(f"{prefix}self_attn.{name}") for name in ("qkv", "o"))
+        self._gate_up, self._down = (
+            model.kernels.gated(prefix + "mlp.gate_up"),
+            model.kernels.linear(prefix + "mlp.down"),
+        )
+        self._router = layer.weights["router.proj.weight"].parts[""]
+        self._router_scale = layer.weights["router.scale"].dequantize(torch.float32)
+        self._per_expert_scale = layer.weights["router.per_expert_scale"].dequantize(torch.float32)
+
+    @property
+    def ordered(self) -> bool:
+        """Whether its input is to be in the instruction's order: see dense.py."""
+        return self._qkv.packed
+
+    def norm(self, name: str) -> Tensor:
+        """A norm's weight, float32."""
+        return self._norms[name + ".weight"]
+
+    def __call__(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        turns: tuple[Tensor, Tensor],
+        view: View,
+        scalar: Tensor,
+        after: Tensor,
+        ordered: bool,
+        causal: bool,
+        reach: Tensor | None,
+    ) -> Tensor:
+        eps = self._config.norm_eps
+        seen = self._attention(normed, turns, view, causal, reach)
+        feed = fused.mixed(
+            x, seen, self.norm("post_attention_layernorm"), self.norm("pre_feedforward_layernorm"),
+            self.norm("pre_feedforward_layernorm_2"), self._router_scale, eps,
+            ordered=self._gate_up.packed,
+        )  # fmt: skip
+        mlp, routed = self._both(feed)
+        names = ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "post_feedforward_layernorm")
+        one, two, both = (self.norm(name) for name in names)
+        return fused.fed(x, mlp, routed, (one, two, both), scalar, after, eps, ordered=ordered)
+
+    def _both(self, feed: fused.Feed) -> tuple[Tensor, Tensor]:
+        """What MLP (n, hidden) and experts (n, k, hidden) make of it. In a graph the MLP, whose products are too small
+        to fill the GPU, runs beside router and experts."""
+        if self._side is None or not torch.cuda.is_current_stream_capturing():
+            return self._mlp(feed), self._experts(feed)
+        here = torch.cuda.current_stream()
+        self._side.wait_stream(here)
+        with torch.cuda.stream(self._side):
+            mlp = self._mlp(feed)
+        routed = self._experts(feed)
+        here.wait_stream(self._side)
+        return mlp, routed
+
+    def _mlp(self, feed: fused.Feed) -> Tensor:
+        return dense.gated_mlp(feed.dense, self._gate_up, self._down, self._gate_up.packed)
+
+    def _experts(self, feed: fused.Feed) -> Tensor:
+        scores = functional.linear(feed.router, self._router)
+        chosen, share = fused.route(scores, self._per_expert_scale, self._config.top_k)
+        if self._offload is None:
+            return moe.parts(feed.routed, chosen, share, *self._routed)
+        self._offload.arrive(self.index)
+        parts = moe.parts(feed.routed, chosen, share, *self._routed)
+        self._offload.leave(self.index)
+        return parts
+
+    def _attention(
+        self, x: Tensor, turns: tuple[Tensor, Tensor], view: View, causal: bool, reach: Tensor | None
+    ) -> Tensor:
+        shape, config = self._shape, self._config
+        queries, keys_too = config.heads * shape.head_dim, (config.heads + shape.kv_heads) * shape.head_dim
+        parts = dense.linear(x, self._qkv, self._qkv.packed)
+        q, k = parts[:, :queries], parts[:, queries:keys_too]
+        v = parts[:, keys_too:] if shape.has_v_proj else k
+        norms = self.norm("self_attn.q_norm"), self.norm("self_attn.k_norm")
+        keys, values, lengths = view.room(self.index)
+        q = fused.place(q, k, v, norms, turns, keys, values, lengths, config.norm_eps)
+        window = config.window if self.sliding else None
+        seen = fused.attend(q, keys, values, lengths, window, causal, ordered=self._o.packed, reach=reach)
+        view.close(self.index)
+        return dense.linear(seen.view(len(x), -1), self._o, self._o.packed)
+
+
+class FastState:
+    """See session.State. soft (rows * canvas, hidden), scale (rows * canvas,): their product is the expected embedding
+    that the next step is conditioned on, zero before the first."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        table: PlainTable | dense.Table,
+        rows: int,
+        sampler: SamplerConfig,
+        probabilities: Tensor,
+    ) -> None:
+        device = probabilities.device
+        self._table, self._probabilities = table, probabilities
+        self._all = fused.Denoising.new(rows, config.canvas, config.vocab, config.softcap, sampler, device)
+        self.canvas, self.argmax, self.accepted = self._all.canvas, self._all.argmax, self._all.accepted
+        self.took, self.scale = self._all.took, self._all.scale
+        self.soft = torch.zeros(rows * config.canvas, config.hidden, dtype=torch.bfloat16, device=device)
+        self._shape = rows, config.canvas, config.vocab
+
+    def begin(self, random: CounterRandom, rows: Tensor, block: int) -> None:
+        missing = len(self.took) - len(rows)
+        self._all.start(random.seed, random.numbers[rows].tolist() + [0] * missing)
+        fused.begin(self._all, torch.full_like(self._all.block, block))
+        self._all.done[len(rows) :] = 1
+        self.soft.zero_()
+
+    def decide(self, logits: Tensor) -> None:
+        fused.sample(self._all, logits.view(self._shape), self._probabilities)
+        fused.decide(self._all)
+
+    def soften(self) -> None:
+        self._table.soft_embed(self._probabilities, out=self.soft)
+
+    def mean_entropy(self) -> Tensor:
+        return self._all.mean.clone()
+
+    def flag(self) -> Tensor:
+        return (self._all.done.all() + 2 * self._all.mean.isnan().any()).int()[None]
+
+
+class PlainTable:
+    """dense.Table of a bfloat16 embedding (vocab, hidden)."""
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+
+    def rows(self, ids: Tensor, factor: float) -> Tensor:
+        return functional.embedding(ids, self._table) * torch.full(
+            (), factor, dtype=self._table.dtype, device=ids.device
+        )
+
+    def head(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self._table)
+
+    def soft_embed(self, probabilities: Tensor, out: Tensor) -> Tensor:
+        return fused.soft_embed(probabilities, self._table, out=out)

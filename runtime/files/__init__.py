@@ -1,0 +1,1 @@
+"""What can be opened: directories and .gguf files under canonical names, their tokenizer, images and vision tower."""

@@ -1,0 +1,194 @@
+"""Open whatever dgq runs: a checkpoint directory, an artifact directory, or a bare .gguf.
+
+    DIR/config.json, *.safetensors, tokenizer     kind "safetensors"     config and tokenizer from their files
+    the same, quantised as its config.json says   kind "nvfp4", "bnb4",  modelopt's, compressed-tensors', bitsandbytes'
+                                                  "fp8"
+    DIR/config.json, one *.gguf, tokenizer        kind "gguf"            the same, weights from the .gguf (or its parts)
+    file.gguf                                     kind "gguf"            everything from its metadata
+
+A .gguf beside safetensors is opened by its own name. A .gguf's vision tower is the mmproj*.gguf beside it, opened with
+its directory, or with the bare file when an image is given. Opening reads headers only: configs are parsed and a
+.gguf's tensors are held against them, by name and shape. Bytes are read when `load()` builds the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dgq.quant.errors import InputError
+from dgq.quant.files.gguf_file import GGUFReader, is_later_part
+from dgq.quant.files.hf_dir import HFDir, read_json
+from dgq.quant.formats.bnb import BitsAndBytes
+from dgq.quant.formats.bnb_experts import experts_apart
+from dgq.quant.formats.compressed_tensors import CompressedTensors
+from dgq.quant.formats.fp8_groups import Mixed
+from dgq.runtime.files.mmproj import ARCH, Mmproj, find_mmproj, is_mmproj, only_mmproj
+from dgq.runtime.files.quantization import quantization
+from dgq.runtime.files.tied import TiedDir
+from dgq.runtime.files.weights import DirWeights, GGUFWeights, Weights
+from dgq.runtime.shape.config import ModelConfig
+from dgq.runtime.shape.settings import GenerationConfig
+from dgq.runtime.shape.vision import expected_vision
+
+if TYPE_CHECKING:
+    from dgq.runtime.files.images import Tokens, Vision
+    from dgq.runtime.files.tokenizer import Tokenizer
+    from dgq.runtime.model.model import Model
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened artifact. weights: canonical name -> Packed, read lazily; file: the .gguf or the directory."""
+
+    kind: str
+    path: Path
+    file: Path
+    config: ModelConfig
+    generation: GenerationConfig
+    weights: Weights
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The directory's tokenizer, or the one rebuilt from a bare .gguf. InputError if it is missing or broken."""
+        from dgq.runtime.files.tokenizer import Tokenizer
+
+        if self.path.is_dir():
+            return Tokenizer.from_dir(self.path)
+        assert isinstance(self.weights, GGUFWeights)
+        return Tokenizer.from_gguf(self.weights.reader.metadata, str(self.path))
+
+    @cached_property
+    def vision(self) -> Vision:
+        """How it sees; nothing is loaded. InputError if it cannot, or if what is there does not fit together."""
+        from dgq.runtime.files.images import Vision
+
+        folder = self.path if self.path.is_dir() else None
+        raw = read_json(self.path / "config.json") if folder else {}
+        config, read, weights = raw.get("vision_config"), self.weights.vision_tensor, self.weights
+        if isinstance(weights, GGUFWeights):
+            mmproj = weights.mmproj or Mmproj(only_mmproj(self.file.parent, self.file), self.config.hidden)
+            config, read = mmproj.config, mmproj.tensor
+        if not config:
+            raise InputError(f"{self.path}: has no vision tower, which images need")
+        return Vision(config, self.config.hidden, read, self._image_tokens(raw), folder, str(self.path))
+
+    def _image_tokens(self, raw: Mapping[str, Any]) -> Tokens:
+        """config.json's, or else those that Gemma 4's tokenizer calls so."""
+        from dgq.runtime.files.images import Tokens
+
+        ids = []
+        for key, token in (("boi", "<|image>"), ("image", "<|image|>"), ("eoi", "<image|>")):
+            found = raw.get(f"{key}_token_id")
+            found = self.tokenizer.token_id(token) if found is None else found
+            if type(found) is not int or not 0 <= found < self.config.vocab:
+                raise InputError(f"{self.path}: {key}_token_id is {found!r}, no token to put an image between")
+            ids.append(found)
+        return Tokens(*ids)
+
+    def load(
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        activations: str | None = None,
+        vram: int | None = None,
+        kernels: bool | None = None,
+    ) -> Model:
+        """The model on a device; the others as for Model. InputError for values no quantiser writes."""
+        from dgq.runtime.model.model import Model
+
+        source = str(self.file)
+        return Model(
+            self.config, self.weights, device, dtype, source=source, activations=activations, vram=vram, kernels=kernels
+        )
+
+
+def open_artifact(path: Path | str) -> Artifact:
+    """Open a directory or a .gguf. InputError, one line, for everything that is wrong with it."""
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or directory")
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{path}: expected a directory or a .gguf file")
+        return _open_gguf(path)
+    ggufs = sorted(file for file in path.glob("*.gguf") if not (is_mmproj(file) or is_later_part(file)))
+    if len(ggufs) == 1 and not (path / "config.json").is_file():
+        raise InputError(
+            f"{path}: has no config.json; name the file, {ggufs[0].name}, to open it without its directory"
+        )
+    shards = any(path.glob("*.safetensors"))
+    if len(ggufs) > 1 and not shards:
+        raise InputError(f"{path}: holds {len(ggufs)} .gguf files ({ggufs[0].name}, {ggufs[1].name}, …); name one")
+    if not ggufs and not shards:
+        raise InputError(f"{path}: holds neither safetensors nor a .gguf")
+    raw = read_json(path / "config.json")
+    if shards:
+        kind, config, weights = open_weights(path, raw)
+        generation = GenerationConfig.from_file(path / "generation_config.json", config)
+        return Artifact(kind, path, path, config, generation, weights)
+    config = ModelConfig.from_json(raw, str(path / "config.json"))
+    generation = GenerationConfig.from_file(path / "generation_config.json", config)
+    reader = GGUFReader(ggufs[0])
+    _check_agreement(config, ModelConfig.from_gguf(reader.metadata, str(ggufs[0])), path, ggufs[0])
+    packed = GGUFWeights(reader, config, _mmproj(path, raw, config))
+    return Artifact("gguf", path, ggufs[0], config, generation, packed)
+
+
+def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, DirWeights]:
+    """A safetensors directory without its sampler and tokenizer: its kind, its shape, its weights. raw: config.json."""
+    config = ModelConfig.from_json(raw, str(path / "config.json"))
+    said = quantization(path, raw)
+    layout = None if said is None else said.layout()
+    vision = expected_vision(raw, config.hidden, str(path / "config.json"))
+    base = layout.base if isinstance(layout, Mixed) else layout
+    tied = base is None or isinstance(base, (CompressedTensors, BitsAndBytes))
+    directory = TiedDir(path, config.experts) if tied else HFDir(path)
+    apart = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
+    if isinstance(apart, Mixed):
+        apart = dataclasses.replace(apart, specs=directory.specs)
+    return "safetensors" if said is None else said.kind, config, DirWeights(directory, config, apart, vision)
+
+
+def _mmproj(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> Mmproj | None:
+    """The directory's only one, in agreement with config.json; of several, whoever gives an image has to choose."""
+    files = find_mmproj(path)
+    if len(files) != 1:
+        return None
+    found = Mmproj(files[0], config.hidden)
+    said = raw.get("vision_config")
+    if not isinstance(said, dict):
+        return found
+    for key, value in found.config.items():
+        told = said.get(key, value)
+        same = math.isclose(told, value, rel_tol=1e-6) if isinstance(told, float) else told == value
+        if not same and key != "rope_parameters":
+            raise InputError(f"{path / 'config.json'}: vision_config.{key} is {told}, but {files[0].name} says {value}")
+    return found
+
+
+def _open_gguf(path: Path) -> Artifact:
+    reader = GGUFReader(path)
+    if reader.metadata.get("general.architecture") == ARCH:
+        raise InputError(f"{path}: is a vision tower (mmproj); name the text model's .gguf, it is found beside that")
+    config = ModelConfig.from_gguf(reader.metadata, str(path))
+    generation = GenerationConfig.from_gguf(reader.metadata, config, str(path))
+    return Artifact("gguf", path, path, config, generation, GGUFWeights(reader, config))
+
+
+def _check_agreement(ours: ModelConfig, files: ModelConfig, path: Path, file: Path) -> None:
+    """config.json and the .gguf's own metadata say the same of the model (floats to float32's precision)."""
+    for field in dataclasses.fields(ModelConfig):
+        a, b = getattr(ours, field.name), getattr(files, field.name)
+        same = math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) else a == b
+        if not same and field.name not in ("eos_ids", "pad_id", "rope_partial"):  # not in the metadata, or not as such
+            raise InputError(
+                f"{path / 'config.json'}: {field.name} is {a}, but {file.name} says {b}; one is not the other's"
+            )

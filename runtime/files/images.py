@@ -1,0 +1,254 @@
+"""Image files into prompts: opened by Pillow, cut into patches by transformers' image processor (the PIL one).
+
+    cat.png ── RGB, upright ── resized, aspect kept ── patches ── tower.py ── soft tokens ─┐
+    "what is this?" ── <bos> <|image|> what is this ? ── <bos> <|image> <|image|>·n <image|> what is this ?
+
+An image stands where the prompt says <|image|>; where it says it nowhere, images stand before the text. How large they
+get is the processor's setting (processor_config.json: max_soft_tokens, 280 unless given).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from operator import index
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dgq.quant.errors import InputError
+from dgq.runtime.files.tower import Patches, Tower
+from dgq.runtime.shape.pictured import Pictured
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from dgq.runtime.files.tokenizer import Tokenizer
+
+MARKER = "<|image|>"
+PROMPT = "expected text, token ids or a chat's messages"
+LARGEST = 1 << 27  # pixels: 400 MB, decoded
+# What Pillow decodes by itself: for an EPS it would start Ghostscript on a stranger's program.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
+SETTINGS = ("processor_config.json", "preprocessor_config.json")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What stands for an image in a prompt: begin, soft tokens, end."""
+
+    begin: int
+    image: int
+    end: int
+
+
+class Vision:
+    """What an artifact knows of images. config: config.json's vision_config; hidden: the text model's width; read: a
+    canonical vision tensor; folder: with the processor's settings, if there are any; source: in error messages."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        hidden: int,
+        read: Callable[[str], Tensor],
+        tokens: Tokens,
+        folder: Path | None,
+        source: str,
+    ) -> None:
+        self.config, self.tokens = config, tokens
+        self._hidden, self._read, self._folder, self._source = hidden, read, folder, source
+
+    def tower(self, device: torch.device | str, dtype: torch.dtype) -> Tower:
+        """The tower, loaded. InputError for settings that transformers refuses."""
+        return Tower(self.config, self._hidden, self._read, self._source, device, dtype)
+
+    @cached_property
+    def _processor(self) -> Any:
+        from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+        sizes = {key: self.config.get(key, own) for key, own in (("patch_size", 16), ("pooling_kernel_size", 3))}
+        if self._folder is None or not any((self._folder / name).is_file() for name in SETTINGS):
+            most = {"max_soft_tokens": self.config["max_soft_tokens"]} if "max_soft_tokens" in self.config else {}
+            return self._checked(lambda: Gemma4ImageProcessorPil(**sizes, **most))
+        folder = str(self._folder)
+        found = self._checked(lambda: Gemma4ImageProcessorPil.from_pretrained(folder, local_files_only=True))
+        for key, own in sizes.items():
+            if getattr(found, key) != own:
+                raise InputError(
+                    f"{self._source}: the image processor's {key} is {getattr(found, key)}, the tower's {own}"
+                )
+        return found
+
+    def _checked(self, make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except Exception as error:  # whatever odd settings lead the library into
+            what = f"{type(error).__name__}: {error}"
+            raise InputError(f"{self._source}: the image processor's settings are not usable ({what})") from None
+
+    def patches(self, image: Path | str | PIL.Image.Image) -> Patches:
+        """An image file's, or an image's. InputError if it is none, is damaged or too large."""
+        name, picture = open_image(image)
+        try:
+            found = self._processor(picture, return_tensors="pt")
+        except ValueError as error:
+            raise InputError(
+                f"{name}: {picture.width} x {picture.height} pixels do not fit the model ({error})"
+            ) from None
+        positions = found["image_position_ids"]
+        places, most = self.config["position_embedding_size"], int(positions.max())
+        if most >= places:
+            raise InputError(
+                f"{name}: is {most + 1} patches long and narrow, the tower has places for {places}; crop it"
+            )
+        return Patches(found["pixel_values"].float(), positions, int(found["num_soft_tokens_per_image"][0]))
+
+    def prompt(
+        self,
+        ids: Sequence[int],
+        images: Sequence[Path | str | PIL.Image.Image],
+        tower: Callable[[Patches], Tensor],
+        front: int | None = None,
+    ) -> Pictured:
+        """A prompt with its images, each run through the tower once. front: where they stand if `ids` has no <|image|>;
+        None: nowhere. InputError if there are more or fewer images than places for them."""
+        ids, image = list(ids), self.tokens.image
+        if front is not None and image not in ids:
+            ids[front:front] = [image] * len(images)
+        if (places := ids.count(image)) != len(images):
+            given = f"{len(images)} image{'' if len(images) == 1 else 's'}"
+            raise InputError(f"the prompt has {places} {MARKER} for {given}: it needs one for each")
+        cut = [self.patches(one) for one in images]
+        counts, tokens = iter(cut), self.tokens
+        whole: list[int] = []
+        for token in ids:
+            run = [tokens.begin, *[image] * next(counts).soft_tokens, tokens.end] if token == image else [token]
+            whole += run
+        return Pictured(whole, torch.cat([tower(one) for one in cut]), image)
+
+
+class Once:
+    """A tower that is asked once for each image, in however many turns it is shown."""
+
+    def __init__(self, tower: Callable[[Patches], Tensor]) -> None:
+        self._tower = tower
+        self._known: dict[bytes, Tensor] = {}
+
+    def __call__(self, patches: Patches) -> Tensor:
+        key = sha256(patches.values.numpy().tobytes() + patches.positions.numpy().tobytes()).digest()
+        if key not in self._known:
+            self._known[key] = self._tower(patches)
+        return self._known[key]
+
+
+def open_image(image: Path | str | PIL.Image.Image) -> tuple[str, PIL.Image.Image]:
+    """Its name for messages, and it as RGB, upright (EXIF). InputError if it is missing, damaged or too large."""
+    import PIL.Image
+    import PIL.ImageOps
+
+    if isinstance(image, PIL.Image.Image):
+        name, opened = "the image", image
+    else:
+        name = str(image)
+        if not Path(image).is_file():
+            raise InputError(f"{name}: {'is no file' if Path(image).exists() else 'no such file'}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # the limit below is ours
+            try:
+                PIL.Image.init()
+                opened = PIL.Image.open(image, formats=[kind for kind in FORMATS if kind in PIL.Image.OPEN])
+            except PIL.Image.DecompressionBombError as error:
+                raise _too_large(name, str(error)) from None
+            except Exception as error:  # mostly UnidentifiedImageError; a broken header may be anything
+                what = "" if isinstance(error, PIL.UnidentifiedImageError) else f" ({error})"
+                raise InputError(f"{name}: is no image that dgq opens, such as PNG, JPEG or WebP{what}") from None
+    if (pixels := opened.width * opened.height) > LARGEST:
+        raise _too_large(name, f"{opened.width} x {opened.height} pixels, {pixels / 1e6:,.0f} million")
+    if opened.mode in ("I", "F"):  # Pillow would cut them off at 255
+        raise InputError(f"{name}: has 32-bit gray values, and does not say which is white; save it in 8 or 16 bits")
+    try:
+        upright = PIL.ImageOps.exif_transpose(opened)
+        if upright.mode.startswith("I;16"):  # the high byte, as Pillow reads 16 bits of colour
+            upright = PIL.Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return name, upright.convert("RGB")
+    except Exception as error:  # a damaged file may raise anything while it is decoded
+        raise InputError(f"{name}: cannot be decoded ({error}); truncated or damaged") from None
+
+
+def _too_large(name: str, size: str) -> InputError:
+    return InputError(
+        f"{name}: too large ({size}); dgq takes {LARGEST / 1e6:,.0f} million pixels at most: scale it down"
+    )
+
+
+def placed(
+    tokenizer: Tokenizer, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]], images: Sequence[Any] = ()
+) -> tuple[list[int], list[Any], int | None]:
+    """A prompt's ids before its images are put in, its images, and where they stand if no <|image|> says it.
+
+    prompt: text, a chat's messages, or ids. A message's content may be parts, as chat templates have them: {"type":
+    "image", "image": file or PIL image} and {"type": "text", "text": …}; parts without an "image" (or "path") take the
+    next of `images`. Without parts and <|image|>, images stand before the last message's text. InputError for text that
+    says <|image|>, and parts, without an image.
+    """
+    if isinstance(images, str | Path):  # whose letters are no files
+        raise InputError(f"images is {str(images)!r}: give a list of images, and of several prompts one for each")
+    given = list(images)
+    if isinstance(prompt, str):
+        return _imaged(tokenizer, tokenizer.encode(prompt), given), given, len(tokenizer.encode(""))
+    if not isinstance(prompt, Iterable) or isinstance(prompt, bytes | Mapping):
+        raise InputError(f"a prompt is a {type(prompt).__name__}, {PROMPT}")
+    messages = [dict(message) for message in prompt if isinstance(message, Mapping)]
+    if messages and len(messages) < len(prompt):
+        raise InputError(f"a prompt is a list of messages and something else, {PROMPT}")
+    if not messages:
+        try:
+            return [index(token) for token in prompt], given, None  # type: ignore[arg-type]
+        except TypeError:  # a text, a row of tokens, a broken number
+            raise InputError(f"a prompt is a list of something else, {PROMPT}") from None
+    parts = [part for message in messages for part in _image_parts(message)]
+    if given and not parts and not any(MARKER in str(message.get("content")) for message in messages):
+        text = messages[-1].get("content")
+        written = [{"type": "text", "text": text}] if isinstance(text, str) else list(text or ())
+        messages[-1]["content"] = [*({"type": "image"} for _ in given), *written]
+    elif parts:
+        rest = iter(given)
+        own = [part.get("image", part.get("path")) for part in parts]
+        found = [next(rest, None) if one is None else one for one in own]
+        given = [one for one in found if one is not None] + list(rest)
+    return _imaged(tokenizer, tokenizer.chat(messages), given), given, None
+
+
+def parted(text: str, images: Sequence[Any]) -> str | list[dict[str, Any]]:
+    """A message's content: its images before its text, or each where the text says <|image|>. InputError if that is
+    more or less often than there are images."""
+    if not images:
+        return text
+    first, *others = text.split(MARKER)
+    if not others:
+        return [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+    if len(others) != len(images):
+        raise InputError(f"the text has {len(others)} {MARKER} for {len(images)} images: it needs one for each")
+    parts = [{"type": "text", "text": first}] if first else []
+    for image, other in zip(images, others, strict=True):
+        parts += [{"type": "image", "image": image}, *([{"type": "text", "text": other}] if other else [])]
+    return parts
+
+
+def _imaged(tokenizer: Tokenizer, ids: list[int], images: Sequence[Any]) -> list[int]:
+    """The ids, if they do not ask for images that nobody gave."""
+    if not images and tokenizer.token_id(MARKER) in ids:
+        raise InputError(f"the prompt says {MARKER}, and no image is given")
+    return ids
+
+
+def _image_parts(message: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    content = message.get("content")
+    parts = content if isinstance(content, list | tuple) else ()
+    return [part for part in parts if isinstance(part, Mapping) and part.get("type") == "image"]

@@ -1,0 +1,135 @@
+"""What a safetensors directory says of its own quantisation, and the layout it means.
+
+    config.json "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4" | "W4A16_NVFP4" | "FP8", …}
+                                       {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION",
+                                        "quantized_layers": {module: {"quant_algo": …}}, …}
+                                       {"quant_method": "bitsandbytes", "load_in_4bit": true, …}
+                                       {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", …}
+                                       {"quant_method": "dgq", "q8_0": […], …}
+    hf_quant_config.json: {"quantization": {"quant_algo": …}}          modelopt's older place; alone, or in agreement
+
+Whatever else it says is refused by name: a directory in a layout that dgq does not read must never be opened as if
+it were another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dgq.quant.errors import InputError
+from dgq.quant.files.hf_dir import read_json
+from dgq.quant.formats.bnb import BitsAndBytes
+from dgq.quant.formats.compressed_tensors import METHOD, CompressedTensors, layout_of, refused
+from dgq.quant.formats.fp8_groups import Mixed
+from dgq.quant.formats.modelopt import HF_QUANT_CONFIG, W4A4, W4A16, Modelopt
+from dgq.quant.formats.own_layout import METHOD as OWN
+from dgq.quant.formats.own_layout import OwnLayout
+from dgq.quant.formats.own_layout import layout_of as own_layout_of
+from dgq.quant.schemes.nf4 import BLOCK
+from dgq.quant.schemes.nvfp4 import BLOCK as NVFP4_BLOCK
+
+OPENS = "dgq opens modelopt's and compressed-tensors' NVFP4 and FP8, bitsandbytes' 4-bit and its own"
+_SEVERAL, _EIGHTS = "MIXED_PRECISION", ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")  # modelopt's quant_algos
+_BITSANDBYTES: dict[str, tuple[Any, ...]] = {  # a key's values that dgq reads, None: the key may be absent
+    "load_in_8bit": (False, None),
+    "load_in_4bit": (True,),
+    "bnb_4bit_quant_type": ("nf4",),
+    "bnb_4bit_blocksize": (BLOCK, None),
+    "bnb_4bit_quant_storage": ("uint8", None),
+    "bnb_4bit_use_double_quant": (True, False, None),
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """method: quant_method, "modelopt" for a directory with hf_quant_config.json alone. raw: what was said; source:
+    the file that says it."""
+
+    method: str
+    raw: Mapping[str, Any]
+    source: Path
+
+    @property
+    def kind(self) -> str:
+        """ "nvfp4" or "bnb4": the format's name; "fp8": nothing but that."""
+        layout = self.layout()
+        if isinstance(layout, Mixed) and layout.said.get(""):
+            return "fp8"
+        return "bnb4" if isinstance(layout, BitsAndBytes) else "nvfp4"
+
+    def layout(self) -> Modelopt | BitsAndBytes | CompressedTensors | OwnLayout | Mixed:
+        """InputError, naming the method, for layouts that dgq does not read."""
+        if self.method == "modelopt":
+            return self._modelopt()
+        if self.method == "bitsandbytes":
+            return self._bitsandbytes()
+        if self.method == METHOD:
+            if what := refused(self.raw):
+                raise InputError(f"{self.source}: compressed-tensors with {what}, which dgq does not open; {OPENS}")
+            base, inputs, eights = layout_of(self.raw)
+            said = {} if inputs or not eights else {"": True}
+            return Mixed(base, len(inputs) > 1, said) if eights or len(inputs) > 1 else base
+        if self.method == OWN:
+            return own_layout_of(self.raw, str(self.source))
+        raise InputError(f"{self.source}: quantised as {self.method[:40]!r}, which dgq does not open; {OPENS}")
+
+    def _modelopt(self) -> Modelopt | Mixed:
+        algo = self.raw.get("quant_algo")
+        layers = self.raw.get("quantized_layers") if algo == _SEVERAL else {"": self.raw}
+        if not isinstance(layers, dict) or not layers or not all(isinstance(one, dict) for one in layers.values()):
+            raise InputError(f"{self.source}: {algo} without quantized_layers, an object; fetch the file again")
+        for name, layer in layers.items():
+            if (found := layer.get("quant_algo")) not in (W4A4, W4A16, *_EIGHTS):
+                of = f" of {name[:80]}" if name else ""
+                raise InputError(f"{self.source}: modelopt's quant_algo {str(found)[:40]!r}{of} is not opened; {OPENS}")
+        _check_group_size(self.raw, self.source)
+        _check_group_size({"config_groups": layers}, self.source)
+        algos = {layer["quant_algo"] for layer in layers.values()}
+        base = Modelopt(activations=W4A4 in algos)
+        said = {name: layer["quant_algo"] in _EIGHTS for name, layer in layers.items()}
+        said |= {"": True} if all(said.values()) else {}
+        return base if algos in ({W4A4}, {W4A16}) else Mixed(base, {W4A4, W4A16} <= algos, said)
+
+    def _bitsandbytes(self) -> BitsAndBytes:
+        for key, allowed in _BITSANDBYTES.items():
+            value = self.raw.get(key)
+            if value not in allowed:
+                said = f"{self.source}: bitsandbytes with {key} {repr(value)[:40]} is not opened"
+                raise InputError(f"{said}; dgq reads NF4 in blocks of {BLOCK}, stored as uint8")
+        return BitsAndBytes(double=bool(self.raw.get("bnb_4bit_use_double_quant")))
+
+
+def quantization(path: Path, config: Mapping[str, Any]) -> Quantization | None:
+    """How the directory `path`, whose config.json is `config`, says it is quantised; None if it does not."""
+    said = config.get("quantization_config")
+    older = path / HF_QUANT_CONFIG
+    other: Any = read_json(older).get("quantization") if older.is_file() else None
+    if older.is_file() and not isinstance(other, dict):
+        raise InputError(f"{older}: has no object `quantization`; fetch the file again")
+    if said is None:
+        return None if other is None else Quantization("modelopt", other, older)
+    file = path / "config.json"
+    if not isinstance(said, dict) or not isinstance(said.get("quant_method"), str):
+        raise InputError(f"{file}: quantization_config has no quant_method, a text; fetch the file again")
+    if other is not None and other.get("quant_algo") != said.get("quant_algo"):
+        raise InputError(
+            f"{older}: quant_algo is {str(other.get('quant_algo'))[:40]!r}, but config.json says"
+            f" {str(said.get('quant_algo'))[:40]!r}; one of them is stale"
+        )
+    if other is not None:
+        _check_group_size(other, older)
+    return Quantization(said["quant_method"], said, file)
+
+
+def _check_group_size(said: Mapping[str, Any], file: Path) -> None:
+    """Beside quant_algo in hf_quant_config.json, below config_groups.….weights in config.json."""
+    groups = said.get("config_groups")
+    places = [said, *(groups.values() if isinstance(groups, dict) else ())]
+    places += [place.get("weights") for place in places if isinstance(place, dict)]
+    for place in places:
+        size = place.get("group_size") if isinstance(place, dict) else None
+        if size not in (None, NVFP4_BLOCK):
+            raise InputError(f"{file}: group_size {str(size)[:40]}, NVFP4 has {NVFP4_BLOCK}")

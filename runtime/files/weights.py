@@ -1,0 +1,300 @@
+"""An artifact's weights under their canonical names, whatever the files call them: checked when opened, read on use.
+
+    GGUFWeights   blk.7.attn_output.weight                      one tensor a weight
+    DirWeights    model.decoder.layers.7.self_attn.o_proj.weight   one tensor, or those of the directory's layout
+
+Both map a canonical name to a Packed and know each weight's scheme and bytes without reading it.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dgq.quant.errors import InputError
+from dgq.quant.files.gguf_file import GGUFReader
+from dgq.quant.files.hf_dir import FLOATS, HFDir
+from dgq.quant.formats.bnb import LONGEST_STATE, STATE, BitsAndBytes
+from dgq.quant.formats.bnb_experts import ExpertsApart
+from dgq.quant.formats.fp8_groups import Mixed
+from dgq.quant.formats.modelopt import Modelopt
+from dgq.quant.formats.own_layout import OwnLayout
+from dgq.quant.schemes.fp8 import FP8
+from dgq.quant.schemes.gguf_guests import Guest, stays_packed
+from dgq.quant.schemes.nf4 import BLOCK
+from dgq.quant.types import Entry, Layout, Packed
+from dgq.runtime.files.mmproj import Mmproj, mmproj_name
+from dgq.runtime.shape.config import ModelConfig
+from dgq.runtime.shape.names import ROPE_FREQS, VISION, check_tensors, expected_tensors, gguf_name, hf_name
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight as its file holds it: the scheme's name, elements, bytes, and how many tensors."""
+
+    scheme: str
+    numel: int
+    nbytes: int
+    tensors: int = 1
+
+
+class Weights(Mapping[str, Packed]):
+    """The text weights, canonical name -> Packed, and what is known of all weights before reading."""
+
+    @abstractmethod
+    def everything(self) -> dict[str, Stored]:
+        """Every weight of the files by canonical name, the vision part's too."""
+
+    @property
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The files that hold them."""
+
+    @property
+    def only_dgq(self) -> bool:
+        """Whether no other program has a loader for their layout."""
+        return False
+
+    @property
+    def without_import(self) -> str | None:
+        """What transformers does with it unless `import dgq.runtime.hf` came before; None if that changes nothing."""
+        return None
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What whoever runs them should know, a line each."""
+        return ()
+
+    def own_name(self, name: str) -> str:
+        """What the file calls a weight."""
+        return name
+
+    def vision_tensor(self, name: str) -> Tensor:
+        """A tensor of the vision part by its canonical name, in any float dtype. KeyError if there is none."""
+        raise KeyError(name)
+
+
+class GGUFWeights(Weights):
+    """A .gguf's tensors under their canonical names, checked against the config when made. mmproj: its vision tower."""
+
+    def __init__(self, reader: GGUFReader, config: ModelConfig, mmproj: Mmproj | None = None) -> None:
+        """InputError naming the .gguf's own tensor: missing, unknown, renamed, mis-shaped, or another RoPE."""
+        self.reader, self.mmproj = reader, mmproj
+        self._names: dict[str, str] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for own in reader:
+            if own != ROPE_FREQS:
+                name = hf_name(own) or own  # an unknown name stays as it is, and check_tensors refuses it
+                if name in self._names:
+                    raise InputError(f"{reader.path}: {own} and {self._names[name]} are two names of one tensor")
+                self._names[name] = own
+                shapes[name] = reader.shape(own)
+        expected = expected_tensors(config)
+        check_tensors(shapes, expected, str(reader.path), shown=self.own_name)
+        _check_rope(reader, config)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, name: str) -> Packed:
+        return self.reader[self._names[name]]
+
+    def everything(self) -> dict[str, Stored]:
+        found = {name: self._stored(self.reader, own) for name, own in self._names.items()}
+        if self.mmproj is not None:
+            found |= {name: self._stored(self.mmproj.reader, mmproj_name(name)) for name in self.mmproj.shapes}
+        return found
+
+    @staticmethod
+    def _stored(reader: GGUFReader, own: str) -> Stored:
+        return Stored(reader.scheme(own).name, math.prod(reader.shape(own)), reader.nbytes(own))
+
+    def vision_tensor(self, name: str) -> Tensor:
+        assert self.mmproj is not None
+        return self.mmproj.tensor(name)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The types that are decoded, and what that costs."""
+        decoded = {
+            own: scheme
+            for own in self._names.values()
+            if isinstance(scheme := self.reader.scheme(own), Guest) and not stays_packed(scheme)
+        }
+        if not decoded:
+            return ()
+        kinds = ", ".join(sorted({scheme.name.upper() for scheme in decoded.values()}))
+        stored = sum(map(self.reader.nbytes, decoded)) / MIB
+        taken = sum(2 * math.prod(self.reader.shape(own)) for own in decoded) / MIB
+        return (
+            f"{self.reader.path.name}: {len(decoded)} tensors are {kinds}, which dgq has no kernels for: decoded to "
+            f"BF16 when loaded, they take {taken:,.1f} MiB of memory instead of the file's {stored:,.1f}",
+        )
+
+    def own_name(self, name: str) -> str:
+        return self._names.get(name) or (mmproj_name(name) if name.startswith(VISION) else gguf_name(name) or name)
+
+    @property
+    def files(self) -> list[Path]:
+        return [*self.reader.files, *([self.mmproj.reader.path] if self.mmproj else [])]
+
+
+def _check_rope(reader: GGUFReader, config: ModelConfig) -> None:
+    """rope_freqs.weight divides full layers' frequencies: 1 for angles that turn, 1e30 for those that stand still."""
+    half = config.layers[-1].head_dim // 2
+    if ROPE_FREQS not in reader:
+        raise InputError(f"{reader.path}: tensor {ROPE_FREQS} is missing")
+    factors = reader[ROPE_FREQS].dequantize().flatten()
+    turning = int((factors == 1).sum())
+    if len(factors) != half or turning != config.rope_angles or not bool((factors[turning:] >= 1e29).all()):
+        raise InputError(
+            f"{reader.path}: tensor {ROPE_FREQS} lets {turning} of {len(factors)} angles turn, the config says "
+            f"{config.rope_angles} of {half}"
+        )
+
+
+class DirWeights(Weights):
+    """A safetensors directory's text weights. layout: how its quantised ones are stored; None: there are none."""
+
+    def __init__(
+        self, directory: HFDir, config: ModelConfig, layout: Layout | None, vision: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        """InputError naming file and tensor: missing, unknown, mis-shaped, or of another dtype than the layout's.
+
+        vision: the tensors of the vision part, which must be there too.
+        """
+        self._dir, self._layout, self._vision = directory, layout, tuple(vision)
+        self.shapes = expected_tensors(config)
+        specs = directory.specs
+        self._quantised: dict[str, dict[str, Entry]] = {}
+        held = sum(spec.stop - spec.start for spec in specs.values())
+        expected = dict(vision)
+        for name, shape in self.shapes.items():
+            plain = name in specs and specs[name].dtype in FLOATS
+            if layout is None or plain or not layout.holds(name, shape):
+                expected[name] = shape
+            else:
+                _check_room(layout, name, shape, held, directory.path)
+                self._quantised[name] = layout.entries(name, shape)
+                expected |= {entry: size for entry, (_, size) in self._quantised[name].items()}
+        if layout is not None and not self._quantised:
+            said = f"{directory.path}: said to be {layout.slices.name}, but every weight is plain"
+            raise InputError(f"{said}; fetch it again, or delete what its config says of quantisation")
+        # a quant_state is a text, whose length is its writer's affair
+        states = {name: specs[name].shape for name in expected if name.endswith(STATE) and name in specs}
+        expected |= {name: shape for name, shape in states.items() if len(shape) == 1 and shape[0] <= LONGEST_STATE}
+        found = {name: spec.shape for name, spec in specs.items()}
+        check_tensors(found, expected, str(directory.path), file=lambda name: str(directory.file(name)))
+        dtypes = {entry: {kind} for entries in self._quantised.values() for entry, (kind, _) in entries.items()}
+        for name in expected:
+            allowed = dtypes.get(name, set(FLOATS))
+            if specs[name].dtype not in allowed:
+                said = f"{name} has dtype {specs[name].dtype}, expected {' or '.join(sorted(allowed))}"
+                raise InputError(f"{directory.file(name)}: {said}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __getitem__(self, name: str) -> Packed:
+        if self._layout is not None and name in self._quantised:
+            return self._layout.join(name, self.shapes[name], self._dir)
+        return self._dir[name]
+
+    @property
+    def sees(self) -> bool:
+        """Whether there is a vision tower."""
+        return bool(self._vision)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether modules are stored in several ways, FP8 among them or not."""
+        return isinstance(self._layout, Mixed)
+
+    @property
+    def is_modelopts(self) -> bool:
+        """Whether it is modelopt's layout, with or without FP8."""
+        return isinstance(self._layout.base if isinstance(self._layout, Mixed) else self._layout, Modelopt)
+
+    @property
+    def packed(self) -> tuple[str, ...]:
+        """Canonical names of the weights that are stored quantised."""
+        return tuple(self._quantised)
+
+    def origin(self, name: str) -> tuple[Layout | None, str, tuple[int, ...], torch.Tensor | None]:
+        """A weight's layout, None if it is plain; name; shape; and bitsandbytes' quant_state as it lies on disk."""
+        layout = self._layout if name in self._quantised else None
+        state = self._dir.tensor(name + STATE).clone() if name + STATE in self._dir.specs else None
+        return layout, name, self.shapes[name], state
+
+    def everything(self) -> dict[str, Stored]:
+        return {name: self._stored(name) for name in (*self.shapes, *self._vision)}
+
+    @property
+    def only_dgq(self) -> bool:
+        return isinstance(self._layout, OwnLayout)
+
+    @property
+    def without_import(self) -> str | None:
+        if not any(".experts." in name for name in self._quantised):
+            return None
+        if isinstance(self._layout, BitsAndBytes):
+            return "raises"
+        random = isinstance(self._layout, (Modelopt, ExpertsApart))
+        return "gives the experts RANDOM weights and only warns" if random else None
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is decoded, FP8 or double quantisation's absmax, and what that costs."""
+        if isinstance(self._layout, Mixed):
+            eights = [self._stored(name) for name in self._quantised if self._layout.scheme_of(name) is FP8]
+            numel = sum(one.numel for one in eights)
+            said = f"{len(eights)} weights are FP8, which dgq has no kernels for: on a GPU they are decoded to BF16"
+            memory = f"{2 * numel / MIB:,.1f} MiB of memory instead of {numel / MIB:,.1f}"
+            return (f"{self._dir.path.name}: {said} when loaded, {memory}",) if eights else ()
+        if not isinstance(self._layout, ExpertsApart) or not self._layout.base.double:
+            return ()
+        experts = sum(math.prod(self.shapes[name]) for name in self._quantised if len(self.shapes[name]) == 3)
+        more = 3 * experts / BLOCK / MIB  # a byte becomes four
+        said = f"absmax quantised an expert at a time become float32 when loaded, {more:,.1f} MiB more"
+        return (f"{self._dir.path.name}: {said}",)
+
+    def vision_tensor(self, name: str) -> Tensor:
+        return self._dir.tensor(name)
+
+    def _stored(self, name: str) -> Stored:
+        entries = self._quantised.get(name)
+        specs = [self._dir.specs[entry] for entry in entries or (name,)]
+        nbytes = sum(spec.stop - spec.start for spec in specs)
+        if entries and self._layout:
+            return Stored(self._layout.scheme_of(name).name, math.prod(self.shapes[name]), nbytes, len(specs))
+        return Stored(FLOATS[specs[0].dtype], specs[0].numel, nbytes)
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({spec.file for spec in self._dir.specs.values()})
+
+
+def _check_room(layout: Layout, name: str, shape: tuple[int, ...], held: int, path: Path) -> None:
+    """That a quantised weight can be there at all, before its tensors are named: they may be four for each of millions
+    of experts. held: bytes of the files' tensors."""
+    scheme = layout.scheme_of(name)
+    if shape[-1] % scheme.block:
+        said = f"rows of {shape[-1]} in {name} are no multiple of {scheme.name}'s block of {scheme.block}"
+        raise InputError(f"{path}: {said}; dgq opens no others")
+    if (size := scheme.nbytes(shape)) > held:
+        said = f"{name} {list(shape)}, as the config has it, takes {size} bytes as {scheme.name}"
+        raise InputError(f"{path}: {said}, but the files hold {held}")

@@ -1,0 +1,101 @@
+"""The routed experts' sum by Triton kernels: what layers.experts does, for weights that repack.tile() has prepared.
+
+Everything happens on the device and nothing is waited for: how many tiles of tokens there are is only bounded here, and
+programs without a tile end at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from dgq.runtime.kernels import moe_kernels
+from dgq.runtime.kernels.repack import ROWS, Tiles, in_order
+
+_PICKS_AT_ONCE = 1024
+_COMBINED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Picks (token, expert) by expert. order int32 (picks,): numbers token * k + rank, each expert's together and
+    rising; tile_map int32 (tiles, 3): expert, first and last + 1 in order, at most `block` apart; -1 for no tile."""
+
+    order: Tensor
+    tile_map: Tensor
+    k: int
+    block: int
+
+
+def experts(x: Tensor, chosen: Tensor, share: Tensor, gate_up: Tiles, down: Tiles) -> Tensor:
+    """x (tokens, hidden) bfloat16, chosen (tokens, k) expert numbers, share (tokens, k) float32 -> (tokens, hidden).
+
+    A token's k experts are summed in the order of `chosen`. What lies between the products is bfloat16, sums float32.
+    """
+    picks = sort(chosen, gate_up.shape[0])
+    return second_product(first_product(x, picks, gate_up), picks, share, down)
+
+
+def parts(x: Tensor, chosen: Tensor, share: Tensor, gate_up: Tiles, down: Tiles) -> Tensor:
+    """experts() of x whose columns are as repack.in_order() puts them, before the sum: (tokens, k, hidden)."""
+    picks = sort(chosen, gate_up.shape[0])
+    inner = torch.empty(len(picks.order), gate_up.codes.shape[1] * ROWS // 2, dtype=x.dtype, device=x.device)
+    return weighted(_product(x, inner, picks, None, gate_up), picks, share, down)
+
+
+def sort(chosen: Tensor, experts: int) -> Sorted:
+    """chosen (tokens, k) int32 or int64, experts: how many there are."""
+    picks, k = chosen.numel(), chosen.shape[1]
+    block = _tokens_a_tile(picks, experts)
+    tiles = min(experts, picks) + picks // block
+    order, bounds = (torch.empty(n, dtype=torch.int32, device=chosen.device) for n in (picks, experts + 1))
+    tile_map = torch.empty(tiles, 3, dtype=torch.int32, device=chosen.device)
+    moe_kernels.sort_picks[(experts,)](chosen.contiguous(), order, bounds, picks, BLOCK=_PICKS_AT_ONCE)
+    powers = triton.next_power_of_2(experts), triton.next_power_of_2(tiles)
+    moe_kernels.map_tiles[(1,)](bounds, tile_map, experts, tiles, BLOCK_N=block, EXPERTS=powers[0], TILES=powers[1])
+    return Sorted(order, tile_map, k, block)
+
+
+def first_product(x: Tensor, picks: Sorted, gate_up: Tiles) -> Tensor:
+    """gelu(gate) * up of each pick, in `order`: (picks, inner up to whole tiles), columns as second_product wants."""
+    inner = gate_up.codes.shape[1] * ROWS // 2
+    out = torch.empty(len(picks.order), inner, dtype=x.dtype, device=x.device)
+    return _product(in_order(x), out, picks, None, gate_up)
+
+
+def second_product(inner: Tensor, picks: Sorted, share: Tensor, down: Tiles) -> Tensor:
+    """The sum over each token's picks of share * (down @ inner): (tokens, hidden)."""
+    tokens, hidden = share.shape[0], down.shape[1]
+    parts = weighted(inner, picks, share, down)
+    result = torch.empty(tokens, hidden, dtype=inner.dtype, device=inner.device)
+    grid = tokens, triton.cdiv(hidden, _COMBINED_AT_ONCE)
+    moe_kernels.combine[grid](parts, result, hidden, K=picks.k, BLOCK=_COMBINED_AT_ONCE)
+    return result
+
+
+def weighted(inner: Tensor, picks: Sorted, share: Tensor, down: Tiles) -> Tensor:
+    """share * (down @ inner) of each pick: (tokens, k, hidden)."""
+    out = torch.empty(len(picks.order), down.shape[1], dtype=inner.dtype, device=inner.device)
+    return _product(inner, out, picks, share.contiguous(), down).view(share.shape[0], picks.k, -1)
+
+
+def _product(x: Tensor, out: Tensor, picks: Sorted, share: Tensor | None, weight: Tiles) -> Tensor:
+    row_tiles, column_tiles = weight.codes.shape[1:3]
+    # as measured: NF4 is bound by its permutes, the others by memory, and then longer steps with fewer stages do better
+    unroll = 2 if column_tiles % 2 == 0 and not weight.scheme.startswith("nf4") else 1
+    moe_kernels.expert_product[(row_tiles, len(picks.tile_map))](
+        x, out, weight.codes, weight.scales, weight.high, weight.factors, picks.order, share, picks.tile_map,
+        x.stride(0), out.stride(0), out.shape[1], row_tiles, column_tiles, picks.k,
+        SCHEME=weight.scheme, GATED=share is None, BLOCK_N=picks.block, STAGES=5 - unroll, UNROLL=unroll, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _tokens_a_tile(picks: int, experts: int) -> int:
+    """Columns of the matrix instruction: with more, a busy expert's weights are decoded less often; fewer than 32 only
+    make more tiles."""
+    power: int = triton.next_power_of_2(picks // experts)
+    return min(128, max(32, power))

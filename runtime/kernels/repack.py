@@ -1,0 +1,231 @@
+"""Routed experts' weights in the order in which moe_kernels.py's threads want them; made once, when a model is loaded.
+
+A weight (E, rows, columns), with zeros up to whole tiles, is cut into tiles of 128 rows and 64 columns. Bits of a
+row's and a column's number in its tile, highest first:
+
+    row     m w w n r r r    m: half of the tile; w: warp; n: which of a warp's two times 8 rows; r: row
+    column  t t a b h p      t: thread, of a row's four; a, b: matrix instruction; h: its half; p: place in a pair
+
+    codes    4 bits: (m, w, r, t, n, a) words of (p, b, h), NF4 of (b, h, p); Q5_0's fifth bits: (m, w, r, t) words
+             8 bits: (m, n, w, r, t, a, b) words of (p, h)
+            16 bits: (m, n, a, w, r, t, b, h) words of p
+    scales   bfloat16: (m, w, r, t's first bits if it has blocks of its own) words of n; Q4_K: two words, scales and
+             rests; NF4: two words, absmax and what its rounding lost, unless that is nothing
+             NVFP4: (w, r, t) words of (m, n): E4M3 codes as 8 * (exponent + 10) + mantissa, so that none is subnormal
+    factors  float32 (E,): what the expert's products are multiplied with
+
+The gate's and the up's rows alternate by 8, both in the order in which the second product counts its columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dgq.quant.errors import InputError
+from dgq.quant.schemes.ggml import GGMLScheme
+from dgq.quant.schemes.nf4 import QUANT_MAP, NF4Scheme
+from dgq.quant.types import Packed
+
+ROWS, COLUMNS = 128, 64
+GROUP_ELEMENTS = 1 << 25  # repacked at a time
+_SIZES = {"m": 2, "w": 4, "n": 2, "r": 8, "a": 2, "b": 2, "h": 2, "p": 2}
+_CODES = {"bf16": "mnawrtbhp", "q8_0": "mnwrtabph", "q6_k": "mnwrtabph", "nf4": "mwrtnabhp"}
+_FOUR_BITS = "mwrtnapbh"
+_OFFSETS = {"q8_0": 128, "q6_k": 32, "q5_0": 16, "q4_k": 0}  # added to a code, so that it has no sign
+_CODE_EXPONENT = 133  # a code q is read as the bfloat16 q * 2^-133,
+_SCALE_EXPONENT = 104  # so scales, products of a half and at most 7 bits, are taken times 2^104: up to 2^127
+_PAIRS = {2: torch.int32, 4: torch.int64, 8: torch.complex128}  # of so many bytes each, moved as one
+_UNDONE = torch.tensor(2.0 ** (_CODE_EXPONENT - _SCALE_EXPONENT))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A weight for the kernels. scheme: the one its codes are in; shape: (E, rows, columns) before zeros were added.
+
+    codes, scales, high: int32 (E, tiles of rows, tiles of columns, words), of no words where the scheme has none; NF4's
+    high is its table, int32 (8, threads).
+    """
+
+    scheme: str
+    shape: tuple[int, ...]
+    codes: Tensor
+    scales: Tensor
+    high: Tensor
+    factors: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes + self.high.nbytes + self.factors.nbytes
+
+
+def tile(weight: Packed, gated: bool, name: str = "the weight") -> Tiles:
+    """weight (E, rows, columns), repacked on its device. gated: its rows are the gate's and then the up's.
+
+    Scales of ggml's schemes are rounded to bfloat16. Q4_K grows to 5 bits a weight, Q6_K to 9, NF4 with double
+    quantisation to 4.5; NF4 shrinks to 4.25 where that loses nothing. InputError naming the weight if it holds values
+    that are not finite.
+    """
+    experts, rows, columns = weight.shape
+    unpack = _UNPACK.get(weight.scheme.name, _dense)
+    step = max(1, GROUP_ELEMENTS // (rows * columns))
+    whole: list[Tensor] = []
+    for start in range(0, experts, step):
+        parts = unpack(weight[start : start + step], gated)
+        if not bool(parts[-1].isfinite().all()):
+            raise InputError(f"{name} holds values that are not finite; the file is damaged")
+        whole = whole or [part.new_empty(experts, *part.shape[1:]) for part in parts]
+        for to, part in zip(whole, parts, strict=True):
+            to[start : start + step] = part
+    codes, scales, high, factors = whole
+    scheme = "bf16" if unpack is _dense else weight.scheme.name.removesuffix("_dq")
+    if scheme == "nf4":
+        high = _nf4_table().to(high.device)
+        if bool(scales[..., 1::2].any()):
+            scheme = "nf4_split"
+        else:  # as in bitsandbytes' own bytes of a bfloat16 weight: its largest value, exactly
+            scales = scales[..., ::2].contiguous()
+    return Tiles(scheme, weight.shape, codes, scales, high, factors)
+
+
+def in_order(x: Tensor) -> Tensor:
+    """x (n, columns) with its columns as the matrix instruction counts them, (a, b, h, t, p), and zeros behind."""
+    x = pad(x, (0, -x.shape[1] % COLUMNS)).contiguous()
+    pairs = x.view(_PAIRS[x.itemsize]).view(len(x), -1, 4, 8)
+    return pairs.transpose(2, 3).reshape(len(x), -1).view(x.dtype)
+
+
+_Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # of Tiles; factors that are not finite where the weight isn't
+
+
+def _dense(weight: Packed, gated: bool) -> _Parts:
+    values = weight.dequantize(torch.bfloat16)
+    codes = _words(_arrange(_rows(values, gated), COLUMNS, _CODES["bf16"]))
+    return codes, _none(codes), _none(codes), _if_finite(values, torch.ones(len(values), device=values.device))
+
+
+def _nvfp4(weight: Packed, gated: bool) -> _Parts:
+    codes, scales = _nibbles(weight.parts[""], 0), weight.parts["weight_scale"]
+    scale_codes = _scale_codes().to(codes.device)[scales.view(torch.uint8).int()]
+    codes = torch.where(scales.view(torch.uint8).repeat_interleave(16, -1) == 0, 0, codes)
+    packed = _pack_nibbles(_arrange(_rows(codes, gated), COLUMNS, _FOUR_BITS))
+    packed_scales = _words(_arrange(_rows(scale_codes, gated), 4, "wrtmn"))
+    factors = weight.parts["weight_scale_2"][:, 0, 0] * 256
+    return packed, packed_scales, _none(packed), _if_finite(scales.float().sqrt(), factors)  # nor negative
+
+
+@cache
+def _scale_codes() -> Tensor:
+    """E4M3's positive codes -> 8 * (exponent + 10) + mantissa, uint8; 0 for zero."""
+    mantissa, exponent = torch.frexp(torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float())
+    return pad(((exponent + 9) * 8 + (2 * mantissa - 1) * 8).to(torch.uint8)[1:], (1, 129))
+
+
+def _nf4(weight: Packed, gated: bool) -> _Parts:
+    assert isinstance(weight.scheme, NF4Scheme)
+    codes = _pack_nibbles(_arrange(_rows(_nibbles(weight.parts[""], 1), gated), COLUMNS, _CODES["nf4"]))
+    absmax = weight.scheme.absmax(weight.parts)
+    rounded = absmax.bfloat16()
+    halves = [_arrange(_rows(half, gated), 1, "mwrtn") for half in (rounded, (absmax - rounded).bfloat16())]
+    return codes, _words(torch.stack(halves, -2)), _none(codes), _if_finite(absmax, torch.ones_like(absmax[:, 0, 0]))
+
+
+@cache
+def _nf4_table() -> Tensor:
+    """The table in bfloat16: four words of low bytes, four of high ones; once a thread, which keeps it in registers."""
+    entries = QUANT_MAP.bfloat16().view(torch.uint8).view(16, 2)
+    return entries.t().contiguous().view(torch.int32).view(8, 1).repeat(1, 128)
+
+
+def _ggml(weight: Packed, gated: bool) -> _Parts:
+    assert isinstance(weight.scheme, GGMLScheme)
+    name = weight.scheme.name
+    integers, scales, minimums = weight.scheme.unpack(weight.parts)
+    per_tile = COLUMNS // integers.shape[-1]
+    finite = scales if minimums is None else scales + minimums
+    factors = _if_finite(finite, _UNDONE.to(scales.device).expand(len(scales)))
+    rounded = (scales.bfloat16(),) if minimums is None else _scale_and_rest(integers, scales, minimums)
+    powers = 2.0**_SCALE_EXPONENT, 2.0 ** (_SCALE_EXPONENT - _CODE_EXPONENT)
+    packed = [
+        _arrange(_rows((part * power).squeeze(-1), gated), per_tile, "mwrtn")
+        for part, power in zip(rounded, powers, strict=False)
+    ]
+    words = _words(torch.stack(packed, -2))
+    codes = _rows((integers.to(torch.int16) + _OFFSETS[name]).to(torch.uint8).flatten(-2), gated)
+    if name in ("q8_0", "q6_k"):
+        return _words(_arrange(codes, COLUMNS, _CODES[name])), words, _none(words), factors
+    low = _pack_nibbles(_arrange(codes & 15, COLUMNS, _FOUR_BITS))
+    high = _pack_bits(_arrange(codes >> 4, COLUMNS, "mwrtpnabh")) if name == "q5_0" else _none(words)
+    return low, words, high, factors
+
+
+def _scale_and_rest(integers: Tensor, scales: Tensor, minimums: Tensor) -> tuple[Tensor, Tensor]:
+    """bfloat16 scale and rest of a block: scale * (q - 8) + rest, rounded, is near scales * q - minimums. Three scales
+    are tried, each with the rest that fits best."""
+    exact, centred = scales * integers - minimums, integers.float() - 8
+    best = scale = rest = torch.full_like(scales, torch.inf)
+    for nudge in (0.0, -(2.0**-8), 2.0**-8):
+        tried = (scales * (1 + nudge)).bfloat16().float()
+        fitting = (exact - tried * centred).mean(-1, keepdim=True).bfloat16().float()
+        loss = (torch.addcmul(fitting, tried, centred).bfloat16() - exact).square().sum(-1, keepdim=True)
+        better = loss < best
+        best, scale, rest = (torch.where(better, *pair) for pair in ((loss, best), (tried, scale), (fitting, rest)))
+    return scale.bfloat16(), rest.bfloat16()
+
+
+_UNPACK: dict[str, Callable[[Packed, bool], _Parts]] = {"nvfp4": _nvfp4, "nf4": _nf4, "nf4_dq": _nf4}
+_UNPACK |= dict.fromkeys(_OFFSETS, _ggml)
+
+
+def _if_finite(values: Tensor, factors: Tensor) -> Tensor:
+    """factors (E,), and NaN for experts whose values (E, …) are not all finite."""
+    return torch.where(values.flatten(1).isfinite().all(1), factors, torch.nan)
+
+
+def _none(like: Tensor) -> Tensor:
+    return like.new_empty(*like.shape[:3], 0)
+
+
+def _rows(part: Tensor, gated: bool) -> Tensor:
+    """Codes or scales (E, rows, …) with their rows in the kernels' order, zeros added to whole tiles."""
+    if not gated:
+        return pad(part, (0, 0, 0, -part.shape[1] % ROWS))
+    both = part.unflatten(1, (2, -1))
+    both = pad(both, (0, 0, 0, -both.shape[2] % COLUMNS))
+    order = in_order(torch.arange(both.shape[2], device=part.device)[None])[0]
+    whole: Tensor = both[:, :, order].unflatten(2, (-1, 8)).transpose(1, 2).flatten(1, 3)
+    return whole
+
+
+def _arrange(part: Tensor, per_tile: int, axes: str) -> Tensor:
+    """part (E, rows, columns), per_tile of its columns to a tile -> (E, R, C, axes…), zeros added to whole tiles."""
+    part = pad(part, (0, -part.shape[-1] % per_tile))
+    names = "eRmwnrCt" + ("abhp" if per_tile == COLUMNS else "")
+    sizes = {"e": len(part), "R": part.shape[1] // ROWS, "C": part.shape[2] // per_tile, "t": min(4, per_tile)}
+    return part.view(*((sizes | _SIZES)[axis] for axis in names)).permute(*(names.index(axis) for axis in "eRC" + axes))
+
+
+def _words(part: Tensor) -> Tensor:
+    """(E, R, C, …) of 8 or 16 bits -> int32 (E, R, C, words), little endian."""
+    return part.flatten(3).contiguous().view(torch.int32)
+
+
+def _nibbles(packed: Tensor, first: int) -> Tensor:
+    """Two codes a byte -> uint8, one a byte; first: 0 if the low one is, 1 if the high one."""
+    low, high = packed & 15, packed >> 4
+    return torch.stack((high, low) if first else (low, high), -1).flatten(-2)
+
+
+def _pack_nibbles(codes: Tensor) -> Tensor:
+    codes = codes.flatten(3)
+    return _words(codes[..., ::2] | codes[..., 1::2] << 4)
+
+
+def _pack_bits(bits: Tensor) -> Tensor:
+    bits = bits.flatten(3).unflatten(-1, (-1, 8))
+    return _words((bits << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(-1, dtype=torch.uint8))

@@ -1,0 +1,140 @@
+"""Routed experts that do not fit the GPU: in pinned host memory, copied ahead of their use into one of two places.
+
+    copies   │ layer 5 ──> A │ layer 8 ──> B │        │ layer 11 ──> A │ …        a stream of its own
+    layers   0 1 2 3 4 5(A) 6 7 8(B) …                 └ as soon as layer 5 has used A
+
+A pass ends when the first two are back in their places, so that every pass, in a graph or not, begins alike; after one
+that an error or Ctrl-C broke off, the next one puts them there before it begins. Layers that stay on the GPU lie evenly
+between the others: what limits a pass is the sum of the copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dgq.runtime.kernels.repack import Tiles
+
+_ALIGNED = 256  # bytes
+
+Pair = tuple[Tiles, Tiles]
+
+
+@dataclass(frozen=True)
+class Host:
+    """A layer's two weights, all their parts one behind the other. like: of the same shapes, in whatever memory."""
+
+    flat: Tensor
+    like: Pair
+
+    @classmethod
+    def of(cls, pair: Pair) -> Host:
+        """A copy of tiles on a GPU, in pinned memory."""
+        size = sum(_whole(part.nbytes) for tiles in pair for part in _parts(tiles))
+        flat = torch.empty(size, dtype=torch.uint8, pin_memory=pair[0].codes.is_cuda)
+        host = cls(flat, tuple(_meta(tiles) for tiles in pair))  # type: ignore[arg-type]
+        for to, source in zip(host.inside(flat), pair, strict=True):
+            for one, other in zip(_parts(to), _parts(source), strict=True):
+                one.copy_(other)
+        return host
+
+    def inside(self, place: Tensor) -> Pair:
+        """The weights as they lie in a place, uint8, that holds a copy of flat."""
+        at, found = 0, []
+        for tiles in self.like:
+            parts = []
+            for part in _parts(tiles):
+                parts.append(place[at : at + part.nbytes].view(part.dtype).view(part.shape))
+                at += _whole(part.nbytes)
+            found.append(Tiles(tiles.scheme, tiles.shape, *parts))
+        return found[0], found[1]
+
+
+class Offload:
+    """hosts: of the layers that are not on the GPU, by layer and rising. device: of the places."""
+
+    def __init__(self, hosts: dict[int, Host], device: torch.device) -> None:
+        self._hosts: Sequence[Host] = list(hosts.values())
+        size = max(len(host.flat) for host in self._hosts)
+        self._places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in hosts][:2]
+        self._numbers = {layer: number for number, layer in enumerate(hosts)}
+        self._stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self._arrived: dict[int, torch.cuda.Event] = {}
+        self._next = 0  # the number that a pass gets to next
+        self._fill()
+
+    def _fill(self) -> None:
+        """Put the first two in their places."""
+        self._arrived.clear()
+        for number in range(len(self._places)):
+            self._copy(number)
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._arrived.clear()
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self._numbers
+
+    @property
+    def nbytes(self) -> int:
+        """On the GPU."""
+        return sum(place.nbytes for place in self._places)
+
+    @property
+    def copied(self) -> int:
+        """Bytes that every pass copies."""
+        return sum(len(host.flat) for host in self._hosts) if len(self._hosts) > len(self._places) else 0
+
+    def weights(self, layer: int) -> Pair:
+        """Where the layer's weights are between arrive() and leave()."""
+        number = self._numbers[layer]
+        return self._hosts[number].inside(self._places[number % 2])
+
+    def arrive(self, layer: int) -> None:
+        """What follows on the current stream reads weights(layer)."""
+        number = self._numbers[layer]
+        if number != self._next:  # the pass before was broken off
+            self._fill()
+        self._next = number + 1
+        event = self._arrived.pop(number, None)
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+
+    def leave(self, layer: int) -> None:
+        """What follows no longer reads them; after a pass's last layer, everything is as before the first."""
+        number, count = self._numbers[layer], len(self._hosts)
+        if number + 2 < count:
+            self._copy(number + 2)
+        elif count > 2:  # the last user of a place brings back its first
+            self._copy(number % 2)
+        if number == count - 1 and self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            self._arrived.clear()
+        self._next = (number + 1) % count
+
+    def _copy(self, number: int) -> None:
+        """Into its place, once what is on the current stream has been done."""
+        host, place = self._hosts[number], self._places[number % 2]
+        if self._stream is None:
+            place[: len(host.flat)].copy_(host.flat)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            place[: len(host.flat)].copy_(host.flat, non_blocking=True)
+        self._arrived[number] = torch.cuda.Event()
+        self._arrived[number].record(self._stream)
+
+
+def _parts(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tiles.codes, tiles.scales, tiles.high, tiles.factors
+
+
+def _meta(tiles: Tiles) -> Tiles:
+    return Tiles(tiles.scheme, tiles.shape, *(part.to("meta") for part in _parts(tiles)))
+
+
+def _whole(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNED) * _ALIGNED
