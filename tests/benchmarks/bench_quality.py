@@ -1,7 +1,7 @@
 """What quantised `tiny` lost beside the reference quantisers' own work: the meter of calibration and error feedback.
 
-    python tests/benchmarks/bench_quality.py [--seeds 0 1] [--formats nvfp4 bnb4 gguf] [--efforts fast standard] [--free 512]
-                                  [--stats FILE …] [--rounds N] [--texts 64 | --windows] [--device cpu|cuda]
+    python tests/benchmarks/bench_quality.py [--seeds 0 1] [--formats nvfp4 bnb4 gguf] [--efforts fast standard]
+                                  [--free 512] [--stats FILE …] [--rounds N] [--texts 64 | --windows] [--device cpu|cuda]
                                   [--draws 1] [--workers N] [--folder DIR] [--peers own|stock]
 
     fixed canvases   a held-out text's first 96 tokens, then a canvas of its next 64, each replaced by a random one with
