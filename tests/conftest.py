@@ -14,10 +14,10 @@ from collections.abc import Callable
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 from filelock import FileLock
+from pictures import draw_nothing
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -64,12 +64,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports with empty pictures: drawing them is a third of dgq validate's time on `tiny`."""
-
-    def save(figure: object, file: BinaryIO, **options: object) -> None:
-        file.write(b'<svg xmlns="http://www.w3.org/2000/svg"/>')
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+    draw_nothing(monkeypatch)
 
 
 class Shared:
@@ -133,7 +128,7 @@ def tiny_report(shared: Shared, converted: Converted) -> Path:
         folder.mkdir()
         prompts = files("dgq.recipes").joinpath("prompts")
         texts, tasks = (prompts.joinpath(f"heldout_{kind}.jsonl").read_text("utf-8") for kind in ("text", "tasks"))
-        (folder / "prompts.jsonl").write_text("\n".join([*texts.splitlines()[:2], *tasks.splitlines()[:3]]))
+        (folder / "prompts.jsonl").write_text("\n".join([*texts.splitlines()[:1], *tasks.splitlines()[:2]]))
         for name, recipe in (("nvfp4", "nvfp4-w4a16"), ("gguf", "q4_k_m")):
             shutil.copytree(converted(recipe), folder / name)
         run_dgq("validate", folder / "nvfp4", folder / "gguf", "--against", "tiny", "--quick", "--prompts",
