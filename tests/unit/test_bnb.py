@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,8 @@ def convert(source: Path | str, out: Path, recipe: str) -> Path:
 
 
 @pytest.fixture(scope="module", params=["bnb4", "bnb4-dq"])
-def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert("tiny", tmp_path_factory.mktemp("bnb") / "out", request.param)
+def artifact(request: pytest.FixtureRequest, converted: Callable[[str, str], Path]) -> Path:
+    return converted(request.param, "stock")
 
 
 def states(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, Any]]:
