@@ -50,9 +50,10 @@ ARROWS: dict[str, set[str]] = {
         *QUANT, *MODEL, "convert.calibration", "convert.layerwise", "convert.plans", "convert.source", "convert.write",
     },
     "convert.verification": {*QUANT, *MODEL, "runtime.engine", "convert.plans", "convert.source", "convert.write"},
+    "convert.validation.report": {"quant", "quant.schemes", "runtime.shape"},
     "convert.validation": {
-        *QUANT, *MODEL, "runtime.engine", "convert.layerwise", "convert.resume", "convert.source", "convert.verification",
-        "convert.write",
+        *QUANT, *MODEL, "runtime.engine", "convert.layerwise", "convert.resume", "convert.source",
+        "convert.validation.report", "convert.verification", "convert.write",
     },
     "convert.mixture": {
         *QUANT, *MODEL, "convert.estimate", "convert.layerwise", "convert.plans", "convert.resume", "convert.source",
