@@ -23,6 +23,7 @@ from dgq.convert.resume.journal import check_target
 from dgq.convert.resume.work import Work
 from dgq.convert.source.checkpoint import Source
 from dgq.convert.source.hashes import dgq_version
+from dgq.convert.source.models import open_model
 from dgq.convert.validation import scores
 from dgq.convert.validation.fixed import states
 from dgq.convert.validation.free import free_batches, run
@@ -31,7 +32,6 @@ from dgq.convert.validation.judge import Json, Judge, Lazy, Options, has_input_s
 from dgq.convert.validation.questions import LEVELS, batches, questions, written
 from dgq.convert.validation.reference import Reference, combined, read_reference
 from dgq.convert.validation.sensitivity import parts
-from dgq.convert.verification.generate import open_model
 from dgq.convert.verification.inspect import provenance_of
 from dgq.convert.verification.template import template_remarks
 from dgq.quant.errors import InputError
@@ -75,8 +75,8 @@ def _validate(
         raise InputError("--against SRC is needed, unless --reference names a file that is there")
     if adapters and against is None:
         raise InputError("--adapter: needs --against SRC, into which it is merged")
-    source = open_model(against, revision, adapters) if against else None
-    artifacts = _open(asked, options)
+    source = open_model(against, revision, adapters, notice) if against else None
+    artifacts = _open(asked, options, notice)
     kept = read_reference(file) if there and file is not None else None
     remarks = {
         name: (*template_remarks(artifact, source), *_adapter_remarks(artifact, adapters, kept))
@@ -123,11 +123,11 @@ def _beside(report: Json, reference: Reference, judges: list[Judge], source: Art
     report["ok"] = all(one["ok"] for one in report["artifacts"])
 
 
-def _open(asked: list[str], options: Options) -> dict[str, Artifact]:
+def _open(asked: list[str], options: Options, notice: Callable[[str], None]) -> dict[str, Artifact]:
     """By a name of its own."""
     found: dict[str, Artifact] = {}
     for one in asked:
-        artifact = open_model(one)
+        artifact = open_model(one, notice=notice)
         name = Path(one).stem if one.endswith(".gguf") else Path(one).name or one
         while name in found:
             name += "'"

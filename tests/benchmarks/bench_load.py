@@ -38,7 +38,7 @@ def load_here(path: str, group: str, began: str) -> None:
 
     import torch
 
-    from dgq.convert.verification.generate import open_model
+    from dgq.convert.source.models import open_model
     from dgq.runtime.engine.engine import generate
     from dgq.runtime.kernels import repack
 

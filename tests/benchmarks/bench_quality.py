@@ -52,7 +52,7 @@ from dgq.convert.cli.__main__ import main as dgq
 from dgq.convert.plans.plan import PlannedTensor, make_plan
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.checkpoint import open_source
-from dgq.convert.verification.generate import open_model
+from dgq.convert.source.models import open_model
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.engine.engine import generate

@@ -869,8 +869,8 @@ def meanwhile(moment: str, act: Callable[[], object]) -> Iterator[None]:
     acted = False
 
     @contextmanager
-    def bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        def advance(nbytes: int, name: str) -> None:
+    def bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
+        def advance(done: int, total: int, name: str) -> None:
             nonlocal acted
             if not acted and (moment == "first" or name == moment):
                 acted = True
@@ -879,7 +879,7 @@ def meanwhile(moment: str, act: Callable[[], object]) -> Iterator[None]:
         yield advance
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console, "bar", bar)
+        patch.setattr(console, "byte_bar", bar)
         yield
     assert acted
 
