@@ -26,7 +26,7 @@ from dgq.convert.write.refine import refinable
 from dgq.convert.write.slices import rows_at_once
 from dgq.runtime.files.mmproj import POOLING
 from dgq.runtime.model import layers
-from dgq.runtime.model.loading import TABLES, decodes, layer_of
+from dgq.runtime.model.loading import TABLES, decodes
 from dgq.runtime.model.memory import (
     CONTEXT,
     SHORT,
@@ -38,7 +38,7 @@ from dgq.runtime.model.memory import (
     working_bytes,
 )
 from dgq.runtime.shape.config import ModelConfig
-from dgq.runtime.shape.names import EMBEDDING
+from dgq.runtime.shape.names import EMBEDDING, layer_of
 
 CONTEXTS = (4096, 32768, 131072, 262144)
 CARDS = (12, 16, 24, 32, 48, 80)  # GB as they are sold: GiB on the card
@@ -130,8 +130,8 @@ class Runtime:
         of the model does not fit."""
         experts: dict[int, int] = {}
         for tensor in self.text:
-            if ".experts." in str(tensor.source):
-                layer = layer_of(str(tensor.source))
+            layer = layer_of(str(tensor.source))
+            if layer is not None and ".experts." in str(tensor.source):
                 experts[layer] = experts.get(layer, 0) + self._held(tensor, decode=False)
         others = self.weights(decodes(self.config, budget)) - sum(experts.values())
         room = budget - others - CONTEXT - working_bytes(self.config, SHORT)
