@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 from dgq.quant.errors import InputError
 from dgq.runtime.shape.config import ModelConfig
@@ -84,6 +85,14 @@ def hf_name(gguf: str) -> str | None:
         return f"{ENCODER}layers.{match[1]}.layer_scalar"
     if match and match[2] in _LAYER_BACK:
         return f"{DECODER}layers.{match[1]}.{_LAYER_BACK[match[2]]}"
+    return None
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor belongs to: the N of "layers.N." or "blk.N." in its name; None outside the layers."""
+    for before, part in pairwise(name.split(".")):
+        if before in ("layers", "blk") and part.isdigit():
+            return int(part)
     return None
 
 
