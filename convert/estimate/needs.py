@@ -26,7 +26,7 @@ from dgq.convert.write.ram import RAM_BASE, converting_ram
 from dgq.convert.write.refine import refinable
 from dgq.runtime.files.mmproj import POOLING
 from dgq.runtime.model import layers
-from dgq.runtime.model.loading import TABLES, decodes, layer_of
+from dgq.runtime.model.loading import TABLES, decodes
 from dgq.runtime.model.memory import (
     CONTEXT,
     SHORT,
@@ -37,8 +37,9 @@ from dgq.runtime.model.memory import (
     widest,
     working_bytes,
 )
+from dgq.runtime.model.placement import PLACES, place
 from dgq.runtime.shape.config import ModelConfig
-from dgq.runtime.shape.names import EMBEDDING
+from dgq.runtime.shape.names import EMBEDDING, layer_of
 
 CONTEXTS = (4096, 32768, 131072, 262144)
 CARDS = (12, 16, 24, 32, 48, 80)  # GB as they are sold: GiB on the card
@@ -125,28 +126,20 @@ class Runtime:
         of the model does not fit."""
         experts: dict[int, int] = {}
         for tensor in self.text:
-            if ".experts." in str(tensor.source):
-                layer = layer_of(str(tensor.source))
+            layer = layer_of(str(tensor.source))
+            if layer is not None and ".experts." in str(tensor.source):
                 experts[layer] = experts.get(layer, 0) + self._held(tensor, decode=False)
         others = self.weights(decodes(self.config, budget)) - sum(experts.values())
         room = budget - others - CONTEXT - working_bytes(self.config, SHORT)
-        if room < 2 * max(experts.values()):
+        if room < PLACES * max(experts.values()):
             return None
-        kept = largest = 0
-        away: list[int] = []
-        for layer, size in sorted(experts.items()):
-            largest = max(largest, size)
-            if kept + size <= (room - 2 * largest) * (layer + 1) / len(experts):
-                kept += size
-            else:
-                away.append(size)
-        copied = sum(away) if len(away) > 2 else 0
+        placement = place([size for _, size in sorted(experts.items())], len(experts), room)
         return {
-            "layers": len(away),
-            "host": sum(away),
-            "on_gpu": others + kept + min(2, len(away)) * largest,
-            "copied": copied,
-            "ms": {link: 1e3 * copied / speed for link, speed in HOST_LINKS.items()},
+            "layers": len(placement.waiting),
+            "host": sum(placement.waiting),
+            "on_gpu": others + placement.on_gpu,
+            "copied": placement.copied,
+            "ms": {link: 1e3 * placement.copied / speed for link, speed in HOST_LINKS.items()},
         }
 
 

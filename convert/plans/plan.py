@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from dgq.convert.plans import mmproj
-from dgq.convert.plans.recipe import Recipe, layer_of
+from dgq.convert.plans.recipe import Recipe
 from dgq.convert.source.checkpoint import Source
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_writer import entry_bytes
@@ -28,7 +28,7 @@ from dgq.quant.schemes.ggml import Q8_0
 from dgq.quant.schemes.nvfp4 import NVFP4
 from dgq.quant.types import Entry, Layout, Scheme
 from dgq.runtime.shape.config import ModelConfig
-from dgq.runtime.shape.names import ROPE_FREQS, VISION, gguf_name
+from dgq.runtime.shape.names import ROPE_FREQS, VISION, gguf_name, layer_of
 
 MIB = 1 << 20
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 from dgq.quant.errors import InputError
 from dgq.runtime.shape.config import ModelConfig
@@ -61,6 +62,17 @@ _ENCODER_SCALAR = "enc_layer_output_scale.weight"
 _LAYER_BACK = {gguf: hf for hf, gguf in _LAYER.items()}
 _OTHER_BACK = {gguf: hf for hf, gguf in _OTHER.items()}
 _OTHER_BACK["self_cond_norm.weight"] = DECODER + "self_conditioning.pre_norm.weight"  # in llama.cpp #24427
+
+
+def layer_of(name: str) -> int | None:
+    """The number N of the layer that a tensor belongs to: of `layers.N.` in a canonical name, of `blk.N.` in a .gguf's.
+
+    None for a tensor outside of the layers: the embedding, the last norm, the self-conditioning.
+    """
+    for before, part in pairwise(name.split(".")):
+        if before in ("blk", "layers") and part.isdigit():
+            return int(part)
+    return None
 
 
 def gguf_name(hf_name: str) -> str | None:
