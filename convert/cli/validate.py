@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, REVISION, stop
+from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, REVISION
 
 if TYPE_CHECKING:
     from dgq.convert.validation.report.result import ArtifactResult, FreeResult, ValidationResult
@@ -64,8 +63,6 @@ def validate(
     from dgq.convert.terminal.console import count_bar, note, print_json
     from dgq.convert.validation import flow
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
     options = flow.ValidateOptions(
         against=against, output=out, reference=reference, gate=gate, prompts=prompts, seed=seed, quick=quick,
         activations=activations, device=device, dtype=dtype, revision=revision, adapters=adapters,

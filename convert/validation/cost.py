@@ -1,6 +1,6 @@
 """What a model costs to run, measured on one prompt alone, as a user sees it: seconds, memory, milliseconds of a step.
 
-    memory now ── load ── STEPS + 2 denoising steps, the last STEPS of them timed ── memory at the peak
+memory now ── load ── STEPS + 2 denoising steps, the last STEPS of them timed ── memory at the peak
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from dgq.convert.resume.work import Work
 from dgq.convert.source.checkpoint import Source
 from dgq.convert.source.device import chosen_device
 from dgq.convert.source.hashes import dgq_version
+from dgq.convert.source.models import open_model
 from dgq.convert.validation import scores
 from dgq.convert.validation.fixed import FixedBatch, states
 from dgq.convert.validation.free import free_batches, run
@@ -36,7 +37,6 @@ from dgq.convert.validation.reference import KeptReference, combined, read_refer
 from dgq.convert.validation.report.gate import Gate, read_gate
 from dgq.convert.validation.report.result import Cost, Json, PromptSet, ReferenceResult, ValidationResult
 from dgq.convert.validation.sensitivity import parts
-from dgq.convert.verification.generate import open_model
 from dgq.convert.verification.inspect import provenance_of
 from dgq.convert.verification.template import template_remarks
 from dgq.quant.errors import InputError
@@ -186,8 +186,8 @@ def _open(asked: Sequence[str], options: ValidateOptions, settings: RunSettings,
         raise InputError("--against SRC is needed, unless --reference names a file that is there")
     if adapters and against is None:
         raise InputError("--adapter: needs --against SRC, into which it is merged")
-    source = open_model(against, options.revision, adapters) if against else None
-    artifacts = _open_artifacts(asked, options)
+    source = open_model(against, options.revision, adapters, notice) if against else None
+    artifacts = _open_artifacts(asked, options, notice)
     kept = read_reference(file) if there and file is not None else None
     remarks = {
         name: (*template_remarks(artifact, source), *_adapter_remarks(artifact, adapters, kept))
@@ -201,11 +201,11 @@ def _open(asked: Sequence[str], options: ValidateOptions, settings: RunSettings,
     return Inputs(options, settings, source, artifacts, kept, remarks)
 
 
-def _open_artifacts(asked: Sequence[str], options: ValidateOptions) -> dict[str, Artifact]:
+def _open_artifacts(asked: Sequence[str], options: ValidateOptions, notice: Notice) -> dict[str, Artifact]:
     """Each artifact by a name of its own: the directory's, or the .gguf file's without its ending."""
     artifacts: dict[str, Artifact] = {}
     for one in asked:
-        artifact = open_model(one)
+        artifact = open_model(one, notice=notice)
         name = Path(one).stem if one.endswith(".gguf") else Path(one).name or one
         while name in artifacts:
             name += "'"

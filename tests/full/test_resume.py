@@ -1,8 +1,8 @@
 """Conversions that end early go on, and the artifact is the one an uninterrupted conversion writes, byte for byte.
 
 A run is stopped by what is patched into it: a disk that fills, SIGKILL before or after a chosen call (in a forked
-child), a failing fsync. Every weight is journalled, and safetensors come in several files. tests/tools/faults.py does the
-same from outside, with the clock.
+child), a failing fsync. Every weight is journalled, and safetensors come in several files. tests/tools/faults.py does
+the same from outside, with the clock.
 """
 
 from __future__ import annotations
@@ -869,8 +869,8 @@ def meanwhile(moment: str, act: Callable[[], object]) -> Iterator[None]:
     acted = False
 
     @contextmanager
-    def bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        def advance(nbytes: int, name: str) -> None:
+    def bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
+        def advance(done: int, total: int, name: str) -> None:
             nonlocal acted
             if not acted and (moment == "first" or name == moment):
                 acted = True
@@ -879,7 +879,7 @@ def meanwhile(moment: str, act: Callable[[], object]) -> Iterator[None]:
         yield advance
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console, "bar", bar)
+        patch.setattr(console, "byte_bar", bar)
         yield
     assert acted
 
