@@ -20,7 +20,7 @@ from dgq.convert.layerwise.measure import MEASURES, interval
 from dgq.convert.validation.free import agreement, tokens_of
 from dgq.convert.validation.losses import PARTS
 from dgq.convert.validation.questions import LEVELS, Question
-from dgq.convert.validation.reference import Reference
+from dgq.convert.validation.reference import KeptReference
 from dgq.convert.validation.report.result import (
     ConditionDivergence,
     Divergence,
@@ -191,7 +191,7 @@ def _by_task(groups: Sequence[str], right: Tensor) -> dict[str, tuple[int, int]]
 
 
 def side_by_side(
-    reference: Reference, tokenizer: Tokenizer, base: Sequence[str], others: Mapping[str, Sequence[str]]
+    reference: KeptReference, tokenizer: Tokenizer, base: Sequence[str], others: Mapping[str, Sequence[str]]
 ) -> tuple[SideBySide, ...]:
     """What the reference (base) and each artifact wrote to some prompts, half of them texts. Those that differ come
     first."""
