@@ -85,25 +85,31 @@ class Tree:
         package.mkdir(parents=True)
         for room in HOUSE:
             (package / room).symlink_to(self.path / room)
+        self._original = ""
         self._environment = {**os.environ, "PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"}
         found = self._python("-c", "import dgq.quant; print(dgq.quant.__file__)", limit=SECONDS).stdout.strip()
         if not Path(found).resolve().is_relative_to(self.path.resolve()):
-            raise SystemExit(f"dgq is imported from {found}, not from the copy; uninstall it, or use another environment")
+            raise SystemExit(
+                f"dgq is imported from {found}, not from the copy; uninstall it, or use another environment"
+            )
 
     def change(self, one: Break) -> None:
+        """Put the break into the tree."""
         path = self.path / one.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(one.new if one.old is None else path.read_text("utf-8").replace(one.old, one.new), "utf-8")
+        self._original = path.read_text("utf-8") if one.old is not None else ""
+        path.write_text(one.new if one.old is None else self._original.replace(one.old, one.new), "utf-8")
         self._forget(path)
 
     def restore(self, one: Break) -> None:
+        """The tree as it was before the last change."""
         path = self.path / one.file
         if one.old is None:
             path.unlink()
             if not any(path.parent.glob("*.py")):
                 shutil.rmtree(path.parent)
         else:
-            shutil.copy2(ROOT / one.file, path)
+            path.write_text(self._original, "utf-8")
             self._forget(path)
 
     def run(self, nodes: list[str], limit: float) -> subprocess.CompletedProcess[str]:
@@ -113,7 +119,12 @@ class Tree:
 
     def _python(self, *arguments: str, limit: float) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, *arguments], cwd=self.path, env=self._environment, capture_output=True, text=True, timeout=limit
+            [sys.executable, *arguments],
+            cwd=self.path,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=limit,
         )
 
     def _forget(self, path: Path) -> None:
@@ -168,7 +179,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="breaks-") as folder:
         tree = Tree(Path(folder))
         bad = unsound(tree, chosen)
-        print(f"{len(chosen)} breaks; their tests took {time.monotonic() - began:.0f} s on the tree as it is", flush=True)
+        print(
+            f"{len(chosen)} breaks; their tests took {time.monotonic() - began:.0f} s on the tree as it is", flush=True
+        )
         for one in chosen:
             start = time.monotonic()
             if not one.fits(tree.path):
