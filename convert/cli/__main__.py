@@ -13,6 +13,7 @@ import click
 from dgq.convert.cli.bench import bench
 from dgq.convert.cli.calibrate import calibrate
 from dgq.convert.cli.convert import convert
+from dgq.convert.cli.demo import demo
 from dgq.convert.cli.inspect import inspect
 from dgq.convert.cli.mix import mix
 from dgq.convert.cli.plan import plan
@@ -40,7 +41,7 @@ def main() -> None:
     """
 
 
-for command in (plan, convert, inspect, run, bench, calibrate, mix, validate, verify, publish):
+for command in (demo, plan, calibrate, mix, convert, inspect, verify, run, validate, bench, publish):
     main.add_command(command)
 
 if __name__ == "__main__":
