@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -17,19 +16,21 @@ from dgq.convert.terminal.options import JSON, REVISION
 def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
     """Show what an artifact (or a checkpoint) holds and where it came from. Reads headers only; a published artifact
     is fetched whole. Of STATS: how many tokens each expert saw."""
-    from dgq.convert.calibration.stats import counted
     from dgq.convert.cli import statistics_page
     from dgq.convert.terminal.console import print_json
-    from dgq.convert.verification.inspect import inspect_artifact
+    from dgq.convert.verification import inspect as inspection
 
-    if Path(artifact).is_file() and (stats := counted(Path(artifact))) is not None:
-        return print_json(stats) if as_json else statistics_page.counted(artifact, stats)
-    content = inspect_artifact(artifact, revision)
-    print_json(content) if as_json else _page(content)
+    content = inspection.inspect(artifact, revision)
+    if as_json:
+        print_json(content)
+    elif inspection.is_statistics(content):
+        statistics_page.counted(artifact, content)
+    else:
+        _page(content)
 
 
 def _page(content: dict[str, Any]) -> None:
-    """content: what inspect_artifact() returned."""
+    """content: what inspect() returned."""
     from dgq.convert.calibration.stats import named
     from dgq.convert.terminal.console import MIB, count, following_run, groups_table, out, size
 

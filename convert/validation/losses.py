@@ -43,11 +43,11 @@ def weight_errors(
     expert's, that expert's number, the median expert's; and "NAME.gain" float64 (2,): the least and the largest gain of
     a block.
     """
-    found = {}
+    errors = {}
     for name in names:
         a, b = source[name], other[name]
-        found[name], found[name + ".gain"] = _weight(a, b, device)
-    return found
+        errors[name], errors[name + ".gain"] = _weight(a, b, device)
+    return errors
 
 
 def _weight(a: Packed, b: Packed, device: str) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def layer_errors(
     weights = other.weights if activations else Unscaled(other.weights)
     theirs = Stream(other.config, weights, device, dtype)
     layers, experts = len(source.config.layers), source.config.experts
-    found = {
+    sums = {
         "wrong": torch.zeros(layers, len(PARTS), dtype=torch.float64),
         "whole": torch.zeros(layers, len(PARTS), dtype=torch.float64),
         "overlap": torch.zeros(layers, 3, dtype=torch.float64),
@@ -142,20 +142,20 @@ def layer_errors(
         mixed = a.mixed(chunk, x)
         pairs = [(mixed - x, b.mixed(chunk, x) - x), (a.layer.dense(mixed), b.layer.dense(mixed)),
                  (a.layer.routed(mixed), b.layer.routed(mixed))]  # fmt: skip
-        _router(a, b, mixed, b.mixed(chunk, drifted), found, index)
+        _router(a, b, mixed, b.mixed(chunk, drifted), sums, index)
         out, drifted = a(chunk, x), b(chunk, drifted)
         pairs += [(out, b(chunk, x)), (out, drifted)]
         for part, (right, given) in enumerate(pairs):
-            found["wrong"][index, part] = (given - right).double().square().sum().cpu()
-            found["whole"][index, part] = right.double().square().sum().cpu()
+            sums["wrong"][index, part] = (given - right).double().square().sum().cpu()
+            sums["whole"][index, part] = right.double().square().sum().cpu()
         x = out
-    return found
+    return sums
 
 
-def _router(a: LayerOf, b: LayerOf, mixed: Tensor, drifted: Tensor, found: Found, index: int) -> None:
+def _router(a: LayerOf, b: LayerOf, mixed: Tensor, drifted: Tensor, sums: Found, index: int) -> None:
     right, given, alone = a.layer.route(mixed)[0], b.layer.route(mixed)[0], b.layer.route(drifted)[0]
     common = [float((right.unsqueeze(-1) == side.unsqueeze(-2)).sum()) for side in (given, alone)]
-    found["overlap"][index] = torch.tensor([*common, float(right.numel())], dtype=torch.float64)
+    sums["overlap"][index] = torch.tensor([*common, float(right.numel())], dtype=torch.float64)
     for side, picks in enumerate((right, alone)):
-        experts = found["chosen"].shape[-1]
-        found["chosen"][side, index] = torch.bincount(picks.flatten(), minlength=experts).double().cpu()
+        experts = sums["chosen"].shape[-1]
+        sums["chosen"][side, index] = torch.bincount(picks.flatten(), minlength=experts).double().cpu()

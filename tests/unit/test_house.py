@@ -49,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
     "convert.estimate": {
         *QUANT, *MODEL, "convert.calibration", "convert.layerwise", "convert.plans", "convert.source", "convert.write",
     },
-    "convert.verification": {*QUANT, *MODEL, "runtime.engine", "convert.plans", "convert.source", "convert.write"},
+    "convert.verification": {*QUANT, *MODEL, "convert.calibration", "convert.plans", "convert.source", "convert.write"},
     "convert.validation.report": {"quant", "quant.schemes", "runtime.shape"},
     "convert.validation": {
         *QUANT, *MODEL, "runtime.engine", "convert.layerwise", "convert.resume", "convert.source",
@@ -60,8 +60,8 @@ ARROWS: dict[str, set[str]] = {
         "convert.write",
     },
     "convert.publication": {
-        *QUANT, *MODEL, "convert.calibration", "convert.estimate", "convert.plans", "convert.source", "convert.validation",
-        "convert.verification", "convert.write",
+        *QUANT, *MODEL, "convert.calibration", "convert.estimate", "convert.plans", "convert.source",
+        "convert.validation.report", "convert.verification", "convert.write",
     },
     "convert.bench": {
         *QUANT, *MODEL, "runtime.engine", "convert.estimate", "convert.plans", "convert.source", "convert.verification",

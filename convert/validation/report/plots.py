@@ -37,7 +37,7 @@ LAYER_PARTS = (("attention", "#0072B2"), ("dense MLP", "#009E73"), ("experts", "
 
 @dataclass(frozen=True)
 class Plot:
-    """key: of the picture; title and alt: in words; image: a data URI."""
+    """A picture of the page. alt: the picture in words; image: a data URI."""
 
     key: str
     title: str
@@ -46,42 +46,46 @@ class Plot:
 
 
 def plots(report: ValidationResult) -> dict[str, list[Plot]]:
-    """Every picture, by the section it belongs to."""
-    found = report.artifacts
-    drawn: dict[str, list[Plot]] = {"frontier": [], "fixed": [], "free": [], "losses": [], "sensitivity": []}
+    """Every picture, by the section of the page that it belongs to."""
     with plt.rc_context(STYLE):
-        drawn["frontier"] += [
-            _plot("frontier", "Size against KL", frontier, report),
-            _plot("frontier-steps", "KL against steps and speed", steps_and_speed, report),
-        ]
-        drawn["fixed"] += [
-            _plot("kl-by-level", "KL by noise level", kl_by_level, report),
-            _plot("top-by-level", "Agreement by noise level", top_by_level, report),
-            _plot("kl-by-group", "KL by prompt group", kl_by_group, report),
-            _plot("kl-by-position", "KL by position in the canvas", kl_by_position, report),
-        ]
-        drawn["free"] += [
-            _plot("steps", "Steps a canvas took", steps_histogram, report),
-            _plot("tasks", "Exact answers by task", by_task, report),
-        ]
-        if all(one.layers for one in found):
-            drawn["losses"] += [
-                _plot(f"layers-{i}", f"Layer output error: {one.name}", layer_error, one) for i, one in enumerate(found)
-            ]
-            drawn["losses"] += [
-                _plot("router", "Router agreement", router, report),
-                _plot("coverage", "Expert coverage", coverage, report),
-            ]
-            drawn["sensitivity"] += [
-                _plot(f"sensitivity-{i}", f"KL recovered for each MB: {one.name}", sensitivity, one)
-                for i, one in enumerate(found)
-                if one.sensitivity
-            ]
-    return drawn
+        return {
+            "frontier": [
+                _plot("frontier", "Size against KL", frontier, report),
+                _plot("frontier-steps", "KL against steps and speed", steps_and_speed, report),
+            ],
+            "fixed": [
+                _plot("kl-by-level", "KL by noise level", kl_by_level, report),
+                _plot("top-by-level", "Agreement by noise level", top_by_level, report),
+                _plot("kl-by-group", "KL by prompt group", kl_by_group, report),
+                _plot("kl-by-position", "KL by position in the canvas", kl_by_position, report),
+            ],
+            "free": [
+                _plot("steps", "Steps a canvas took", steps_histogram, report),
+                _plot("tasks", "Exact answers by task", by_task, report),
+            ],
+            **_losses(report),
+        }
+
+
+def _losses(report: ValidationResult) -> dict[str, list[Plot]]:
+    """Where the loss comes from, if the source's weights were at hand."""
+    artifacts = list(enumerate(report.artifacts))
+    if not all(one.layers for _, one in artifacts):
+        return {"losses": [], "sensitivity": []}
+    errors = [_plot(f"layers-{i}", f"Layer output error: {one.name}", layer_error, one) for i, one in artifacts]
+    routed = [
+        _plot("router", "Router agreement", router, report), _plot("coverage", "Expert coverage", coverage, report),
+    ]  # fmt: skip
+    recovered = [
+        _plot(f"sensitivity-{i}", f"KL recovered for each MB: {one.name}", sensitivity, one)
+        for i, one in artifacts
+        if one.sensitivity
+    ]
+    return {"losses": [*errors, *routed], "sensitivity": recovered}
 
 
 def pictures(report: ValidationResult, keys: Sequence[str]) -> dict[str, tuple[str, bytes]]:
-    """Some of them for a page that takes no SVG: key -> title and PNG."""
+    """Some of the pictures for a page that takes no SVG: key -> title and PNG."""
     known = {
         "kl-by-level": ("KL by noise level", kl_by_level), "top-by-level": ("Agreement by noise level", top_by_level),
         "steps": ("Steps a canvas took", steps_histogram), "tasks": ("Exact answers by task", by_task),
@@ -117,12 +121,12 @@ def colour(index: int) -> str:
 
 
 def short(name: str, most: int = 22) -> str:
-    """For legends. A dollar sign would be mathematics."""
+    """A name for a legend. Dollar signs are escaped, which would begin mathematics."""
     return (name if len(name) <= most else name[: most - 1] + "…").replace("$", r"\$")
 
 
 def _triples(rows: Sequence[Sequence[float]]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Middles (n,), and how far the bounds are below and above (2, n)."""
+    """The figures (n,), and how far the bounds lie below and above (2, n)."""
     table = np.array(rows, dtype=float)
     return table[:, 0], np.clip(np.stack((table[:, 0] - table[:, 1], table[:, 2] - table[:, 0])), 0, None)
 
@@ -296,7 +300,7 @@ def _base(report: ValidationResult) -> FreeResult:
 
 
 def _points(axes: Axes, report: ValidationResult, x: Sequence[float], y: Sequence[Sequence[float]]) -> None:
-    """A point with bounds an artifact, its speed beside its name."""
+    """One point with its bounds for each artifact, whose speed stands beside its name."""
     middle, bounds = _triples(y)
     for i, one in enumerate(report.artifacts):
         label = f"{short(one.name)}: {one.free.tokens_per_second:.0f} tokens/s"

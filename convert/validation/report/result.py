@@ -294,15 +294,16 @@ class ValidationResult:
     @classmethod
     def from_json(cls, data: Json) -> ValidationResult:
         """Read to_json()'s mapping. ValueError (pydantic's ValidationError) names the key that is missing or wrong."""
-        return adapter(cls).validate_python(data)
+        result: ValidationResult = _adapter(cls).validate_python(data)
+        return result
 
 
 @cache
-def adapter(kind: type[T]) -> TypeAdapter[T]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
 def as_json(part: Any) -> Json:
     """A dataclass of this module as report.json has it; numbers are neither converted nor rounded."""
-    data: Json = adapter(type(part)).dump_python(part, by_alias=True)
+    data: Json = _adapter(type(part)).dump_python(part, by_alias=True)
     return data
