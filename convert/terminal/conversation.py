@@ -65,7 +65,8 @@ def converse(
     began = time.perf_counter()
     model = artifact.load(device, kind, activations, vram)
     loaded = round(time.perf_counter() - began, 3)
-    chat = Chat(model, artifact.tokenizer, artifact.generation, thinking=thinking, seed=seed, rng=rng, see=see)
+    tokenizer = artifact.tokenizer.thinking(thinking)
+    chat = Chat(model, tokenizer, artifact.generation, seed=seed, rng=rng, see=see)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     draw = sys.stdout.isatty() and not as_json
     for text in _typed() if terminal else _piped():

@@ -93,7 +93,7 @@ def generate_text(
 
     images: what they become is computed first, so that the vision tower is gone before the model is loaded.
     """
-    from dgq.runtime.engine.engine import generate
+    from dgq.runtime.engine.engine import Request, generate
     from dgq.runtime.files.images import placed
 
     device = chosen_device(device)
@@ -108,7 +108,8 @@ def generate_text(
     model = artifact.load(device, kind, activations, vram)
     loaded = time.perf_counter()
     with drawing(tokenizer, artifact, draw) as on_step:
-        result = generate(model, [ids], artifact.generation, max_new_tokens, seed, steps, on_step, rng=rng)
+        request = Request([ids], artifact.generation, max_new_tokens, seed, steps, rng)
+        result = generate(model, request, on_step)
     ended = time.perf_counter()
     text, thought = tokenizer.reply(result.tokens[0]) if chat else (tokenizer.decode(result.tokens[0]), "")
     return {
