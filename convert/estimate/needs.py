@@ -26,7 +26,7 @@ from dgq.convert.write.ram import RAM_BASE, converting_ram
 from dgq.convert.write.refine import refinable
 from dgq.runtime.files.mmproj import POOLING
 from dgq.runtime.model import layers
-from dgq.runtime.model.loading import TABLES, decodes
+from dgq.runtime.model.loading import decodes
 from dgq.runtime.model.memory import (
     CONTEXT,
     SHORT,
@@ -38,6 +38,7 @@ from dgq.runtime.model.memory import (
     working_bytes,
 )
 from dgq.runtime.model.placement import PLACES, place
+from dgq.runtime.model.products import TABLES
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import EMBEDDING, layer_of
 
