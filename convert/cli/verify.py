@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -57,5 +58,21 @@ def verify(
         pinned = source_revision(path, against) if published or revision is None else revision
         source = open_source(against, pinned, adapters=adapters)
         found |= verify_against(path, source, recipe, imatrix, sample, seed, threads)
-    console.print_json(found) if as_json else console.verified(artifact, found)
+    console.print_json(found) if as_json else _page(artifact, found)
     sys.exit(0 if found["ok"] else 1)
+
+
+def _page(artifact: str, result: dict[str, Any]) -> None:
+    """result: what verify() found, and verify_against()."""
+    from dgq.convert.terminal.console import err, following_run, out, size
+
+    for problem in result["problems"]:
+        err.print(problem, style="red")
+    if not result["ok"]:
+        out.print(f"{artifact}: {len(result['problems'])} problems")
+        return
+    out.print(f"{artifact}: {result['files']} files, {size(result['bytes'])}: every byte is what dgq.json says")
+    if "compared" in result:
+        aside = "; input scales were left out" if result["left_out"] else ""
+        out.print(f"{len(result['compared'])} weights quantised again from the source are the same bytes{aside}")
+    following_run(artifact)

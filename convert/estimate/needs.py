@@ -22,11 +22,11 @@ from dgq.convert.layerwise.samples import TOKENS
 from dgq.convert.plans import mmproj
 from dgq.convert.plans.plan import Plan, PlannedTensor
 from dgq.convert.write.pipeline import HEADER_ALLOWANCE
+from dgq.convert.write.ram import RAM_BASE, converting_ram
 from dgq.convert.write.refine import refinable
-from dgq.convert.write.slices import rows_at_once
 from dgq.runtime.files.mmproj import POOLING
 from dgq.runtime.model import layers
-from dgq.runtime.model.loading import TABLES, decodes, layer_of
+from dgq.runtime.model.loading import TABLES, decodes
 from dgq.runtime.model.memory import (
     CONTEXT,
     SHORT,
@@ -37,8 +37,9 @@ from dgq.runtime.model.memory import (
     widest,
     working_bytes,
 )
+from dgq.runtime.model.placement import PLACES, place
 from dgq.runtime.shape.config import ModelConfig
-from dgq.runtime.shape.names import EMBEDDING
+from dgq.runtime.shape.names import EMBEDDING, layer_of
 
 CONTEXTS = (4096, 32768, 131072, 262144)
 CARDS = (12, 16, 24, 32, 48, 80)  # GB as they are sold: GiB on the card
@@ -50,11 +51,6 @@ TILED = {
     "q6_k": 9.0, "q8_0": 8.5,
 }  # fmt: skip
 HOST_LINKS = {"PCIe 4 x16": 25e9, "PCIe 5 x16": 55e9}  # bytes a second from pinned memory: assumed, measured
-
-# Measured: Python with torch; and bytes for each element of the slices at work: as read, encoded, waiting to be written
-# (and, for ggml, in float32).
-RAM_BASE = 320 << 20
-RAM_ELEMENT = {"nvfp4": 8, "bnb4": 8, "gguf": 24}
 
 # Of a calibration over all weights: texts' prompts together, their canvas twice; each chat's prompt, and its drafts.
 PASSES = TEXTS // BATCH * 3 + CHATS // BATCH * (BATCH + DRAFTS)
@@ -130,28 +126,20 @@ class Runtime:
         of the model does not fit."""
         experts: dict[int, int] = {}
         for tensor in self.text:
-            if ".experts." in str(tensor.source):
-                layer = layer_of(str(tensor.source))
+            layer = layer_of(str(tensor.source))
+            if layer is not None and ".experts." in str(tensor.source):
                 experts[layer] = experts.get(layer, 0) + self._held(tensor, decode=False)
         others = self.weights(decodes(self.config, budget)) - sum(experts.values())
         room = budget - others - CONTEXT - working_bytes(self.config, SHORT)
-        if room < 2 * max(experts.values()):
+        if room < PLACES * max(experts.values()):
             return None
-        kept = largest = 0
-        away: list[int] = []
-        for layer, size in sorted(experts.items()):
-            largest = max(largest, size)
-            if kept + size <= (room - 2 * largest) * (layer + 1) / len(experts):
-                kept += size
-            else:
-                away.append(size)
-        copied = sum(away) if len(away) > 2 else 0
+        placement = place([size for _, size in sorted(experts.items())], len(experts), room)
         return {
-            "layers": len(away),
-            "host": sum(away),
-            "on_gpu": others + kept + min(2, len(away)) * largest,
-            "copied": copied,
-            "ms": {link: 1e3 * copied / speed for link, speed in HOST_LINKS.items()},
+            "layers": len(placement.waiting),
+            "host": sum(placement.waiting),
+            "on_gpu": others + placement.on_gpu,
+            "copied": placement.copied,
+            "ms": {link: 1e3 * placement.copied / speed for link, speed in HOST_LINKS.items()},
         }
 
 
@@ -170,12 +158,7 @@ def vision(plan: Plan) -> dict[str, int] | None:
 def ram(plan: Plan, threads: int) -> dict[str, int]:
     """Peak bytes of memory while converting on the CPU. For recipes with activations, calibrating comes first: its own
     arrays, and the checkpoint mapped, which is fast only as far as it stays in memory between the passes."""
-    slices: list[int] = []
-    for tensor in plan.weights:
-        row = tensor.numel // tensor.shape[0] if tensor.shape else 1
-        size = rows_at_once(tensor, "cpu") * row
-        slices += [size] * min(threads, -(-tensor.numel // size))
-    found = {"threads": threads, "convert": RAM_BASE + RAM_ELEMENT[plan.recipe.format] * sum(sorted(slices)[-threads:])}
+    found = {"threads": threads, "convert": converting_ram(plan, threads)}
     if plan.recipe.activations is not None:
         logits = 4 * BATCH * plan.source.config.canvas * plan.source.config.vocab
         found |= {
@@ -184,11 +167,6 @@ def ram(plan: Plan, threads: int) -> dict[str, int]:
             "calibrate_passes": PASSES,
         }
     return found
-
-
-def slices_ram(plan: Plan) -> tuple[int, int]:
-    """Bytes of RAM to convert without STATS: in any case, and for each thread at most."""
-    return RAM_BASE, ram(plan, 1)["convert"] - RAM_BASE
 
 
 def with_stats(plan: Plan) -> dict[str, dict[str, int]]:

@@ -8,7 +8,7 @@ from typing import Any
 from dgq.convert.plans.plan import tally
 from dgq.convert.source.checkpoint import Source, open_source
 from dgq.convert.source.hub import fetch_artifact, is_hub_id
-from dgq.convert.verification.generate import is_artifact, published
+from dgq.convert.source.models import is_artifact, published
 from dgq.convert.verification.template import template_remarks
 from dgq.convert.write.provenance import FILE, coverage_of
 from dgq.quant.errors import InputError
