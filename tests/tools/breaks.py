@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -85,7 +86,7 @@ class Tree:
         package.mkdir(parents=True)
         for room in HOUSE:
             (package / room).symlink_to(self.path / room)
-        self._original = ""
+        self._original, self._is_new_folder = "", False
         self._environment = {**os.environ, "PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"}
         found = self._python("-c", "import dgq.quant; print(dgq.quant.__file__)", limit=SECONDS).stdout.strip()
         if not Path(found).resolve().is_relative_to(self.path.resolve()):
@@ -96,6 +97,7 @@ class Tree:
     def change(self, one: Break) -> None:
         """Put the break into the tree."""
         path = self.path / one.file
+        self._is_new_folder = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._original = path.read_text("utf-8") if one.old is not None else ""
         path.write_text(one.new if one.old is None else self._original.replace(one.old, one.new), "utf-8")
@@ -105,9 +107,7 @@ class Tree:
         """The tree as it was before the last change."""
         path = self.path / one.file
         if one.old is None:
-            path.unlink()
-            if not any(path.parent.glob("*.py")):
-                shutil.rmtree(path.parent)
+            shutil.rmtree(path.parent) if self._is_new_folder else path.unlink()
         else:
             path.write_text(self._original, "utf-8")
             self._forget(path)
@@ -118,14 +118,17 @@ class Tree:
         return self._python("-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *first, *nodes, limit=limit)
 
     def _python(self, *arguments: str, limit: float) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.path,
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=limit,
-        )
+        """Python in the copy. What it started ends with it, also when its time is over."""
+        command, pipe = [sys.executable, *arguments], subprocess.PIPE
+        with subprocess.Popen(
+            command, cwd=self.path, env=self._environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        ) as process:
+            try:
+                output, errors = process.communicate(timeout=limit)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     def _forget(self, path: Path) -> None:
         """Python takes compiled code for current if the source's second and size are those it knows."""
