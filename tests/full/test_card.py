@@ -17,7 +17,7 @@ from kinds import write_kinds
 from markdown_it import MarkdownIt
 from test_publish import report
 
-from dgq.convert.publication.publish import Asked, Ready, prepare
+from dgq.convert.publication.prepare import CardOptions, Ready, prepare
 
 pytestmark = pytest.mark.xdist_group("card")
 FORMATS = {"bnb4": "bnb4", "nvfp4": "nvfp4", "q4_k_m": "gguf",
@@ -87,7 +87,7 @@ def numbers(text: str) -> set[str]:
 def test_every_number_is_in_its_json(twice: list[Path]) -> None:
     root = twice[0]
     for name in FORMATS:
-        ready = prepare(root / name, "a/b", Asked([report(root, name)], "apache-2.0"), lambda n, file: None)
+        ready = prepare(root / name, "a/b", CardOptions([report(root, name)], "apache-2.0"), lambda n, file: None)
         text = ready.card.split("---\n", 2)[2]
         text = re.sub(r"SHA-256|BF16", "", text)
         said = json.loads(ready.contents["manifest.json"])["card"]

@@ -37,7 +37,7 @@ import dgq.convert.write.slices as slices
 from dgq.convert.cli.__main__ import main
 from dgq.convert.source import hashes
 from dgq.convert.terminal import console
-from dgq.convert.verification.verify import verify
+from dgq.convert.verification.files import check_files
 from dgq.convert.write import provenance
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_writer import shards
@@ -390,7 +390,7 @@ def test_sigkill_after_the_rename(recipe: str, source: Path, tmp_path: Path, who
     """The artifact is there; the journal that is left disturbs nobody."""
     out = tmp_path / "out"
     assert killed(source, out, recipe, Path, "rename", 1, after=True)
-    assert contents(out) == whole(recipe) and verify(out, 1, lambda n, name: None)["ok"]
+    assert contents(out) == whole(recipe) and check_files(out, 1, lambda n, name: None).ok
     assert "exists already" in error_of(*arguments(source, out, recipe))
     shutil.rmtree(out)
     assert "going on" not in convert(source, out, recipe).stderr
@@ -619,7 +619,7 @@ def test_the_order_of_syncs(
     def renaming(self: Path, target: Path) -> Path:
         nonlocal renamed
         renamed += target == out
-        assert verify(self, 1, lambda n, name: None)["ok"]
+        assert check_files(self, 1, lambda n, name: None).ok
         assert {str(file) for file in partial.iterdir()} <= synced
         assert path.exists() and not out.exists()
         synced.clear()
@@ -858,8 +858,8 @@ def meanwhile(moment: str, act: Callable[[], object]) -> Iterator[None]:
     acted = False
 
     @contextmanager
-    def bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        def advance(nbytes: int, name: str) -> None:
+    def bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
+        def advance(done: int, total: int, name: str) -> None:
             nonlocal acted
             if not acted and (moment == "first" or name == moment):
                 acted = True
@@ -868,7 +868,7 @@ def meanwhile(moment: str, act: Callable[[], object]) -> Iterator[None]:
         yield advance
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console, "bar", bar)
+        patch.setattr(console, "byte_bar", bar)
         yield
     assert acted
 
@@ -1002,7 +1002,7 @@ def test_a_reader_never_meets_half_an_artifact(source: Path, tmp_path: Path, mon
         while not out.exists() and not over.is_set():
             looks += 1
             over.wait(0.001)
-        problems = verify(out, 1, lambda n, name: None)["problems"]
+        problems = check_files(out, 1, lambda n, name: None).problems
 
     reader = threading.Thread(target=look)
     monkeypatch.setattr(os, "fsync", lambda file: (over.wait(0.002), fsync(file))[1])

@@ -35,7 +35,7 @@ from dgq.convert.layerwise.stream import Stream
 from dgq.convert.plans.plan import make_plan
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.checkpoint import Source, open_source
-from dgq.convert.verification.generate import open_model
+from dgq.convert.source.models import open_model
 from dgq.convert.write import pipeline, refine
 from dgq.convert.write.refine import LEAN, Hessians
 from dgq.convert.write.slices import Options

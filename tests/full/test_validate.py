@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import error_of
 
 from dgq.convert.cli.__main__ import main
+from dgq.convert.source.models import open_model
 from dgq.convert.validation import free, questions
 from dgq.convert.validation.judge import Lazy, Options
-from dgq.convert.verification.generate import open_model
 from dgq.runtime.engine.plain import Plain
 from dgq.runtime.model.model import Model
 from dgq.runtime.model.session import Session
@@ -320,7 +320,7 @@ def test_a_dropped_model_is_gone() -> None:
     gc.disable()
     try:
         model = lazy.model
-        model.session = Session(Plain(model), 1, 512, lazy._artifact.generation.sampler)  # as on a GPU
+        model.keep_session(Session(Plain(model), 1, 512, lazy._artifact.generation.sampler))  # as on a GPU
         gone = weakref.ref(model)
         del model
         lazy.drop()

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dgq.convert.cli.__main__ import main
+from dgq.convert.source.models import open_model
 from dgq.convert.validation.questions import LEVELS, canvases, questions
-from dgq.convert.verification.generate import open_model
 
 pytestmark = pytest.mark.xdist_group("validate-meter")
 transformers: Any = pytest.importorskip("transformers")
