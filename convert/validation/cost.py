@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dgq.convert.resume.work import Found, numbers
+from dgq.convert.resume.work import UnitResult, numbers
 from dgq.runtime.engine.engine import Step, generate
 from dgq.runtime.model.model import Model
 from dgq.runtime.shape.settings import GenerationConfig
@@ -23,7 +23,7 @@ STATUS = Path("/proc/self/status")
 
 def cost(
     load: Callable[[], Model], prompt: Sequence[int], generation: GenerationConfig, device: str
-) -> tuple[Model, Found]:
+) -> tuple[Model, UnitResult]:
     """Load a model and time it: the model, and load_s, step_ms, bytes of its weights in memory, and peak_bytes: on a
     GPU what torch allocated at its peak, elsewhere by how much the process grew at its peak."""
     before = _watermark(device)

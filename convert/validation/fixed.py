@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dgq.convert.layerwise.measure import Head, compare
-from dgq.convert.resume.work import Found
+from dgq.convert.resume.work import UnitResult
 from dgq.convert.validation.questions import LEVELS, Question, canvases
 from dgq.runtime.engine.batch import encode_each
 from dgq.runtime.model.cache import Cache
@@ -25,7 +25,7 @@ from dgq.runtime.model.sampler import temperature
 from dgq.runtime.shape.settings import SamplerConfig
 
 
-def states(model: Model, questions: Sequence[Question], rows: range, seed: int) -> Found:
+def states(model: Model, questions: Sequence[Question], rows: range, seed: int) -> UnitResult:
     """The reference's states at a batch: "states" (levels, 2, rows, canvas, hidden) in the model's dtype; of the two,
     the second is conditioned on the first one's logits."""
     cache = _encoded(model, questions, rows)
@@ -39,7 +39,7 @@ def states(model: Model, questions: Sequence[Question], rows: range, seed: int) 
 def measured(
     model: Model, reference: Head, wanted: Tensor, questions: Sequence[Question], rows: range, seed: int,
     sampler: SamplerConfig, levels: Sequence[int] = range(len(LEVELS)),
-) -> Found:  # fmt: skip
+) -> UnitResult:  # fmt: skip
     """A model at a batch, beside the reference's states (levels, 2, rows, canvas, hidden): "measures" (levels asked
     for, 2, measures, rows, canvas) float32. levels: which of LEVELS."""
     cache = _encoded(model, questions, rows)

@@ -11,15 +11,14 @@ same command goes on where it broke off, and under torchrun units are dealt out 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import distributed as dist
 
-from dgq.convert.resume.journal import check_target
+from dgq.convert.resume.ranks import process_group
+from dgq.convert.resume.target import check_target
 from dgq.convert.resume.work import Work
 from dgq.convert.source.checkpoint import Source
 from dgq.convert.source.hashes import dgq_version
@@ -46,16 +45,8 @@ def validate(
 ) -> Json | None:  # fmt: skip
     """Judge artifacts and write the report to the directory `out`; the content of its report.json, None in all
     processes of torchrun but the first. Without artifacts only the reference `file` is made."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several:
-        dist.init_process_group("gloo")
-        if options.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    try:
+    with process_group(options.device):
         return _validate(asked, against, out, file, gate, options, advance, notice, revision, adapters)
-    finally:
-        if several:
-            dist.destroy_process_group()
 
 
 def _validate(
@@ -87,29 +78,22 @@ def _validate(
             notice(f"{name}: {line}")
     if kept is not None:
         _check_kept(kept, file, source, options)
-    work = Work(target, _identity(asked, artifacts, source, kept, file, options), advance, notice)
-    work.total = _units(source, artifacts, kept, options)
-    try:
+    with Work(target, _identity(asked, artifacts, source, kept, file, options), advance, notice) as work:
+        work.total = _units(source, artifacts, kept, options)
         reference = kept or _reference(source, against, options, work)
         if kept is None and file is not None and work.rank == 0:
             reference.save(file)
         judges = [Judge(name, artifact, reference, source, options, work) for name, artifact in artifacts.items()]
         report = {**_about(reference, source, options), "artifacts": [judge.judged(gate) for judge in judges]}
-    except InputError:
-        work.remove_if_empty()
-        raise
-    for one in report["artifacts"]:
-        one["remarks"] = list(remarks[one["name"]])
-    if judges:
-        _beside(report, reference, judges, source)
-    if work.rank == 0 and out is not None:
-        from dgq.convert.validation.report import write  # brings matplotlib
+        for one in report["artifacts"]:
+            one["remarks"] = list(remarks[one["name"]])
+        if judges:
+            _beside(report, reference, judges, source)
+        if work.rank == 0 and out is not None:
+            from dgq.convert.validation.report import write  # brings matplotlib
 
-        write(report, out)
-    if work.world > 1:
-        dist.barrier()
-    work.remove()
-    return report if work.rank == 0 else None
+            write(report, out)
+        return report if work.rank == 0 else None
 
 
 def _beside(report: Json, reference: Reference, judges: list[Judge], source: Artifact | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgq.convert.resume.work import Found
+from dgq.convert.resume.work import UnitResult
 from dgq.convert.validation.questions import BATCH_LOGITS, Question
 from dgq.runtime.engine.engine import generate
 from dgq.runtime.model.model import Model
@@ -29,7 +29,7 @@ def free_batches(questions: Sequence[Question], texts: int, canvas: int, vocab: 
 def run(
     model: Model, generation: GenerationConfig, questions: Sequence[Question], rows: Sequence[int], seed: int,
     blocks: int,
-) -> Found:  # fmt: skip
+) -> UnitResult:  # fmt: skip
     """Answer a batch. rows: the questions' numbers, and their random streams'.
 
     canvases (rows, tokens) int64 as committed, steps (rows, blocks) int64, -1 where the answer had ended; seconds.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dgq.convert.layerwise.measure import MEASURES, Head
-from dgq.convert.resume.work import Found, Work
+from dgq.convert.resume.work import UnitResult, Work
 from dgq.convert.source.hashes import describe
 from dgq.convert.validation import losses, scores
 from dgq.convert.validation.cost import cost
@@ -86,7 +86,7 @@ class Lazy:
             self._model = self._load(kernels=False)  # whose parts can be put back
         return self._model
 
-    def cost(self, prompt: tuple[int, ...]) -> Found:
+    def cost(self, prompt: tuple[int, ...]) -> UnitResult:
         """Load it and see what that costs."""
         self.drop()
         model, found = cost(self._load, prompt, self._artifact.generation, self._options.device)
@@ -170,7 +170,7 @@ class Judge:
         self._measures = scores.joined(results, count)
         return scores.fixed(self._measures, self.reference.questions)
 
-    def _measured(self, model: Model, unit: int, levels: Sequence[int] = range(len(LEVELS))) -> Found:
+    def _measured(self, model: Model, unit: int, levels: Sequence[int] = range(len(LEVELS))) -> UnitResult:
         reference = self.reference
         sampler = SamplerConfig(**reference.about["generation"]["sampler"])
         return measured(model, self._head, reference.states(unit), reference.questions, reference.batches[unit],
@@ -214,7 +214,7 @@ class Judge:
         source, several = self.source, self._layered()
         assert source is not None
 
-        def one(unit: int) -> Found:
+        def one(unit: int) -> UnitResult:
             chunk = losses.layer_chunk(self.reference.questions, several[unit], self.seed, source.config.vocab)
             activations = self.options.activations if self._scaled else None
             return losses.layer_errors(source, self.artifact, chunk, self.options.device, self.options.precision,
@@ -243,7 +243,7 @@ class Judge:
         base = _kl(self._measures[list(levels)][:, :, :, :count])
         return scores.sensitivity(base, put_back, found)
 
-    def _with_part(self, with_part: _With, levels: Sequence[int], unit: int) -> Found:
+    def _with_part(self, with_part: _With, levels: Sequence[int], unit: int) -> UnitResult:
         return self._measured(with_part.model, unit, levels)
 
 

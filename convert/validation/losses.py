@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dgq.convert.layerwise.chunk import Chunk
 from dgq.convert.layerwise.stream import LayerOf, Stream
-from dgq.convert.resume.work import Found
+from dgq.convert.resume.work import UnitResult
 from dgq.convert.validation.questions import LEVELS, Question, canvases
 from dgq.quant.types import Packed
 from dgq.runtime.files.artifact import Artifact
@@ -39,7 +39,7 @@ def stages(names: Sequence[str], layers: int) -> list[list[str]]:
 
 def weight_errors(
     source: Mapping[str, Packed], other: Mapping[str, Packed], names: Sequence[str], device: str
-) -> Found:
+) -> UnitResult:
     """Of each tensor: "NAME" float64 (4,): relative error, that of the worst expert, that expert, the same without its
     magnitude; "NAME.gain" (2,): the least and the largest gain of a block."""
     found = {}
@@ -118,7 +118,7 @@ def layer_chunk(questions: Sequence[Question], rows: range, seed: int, vocab: in
 @torch.inference_mode()
 def layer_errors(
     source: Artifact, other: Artifact, chunk: Chunk, device: str, dtype: torch.dtype, activations: str | None
-) -> Found:
+) -> UnitResult:
     """Sums over a chunk's tokens, float64: "wrong" and "whole" (layers, parts), squares; "overlap" (layers, 3): chosen
     experts in common, on the reference's residual and each on its own, and in all; "chosen" (2, layers, experts):
     tokens of each expert, the reference's and the other's, on their own residuals."""
@@ -148,7 +148,7 @@ def layer_errors(
     return found
 
 
-def _router(a: LayerOf, b: LayerOf, mixed: Tensor, drifted: Tensor, found: Found, index: int) -> None:
+def _router(a: LayerOf, b: LayerOf, mixed: Tensor, drifted: Tensor, found: UnitResult, index: int) -> None:
     right, given, own = a.layer.route(mixed)[0], b.layer.route(mixed)[0], b.layer.route(drifted)[0]
     common = [float((right.unsqueeze(-1) == side.unsqueeze(-2)).sum()) for side in (given, own)]
     found["overlap"][index] = torch.tensor([*common, float(right.numel())], dtype=torch.float64)
