@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import click
 
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM, stop
+from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
 
 
 @click.command()
@@ -57,10 +56,9 @@ def calibrate(
 ) -> None:
     """Find out what goes through each weight of SRC, for `convert --stats`. Goes on where it broke off."""
     import dgq.convert.calibration.calibrate as calibration
-    from dgq.convert.terminal import console, show_stats
+    from dgq.convert.cli import statistics_page
+    from dgq.convert.terminal import console
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
     options = calibration.CalibrateOptions(
         prompts=prompts, seed=seed, rounds=rounds, trajectories=trajectories, imatrix=imatrix, revision=revision,
         adapters=adapters, device=device, ram=ram, vram=vram,
@@ -68,4 +66,4 @@ def calibrate(
     with console.count_bar("calibrating") as advance:
         about = calibration.calibrate(src, out, options, advance, console.note)
     if about is not None:
-        console.print_json(about) if as_json else show_stats.calibrated(src, out, about)
+        console.print_json(about) if as_json else statistics_page.calibrated(src, out, about)

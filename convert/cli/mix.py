@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import signal
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
-from dgq.convert.source.sizes import Size
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM, stop
+from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
+from dgq.convert.terminal.sizes import Size
 
 
 @click.command()
@@ -63,8 +62,6 @@ def mix(
     import dgq.convert.mixture.mix as mixture
     from dgq.convert.terminal import console
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
     options = mixture.MixOptions(
         nbytes=nbytes, prompts=prompts, seed=seed, groups=groups, chunks=chunks, revision=revision, adapters=adapters,
         device=device, threads=threads, ram=ram, vram=vram,
