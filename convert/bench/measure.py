@@ -22,9 +22,9 @@ from dgq.convert.bench.shapes import RandomWeights, plan_of_shapes
 from dgq.convert.estimate.needs import Runtime
 from dgq.convert.source.models import open_model
 from dgq.quant.errors import InputError
-from dgq.runtime.engine.engine import Block, stream
+from dgq.runtime.engine.engine import Block, Request, stream
 from dgq.runtime.model.loading import decodes
-from dgq.runtime.model.model import Model
+from dgq.runtime.model.model import LoadOptions, Model
 from dgq.runtime.shape.settings import GenerationConfig
 
 WARM, TIMED = 2, 4  # blocks
@@ -46,7 +46,8 @@ def bench_shapes(shapes: str, scheme: str, load: BenchLoad, ceilings: Ceilings, 
     experts are chosen as unevenly as words. Adds made_s, seconds, and planned, the bytes that `dgq plan` gives."""
     plan = plan_of_shapes(shapes, scheme)
     config, weights = plan.source.config, RandomWeights(plan, "cuda", zipf)
-    model, seconds = _loaded(lambda: Model(config, weights, "cuda", source=f"random {shapes}", vram=load.vram))
+    limits = LoadOptions(vram=load.vram)
+    model, seconds = _loaded(lambda: Model(config, weights, "cuda", source=f"random {shapes}", options=limits))
     runtime, decoded = Runtime.of(plan), decodes(config, _memory(load))
     needed = runtime.vram(load.context + (WARM + TIMED) * config.canvas, load.rows)
     planned = needed["decoded" if decoded else "total"]
@@ -124,7 +125,7 @@ def _timed(model: Model, generation: GenerationConfig, load: BenchLoad) -> _Time
 
     def run(blocks: int) -> Iterator[float]:
         wanted = (WARM + TIMED) * config.canvas
-        for event in stream(model, prompts, generation, wanted, seed=1, every_step=False):
+        for event in stream(model, Request(prompts, generation, wanted, seed=1), every_step=False):
             assert isinstance(event, Block)
             yield time.perf_counter()
             if event.block == blocks - 1:

@@ -26,7 +26,7 @@ from dgq.convert.write.ram import RAM_BASE, converting_ram
 from dgq.convert.write.refine import refinable
 from dgq.runtime.files.mmproj import POOLING
 from dgq.runtime.model import layers
-from dgq.runtime.model.loading import TABLES, decodes
+from dgq.runtime.model.loading import decodes
 from dgq.runtime.model.memory import (
     CONTEXT,
     SHORT,
@@ -38,6 +38,7 @@ from dgq.runtime.model.memory import (
     working_bytes,
 )
 from dgq.runtime.model.placement import PLACES, place
+from dgq.runtime.model.products import TABLES
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import EMBEDDING, layer_of
 
@@ -149,24 +150,24 @@ def vision(plan: Plan) -> dict[str, int] | None:
     tower = [tensor for tensor in plan.weights if tensor.vision]
     if not tower:
         return None
-    said = mmproj.described(plan.source)
-    patches = mmproj.soft_tokens(plan.source) * said.count("pooling_kernel_size", POOLING) ** 2
-    image = WIDTH * patches * (3 * said.count("intermediate_size") + 6 * said.count("hidden_size"))
+    tower_config = mmproj.described(plan.source)
+    patches = mmproj.soft_tokens(plan.source) * tower_config.count("pooling_kernel_size", POOLING) ** 2
+    image = WIDTH * patches * (3 * tower_config.count("intermediate_size") + 6 * tower_config.count("hidden_size"))
     return {"weights": sum(WIDTH * tensor.numel for tensor in tower), "image": image}
 
 
 def ram(plan: Plan, threads: int) -> dict[str, int]:
     """Peak bytes of memory while converting on the CPU. For recipes with activations, calibrating comes first: its own
     arrays, and the checkpoint mapped, which is fast only as far as it stays in memory between the passes."""
-    found = {"threads": threads, "convert": converting_ram(plan, threads)}
+    needed = {"threads": threads, "convert": converting_ram(plan, threads)}
     if plan.recipe.activations is not None:
         logits = 4 * BATCH * plan.source.config.canvas * plan.source.config.vocab
-        found |= {
+        needed |= {
             "calibrate": RAM_BASE + 2 * logits + 2 * 4 * layers.DECODE_BUDGET,
             "calibrate_mapped": sum(spec.stop - spec.start for spec in plan.source.text.values()),
             "calibrate_passes": PASSES,
         }
-    return found
+    return needed
 
 
 def with_stats(plan: Plan) -> dict[str, dict[str, int]]:
@@ -174,18 +175,18 @@ def with_stats(plan: Plan) -> dict[str, dict[str, int]]:
     calibrate, convert: the least; at_once: from which on a layer's Hessians are made in one go. scratch: disk for the
     time of the conversion, beside the artifact, with all the samples that are used."""
     todo = [tensor for tensor in plan.tensors if refinable(tensor)]
-    found = {}
+    needs_by_device = {}
     for device in ("cpu", "cuda") if todo else ():
         needed = Needs(plan.source, device, Sizes.most(plan.source.config), todo)
         moments = needed.moments()
         sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
-        found[device] = {
+        needs_by_device[device] = {
             "scratch": TOKENS * needed.scratch,
             "calibrate": max(sums["head"], sums["layer"]),
             "convert": max(sums.values()),
             "at_once": max(sums.values()) + needed.hessians - moments["way back"]["Hessians"],
         }
-    return found
+    return needs_by_device
 
 
 def disk(plan: Plan) -> dict[str, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgq.convert.run.request import OpenedRun
-from dgq.runtime.engine.engine import generate
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.images import placed
 
 if TYPE_CHECKING:
@@ -37,10 +37,8 @@ def answer(
     ready = time.perf_counter()
     model = run.load()
     loaded = time.perf_counter()
-    result = generate(
-        model, [ids], artifact.generation, request.max_new_tokens, request.seed, request.steps, on_step,
-        rng=request.rng,
-    )  # fmt: skip
+    asked = Request([ids], artifact.generation, request.max_new_tokens, request.seed, request.steps, request.rng)
+    result = generate(model, asked, on_step)
     ended = time.perf_counter()
     tokens = result.tokens[0]
     text, thought = tokenizer.reply(tokens) if request.chat else (tokenizer.decode(tokens), "")

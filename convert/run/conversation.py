@@ -23,7 +23,8 @@ class Conversation:
         tower. InputError for a template that knows no thinking, and for everything that is wrong with the images."""
         request, artifact = run.request, run.artifact
         # This refuses a template that does not fit now, and not after the model was loaded.
-        artifact.tokenizer.thinking(request.thinking).render([{"role": "user", "content": ""}])
+        tokenizer = artifact.tokenizer.thinking(request.thinking)
+        tokenizer.render([{"role": "user", "content": ""}])
         self._run, self.artifact = run, artifact
         # A bounded GPU holds the model alone. The tower is loaded for a picture that is new, and gone again after it.
         place = run.device if request.vram is None else "cpu"
@@ -32,10 +33,8 @@ class Conversation:
         for image in images:
             self.show(image)
         began = time.perf_counter()
-        self._chat = Chat(
-            run.load(), artifact.tokenizer, artifact.generation, thinking=request.thinking, seed=request.seed,
-            rng=request.rng, see=self._prompt,
-        )  # fmt: skip
+        model = run.load()
+        self._chat = Chat(model, tokenizer, artifact.generation, seed=request.seed, rng=request.rng, see=self._prompt)
         self._load_s = round(time.perf_counter() - began, 3)
 
     def show(self, image: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from dgq.convert.resume.work import Found, numbers
-from dgq.runtime.engine.engine import Step, generate
+from dgq.runtime.engine.engine import Request, Step, generate
 from dgq.runtime.model.model import Model
 from dgq.runtime.shape.settings import GenerationConfig
 
@@ -41,7 +41,7 @@ def cost(
         _wait(device)
         at.append(time.perf_counter())
 
-    generate(model, [prompt], replace(generation, sampler=endless), model.config.canvas, 0, on_step=on_step)
+    generate(model, Request([prompt], replace(generation, sampler=endless), model.config.canvas, 0), on_step=on_step)
     gaps = [1000 * (b - a) for a, b in pairwise(at[1:])]
     peak = _peak(device) - before
     return model, numbers(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dgq.convert.resume.work import Found
 from dgq.convert.validation.questions import BATCH_LOGITS, Question
-from dgq.runtime.engine.engine import generate
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.model.model import Model
 from dgq.runtime.shape.settings import GenerationConfig
 
@@ -41,7 +41,7 @@ def run(
     prompts = [questions[row].prompt for row in rows]
     tokens = blocks * model.config.canvas
     began = time.perf_counter()
-    result = generate(model, prompts, generation, tokens, seed, rows=rows)
+    result = generate(model, Request(prompts, generation, tokens, seed, rows=rows))
     seconds = time.perf_counter() - began
     steps = torch.full((len(rows), blocks), -1)
     for row, took in enumerate(result.steps):

@@ -320,7 +320,7 @@ def test_a_dropped_model_is_gone() -> None:
     gc.disable()
     try:
         model = lazy.model
-        model.session = Session(Plain(model), 1, 512, lazy._artifact.generation.sampler)  # as on a GPU
+        model.keep_session(Session(Plain(model), 1, 512, lazy._artifact.generation.sampler))  # as on a GPU
         gone = weakref.ref(model)
         del model
         lazy.drop()

@@ -23,14 +23,17 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
 from dataclasses import dataclass
-from importlib.util import cache_from_source
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HOUSE = ("convert", "quant", "recipes", "runtime")
@@ -85,17 +88,13 @@ class Tree:
         package.mkdir(parents=True)
         for room in HOUSE:
             (package / room).symlink_to(self.path / room)
-        self._original = ""
-        self._environment = {**os.environ, "PYTHONPATH": str(package.parent), "OMP_NUM_THREADS": "1"}
-        found = self._python("-c", "import dgq.quant; print(dgq.quant.__file__)", limit=SECONDS).stdout.strip()
-        if not Path(found).resolve().is_relative_to(self.path.resolve()):
-            raise SystemExit(
-                f"dgq is imported from {found}, not from the copy; uninstall it, or use another environment"
-            )
+        self._original, self._is_new_folder = "", False
+        self._package, self._output = package.parent, folder / "output"
 
     def change(self, one: Break) -> None:
         """Put the break into the tree."""
         path = self.path / one.file
+        self._is_new_folder = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._original = path.read_text("utf-8") if one.old is not None else ""
         path.write_text(one.new if one.old is None else self._original.replace(one.old, one.new), "utf-8")
@@ -105,27 +104,36 @@ class Tree:
         """The tree as it was before the last change."""
         path = self.path / one.file
         if one.old is None:
-            path.unlink()
-            if not any(path.parent.glob("*.py")):
-                shutil.rmtree(path.parent)
+            shutil.rmtree(path.parent) if self._is_new_folder else path.unlink()
         else:
             path.write_text(self._original, "utf-8")
             self._forget(path)
 
-    def run(self, nodes: list[str], limit: float) -> subprocess.CompletedProcess[str]:
-        """The tests by pytest's names, up to the first failure if there is one name."""
-        first = ["-x"] if len(nodes) == 1 else []
-        return self._python("-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", *first, *nodes, limit=limit)
+    def run(self, nodes: list[str], limit: float) -> tuple[int | None, list[str]]:
+        """pytest's exit code, None if it took longer than `limit` seconds, and the lines it printed. One test is run up
+        to its first failure. The process is forked, because importing torch takes longer than most of the tests do."""
+        child = os.fork()
+        if not child:
+            code = 70
+            try:
+                code = self._in_child(["-q", "-rfE", "-p", "no:cacheprovider", *["-x"] * (len(nodes) == 1), *nodes])
+            finally:
+                os._exit(code)
+        code = _waited(child, limit)
+        return code, self._output.read_text("utf-8", "replace").splitlines()
 
-    def _python(self, *arguments: str, limit: float) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.path,
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=limit,
-        )
+    def _in_child(self, arguments: list[str]) -> int:
+        """Run pytest on the copy, in a process group of its own, its output in a file."""
+        os.setsid()
+        os.chdir(self.path)
+        output = os.open(self._output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream, target in enumerate((os.open(os.devnull, os.O_RDONLY), output, output)):
+            os.dup2(target, stream)
+        os.environ["PYTHONPATH"] = str(self._package)
+        sys.path[0] = str(self._package)
+        found = find_spec("dgq.quant")
+        assert found and Path(str(found.origin)).resolve().is_relative_to(self.path.resolve()), "dgq lies elsewhere"
+        return int(pytest.main(arguments))
 
     def _forget(self, path: Path) -> None:
         """Python takes compiled code for current if the source's second and size are those it knows."""
@@ -133,32 +141,55 @@ class Tree:
             Path(cache_from_source(str(path))).unlink(missing_ok=True)
 
 
+def _waited(child: int, limit: float) -> int | None:
+    """A child's exit code; None if it had to be killed, with all that it had started."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
 def unsound(tree: Tree, chosen: list[Break]) -> set[str]:
     """Of the tests of these breaks those that fail on the tree as it is, or are not there."""
     names = {test: node(test, tree.path) for one in chosen for test in one.tests}
     nodes = sorted({path for path in names.values() if path is not None})
-    lines = tree.run(nodes, SECONDS * max(1, len(nodes))).stdout.splitlines() if nodes else []
+    lines = tree.run(nodes, SECONDS * len(nodes))[1] if nodes else []
     failed = [line.partition(" ")[2] for line in lines if line.startswith(("FAILED ", "ERROR "))]
     return {test for test, path in names.items() if path is None or any(one.startswith(path) for one in failed)}
 
 
 def tried(tree: Tree, one: Break) -> str:
     """caught, survived or unfinished: what its tests say of the tree with this break in it."""
+    nodes = [path for test in one.tests if (path := node(test, tree.path)) is not None]
     tree.change(one)
     try:
-        nodes = [path for test in one.tests if (path := node(test, tree.path)) is not None]
-        ended = tree.run(nodes, SECONDS)
-    except subprocess.TimeoutExpired:
-        return "unfinished"
+        code, _ = tree.run(nodes, SECONDS)
     finally:
         tree.restore(one)
-    return {0: "survived", 1: "caught"}.get(ended.returncode, "unfinished")
+    return {0: "survived", 1: "caught"}.get(70 if code is None else code, "unfinished")
 
 
 def table(chosen: list[Break]) -> None:
     print("| kind | break | file | caught by |\n|---|---|---|---|")
     for one in chosen:
         print(f"| {one.kind} | {one.name} | {one.file} | {', '.join(one.tests)} |")
+
+
+def _prepare() -> None:
+    """What every test needs, imported once, under the environment that tests/conftest.py wants before that."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    import safetensors.torch  # noqa: F401
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
 
 
 def main() -> int:
@@ -175,6 +206,7 @@ def main() -> int:
         table(chosen)
         return 0
     began = time.monotonic()
+    _prepare()
     results: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory(prefix="breaks-") as folder:
         tree = Tree(Path(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import pytest
 
 import dgq.convert
 
+FUNCTIONS = [name for name in dgq.convert.PUBLIC if name[0].islower()]
+OPTIONS = [name for name in dgq.convert.PUBLIC if name[0].isupper()]
 
-@pytest.mark.parametrize("name", dgq.convert.PUBLIC)
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_each_public_function_is_typed_and_documented(name: str) -> None:
     function = getattr(dgq.convert, name)
     assert function.__module__ == dgq.convert.PUBLIC[name] and function.__name__ == name
@@ -22,6 +26,16 @@ def test_each_public_function_is_typed_and_documented(name: str) -> None:
     assert signature.return_annotation is not inspect.Signature.empty
     assert all(one.annotation is not inspect.Parameter.empty for one in signature.parameters.values())
     assert len(signature.parameters) <= 7
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_have_defaults_and_say_what_they_are(name: str) -> None:
+    options = getattr(dgq.convert, name)()
+    described = inspect.getdoc(type(options)) or ""
+    missing = [one.name for one in dataclasses.fields(options) if one.name not in described]
+    assert not missing, f"not described: {missing}"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.device = "cpu"
 
 
 def test_a_type_checker_is_told_of_the_same_functions() -> None:
