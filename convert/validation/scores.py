@@ -235,7 +235,8 @@ def layers(results: Sequence[Mapping[str, Tensor]]) -> tuple[LayerError, ...]:
         rows.append(LayerError(
             attention=parts["attention"], dense_mlp=parts["dense MLP"], experts=parts["experts"],
             output=parts["output"], accumulated=parts["accumulated"], layer=i, router_overlap=float(overlap[i, 0]),
-            router_overlap_own=float(overlap[i, 1]), tokens=chosen[0, i].tolist(), tokens_artifact=chosen[1, i].tolist(),
+            router_overlap_own=float(overlap[i, 1]), tokens=chosen[0, i].tolist(),
+            tokens_artifact=chosen[1, i].tolist(),
         ))  # fmt: skip
     return tuple(rows)
 

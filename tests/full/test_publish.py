@@ -62,7 +62,8 @@ def report(root: Path, *names: str, ok: bool = True) -> Path:
                                         "same_canvases": same},
     } for name in names]  # fmt: skip
     about = {"dgq": "0.1.0", "device": "CPU", "dtype": "torch.float32", "quick": True, "seed": 0, "activations": None,
-             "levels": [0.25, 0.5, 0.75, 1.0], "ok": ok, "texts": [{"group": "sum", "prompt": "private words", "answer": None, "reference": "1", "written": {}}],
+             "levels": [0.25, 0.5, 0.75, 1.0], "ok": ok,
+             "texts": [{"group": "sum", "prompt": "private words", "answer": None, "reference": "1", "written": {}}],
              "questions": {"names": [str(root / "prompts.jsonl")], "questions": 24, "sha256": "", "run_freely": 8},
              "reference": {"name": str(root / "source"), "bytes": 9, "free": free, "cost": cost,
                            "dtype": "torch.float32", "device": "CPU", "weights_compared": False}}  # fmt: skip
