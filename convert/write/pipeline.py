@@ -30,7 +30,8 @@ from dgq.convert.plans.gguf_metadata import metadata
 from dgq.convert.plans.mmproj import metadata as vision_metadata
 from dgq.convert.plans.plan import Plan
 from dgq.convert.resume import journal
-from dgq.convert.resume.journal import Journal, check_target
+from dgq.convert.resume.journal import Journal
+from dgq.convert.resume.target import check_target
 from dgq.convert.source.hashes import describe, dgq_version, digest
 from dgq.convert.write import provenance
 from dgq.convert.write.hf_artifact import DirWriter, write_configs
