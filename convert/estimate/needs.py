@@ -26,7 +26,7 @@ from dgq.convert.write.refine import refinable
 from dgq.convert.write.slices import rows_at_once
 from dgq.runtime.files.mmproj import POOLING
 from dgq.runtime.model import layers
-from dgq.runtime.model.loading import TABLES, decodes, layer_of
+from dgq.runtime.model.loading import decodes, layer_of
 from dgq.runtime.model.memory import (
     CONTEXT,
     SHORT,
@@ -44,11 +44,6 @@ CONTEXTS = (4096, 32768, 131072, 262144)
 CARDS = (12, 16, 24, 32, 48, 80)  # GB as they are sold: GiB on the card
 WIDTH = 2  # bytes of an activation
 
-# Bits a weight takes for the kernels. NF4's maxima are bfloat16 where the weights were, and take two words elsewhere.
-TILED = {
-    "bf16": 16.0, "f16": 16.0, "f32": 16.0, "nvfp4": 4.5, "nf4": 4.25, "nf4_dq": 4.5, "q4_k": 5.0, "q5_0": 5.5,
-    "q6_k": 9.0, "q8_0": 8.5,
-}  # fmt: skip
 HOST_LINKS = {"PCIe 4 x16": 25e9, "PCIe 5 x16": 55e9}  # bytes a second from pinned memory: assumed, measured
 
 # Measured: Python with torch; and bytes for each element of the slices at work: as read, encoded, waiting to be written
@@ -121,8 +116,8 @@ class Runtime:
             if decode or "router" in str(tensor.source):
                 return WIDTH * tensor.numel
             if tensor.source == EMBEDDING:
-                return tensor.nbytes if tensor.scheme.name in TABLES else WIDTH * tensor.numel
-        return int(TILED[tensor.scheme.name] * tensor.numel) // 8
+                return tensor.nbytes if tensor.scheme.gpu.embedding else WIDTH * tensor.numel
+        return int(tensor.scheme.gpu.bits * tensor.numel) // 8
 
     def offloaded(self, budget: int) -> dict[str, Any] | None:
         """What `--vram` of so many bytes costs: layers whose experts wait in host memory, bytes that every step copies,

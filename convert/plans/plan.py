@@ -24,8 +24,7 @@ from dgq.quant.files.hf_writer import entry_bytes
 from dgq.quant.formats.bnb import BitsAndBytes
 from dgq.quant.formats.modelopt import Modelopt
 from dgq.quant.formats.own_layout import ONLY_DGQ, OwnLayout
-from dgq.quant.schemes.ggml import Q8_0
-from dgq.quant.schemes.nvfp4 import NVFP4
+from dgq.quant.schemes.ggml.q8_0 import Q8_0
 from dgq.quant.types import Entry, Layout, Scheme
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import ROPE_FREQS, VISION, gguf_name
@@ -55,7 +54,7 @@ class PlannedTensor:
     @property
     def is_whole(self) -> bool:
         """Whether its rows share a scale, so that they are quantised together."""
-        return self.scheme is NVFP4 and len(self.shape) == 2
+        return self.scheme.whole and len(self.shape) == 2
 
     @property
     def vision(self) -> bool:

@@ -24,7 +24,7 @@ MAX_RECIPE = 1 << 20  # bytes
 
 # What each format can store. 16 bits is BF16 where transformers reads it.
 FORMAT_SCHEMES = {
-    "gguf": {"bf16", "f16", "f32", "q4_k", "q5_0", "q6_k", "q8_0"},
+    "gguf": {"bf16", "f16", "f32", "q4_k", "q5_0", "q6_k", "q8_0", "iq4_nl"},
     "nvfp4": {"bf16", "nvfp4"},
     "nvfp4 in dgq's own layout": {"bf16", "nvfp4", "q8_0"},
     "bnb4": {"bf16", "nf4", "nf4_dq"},

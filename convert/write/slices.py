@@ -25,7 +25,6 @@ from dgq.quant.files.imatrix import Imatrix
 from dgq.quant.types import Packed, Scheme
 from dgq.runtime.files import mmproj
 
-SEARCHED = ("nvfp4", "nf4")  # by effort fast; ggml's own search leaves nothing to gain without data
 CALIBRATED = ("standard", "max")  # efforts that take STATS
 SLICE = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements quantised at a time, or one expert: 4 and 64 MiB of float32
 
@@ -127,7 +126,7 @@ def slices(
     scale = scales.values.get(tensor.name) if scales else None
     length = tensor.shape[0] if tensor.shape else 1
     rows = rows or rows_at_once(tensor, options.device)
-    searched = options.effort == "fast" and scheme.name in SEARCHED
+    searched = options.effort == "fast" and scheme.searched
     for start in range(0, length, rows):
         part = slice(start, min(start + rows, length))
         columns = importance[part] if importance is not None and importance.dim() == 2 else importance

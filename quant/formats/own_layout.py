@@ -22,7 +22,7 @@ import torch
 
 from dgq.quant.errors import InputError
 from dgq.quant.formats.modelopt import Modelopt
-from dgq.quant.schemes.ggml import Q8_0
+from dgq.quant.schemes.ggml.q8_0 import Q8_0
 from dgq.quant.schemes.nvfp4 import NVFP4
 from dgq.quant.types import Entry, Packed, Scheme, Stored
 

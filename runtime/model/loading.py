@@ -32,7 +32,6 @@ from dgq.runtime.shape.names import DECODER, EMBEDDING, expected_tensors
 if TYPE_CHECKING:
     from dgq.runtime.kernels.dense import Gated, Linear, Table
 
-TABLES = ("q6_k", "q8_0")  # schemes that the embedding stays in
 READERS = 4  # threads, and weights ahead of the one that is being repacked
 
 # Products below "layers.N." or "self_conditioning.", and their weights.
@@ -260,7 +259,7 @@ def in_order_again(x: Tensor, width: int) -> Tensor:
 def _table(weight: Packed) -> tuple[Tensor | Table, Packed]:
     from dgq.runtime.kernels.dense import Table
 
-    if weight.scheme.name in TABLES:
+    if weight.scheme.gpu.embedding:
         return Table.of(weight), weight
     plain = _plain(weight)
     return plain.parts[""], plain

@@ -35,7 +35,7 @@ from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.checkpoint import open_source
 from dgq.convert.source.sizes import Size
 from dgq.convert.write.refine import refinable, refined
-from dgq.convert.write.slices import SEARCHED, Options, slices
+from dgq.convert.write.slices import Options, slices
 
 LAYERS, FULL = 30, 5
 FORMATS = {"nvfp4-w4a16": "nvfp4", "bnb4": "bnb4", "q4_k_m": "gguf"}
@@ -139,7 +139,7 @@ def main() -> None:
                 "projected_26b_s": round(layers + once),
                 "slowest": sorted(((round(s, 2), n) for n, s in spent.items()), reverse=True)[:4],
             }  # fmt: skip
-            if any(tensor.scheme.name in SEARCHED for tensor in todo):
+            if any(tensor.scheme.searched for tensor in todo):
                 began = clock(options.device)
                 count = 0
                 for tensor in [t for t in todo if f"layers.{options.layers - 1}." in t.name]:

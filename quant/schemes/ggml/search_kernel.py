@@ -1,7 +1,7 @@
-"""ggml's searches for the scale of a block (ggml_search.py), in one launch each, for error feedback (Triton).
+"""ggml's searches for the scale of a block (search.py), in one launch each, for error feedback (Triton).
 
 The same candidates are tried by the same formulas; sums go over a block in any order and products may be fused, so
-that where two candidates are nearly as good the other one may win. Where bytes must be ggml's, ggml_search.py is used.
+that where two candidates are nearly as good the other one may win. Where bytes must be ggml's, search.py is used.
 
 A program takes BLOCKS blocks, one a thread, whose positions stay in registers: tiles (positions, BLOCKS).
 """
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgq.quant.schemes.ggml_search import GROUP_MAX_EPS
+from dgq.quant.schemes.ggml.search import GROUP_MAX_EPS
 
 BLOCKS, WARPS = 32, 1
 _EPS = tl.constexpr(GROUP_MAX_EPS)
