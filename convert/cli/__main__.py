@@ -146,9 +146,9 @@ def convert(
     from dgq.convert.source.hub import is_hub_id
     from dgq.convert.terminal import console
     from dgq.convert.write import pipeline
-    from dgq.convert.write.input_scales import find_input_scales
+    from dgq.convert.write.input_scales import requested
     from dgq.convert.write.refine import refinable
-    from dgq.convert.write.slices import CALIBRATED, Options
+    from dgq.convert.write.settings import CALIBRATED, ConversionSettings
     from dgq.quant.files.imatrix import read_imatrix
 
     effort = effort or ("standard" if stats else "stock" if imatrix else "fast")
@@ -173,10 +173,10 @@ def convert(
         console.notices(planned)
     budget = Budget(ram, vram)
     threads = budget.threads(threads or os.cpu_count() or 1, *needs.slices_ram(planned), device)
-    options = Options(
+    options = ConversionSettings(
         effort, read_imatrix(imatrix) if imatrix else None, threads, device,
-        read_stats(stats, planned.source) if stats else None, input_scale,
-        find_input_scales(planned, input_scale, device), budget,
+        read_stats(stats, planned.source) if stats else None,
+        requested(planned, input_scale), budget,
     )  # fmt: skip
     with console.bar("converting", planned.nbytes) as advance:
         done = pipeline.convert(planned, out, options, advance, console.note)

@@ -9,7 +9,6 @@ from dgq.convert.plans.plan import make_plan
 from dgq.convert.plans.recipes import recipes
 from dgq.convert.source.checkpoint import Source
 from dgq.quant.errors import InputError
-from dgq.quant.formats.own_layout import ONLY_DGQ
 
 
 def choices(source: Source) -> dict[str, dict[str, Any]]:
@@ -28,7 +27,7 @@ def choices(source: Source) -> dict[str, dict[str, Any]]:
             "bytes": plan.nbytes,
             "bits_per_weight": round(8 * plan.nbytes / plan.params, 4),
             "quantized_share": round(plan.quantized_share, 6),
-            "opens_in": ONLY_DGQ if recipe.layout else None,
+            "opens_in": recipe.writes.opens_in,
             "vram": needed["total"],
             "fits": needed["fits"],
         }

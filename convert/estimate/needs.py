@@ -20,13 +20,14 @@ from dgq.convert.calibration.activations import BATCH, CHATS, DRAFTS, TEXTS
 from dgq.convert.layerwise.memory import Needs, Sizes
 from dgq.convert.layerwise.samples import TOKENS
 from dgq.convert.plans import mmproj
-from dgq.convert.plans.plan import Plan, PlannedTensor
+from dgq.convert.plans.plan import Plan
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.write.pipeline import HEADER_ALLOWANCE
 from dgq.convert.write.refine import refinable
 from dgq.convert.write.slices import rows_at_once
 from dgq.runtime.files.mmproj import POOLING
 from dgq.runtime.model import layers
-from dgq.runtime.model.loading import decodes, layer_of
+from dgq.runtime.model.loading import decodes
 from dgq.runtime.model.memory import (
     CONTEXT,
     SHORT,
@@ -38,7 +39,7 @@ from dgq.runtime.model.memory import (
     working_bytes,
 )
 from dgq.runtime.shape.config import ModelConfig
-from dgq.runtime.shape.names import EMBEDDING
+from dgq.runtime.shape.names import EMBEDDING, layer_of
 
 CONTEXTS = (4096, 32768, 131072, 262144)
 CARDS = (12, 16, 24, 32, 48, 80)  # GB as they are sold: GiB on the card
@@ -49,7 +50,6 @@ HOST_LINKS = {"PCIe 4 x16": 25e9, "PCIe 5 x16": 55e9}  # bytes a second from pin
 # Measured: Python with torch; and bytes for each element of the slices at work: as read, encoded, waiting to be written
 # (and, for ggml, in float32).
 RAM_BASE = 320 << 20
-RAM_ELEMENT = {"nvfp4": 8, "bnb4": 8, "gguf": 24}
 
 # Of a calibration over all weights: texts' prompts together, their canvas twice; each chat's prompt, and its drafts.
 PASSES = TEXTS // BATCH * 3 + CHATS // BATCH * (BATCH + DRAFTS)
@@ -125,8 +125,8 @@ class Runtime:
         of the model does not fit."""
         experts: dict[int, int] = {}
         for tensor in self.text:
-            if ".experts." in str(tensor.source):
-                layer = layer_of(str(tensor.source))
+            layer = layer_of(str(tensor.source))
+            if layer is not None and ".experts." in str(tensor.source):
                 experts[layer] = experts.get(layer, 0) + self._held(tensor, decode=False)
         others = self.weights(decodes(self.config, budget)) - sum(experts.values())
         room = budget - others - CONTEXT - working_bytes(self.config, SHORT)
@@ -170,7 +170,7 @@ def ram(plan: Plan, threads: int) -> dict[str, int]:
         row = tensor.numel // tensor.shape[0] if tensor.shape else 1
         size = rows_at_once(tensor, "cpu") * row
         slices += [size] * min(threads, -(-tensor.numel // size))
-    found = {"threads": threads, "convert": RAM_BASE + RAM_ELEMENT[plan.recipe.format] * sum(sorted(slices)[-threads:])}
+    found = {"threads": threads, "convert": RAM_BASE + plan.format.ram_element * sum(sorted(slices)[-threads:])}
     if plan.recipe.activations is not None:
         logits = 4 * BATCH * plan.source.config.canvas * plan.source.config.vocab
         found |= {

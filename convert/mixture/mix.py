@@ -29,9 +29,11 @@ import torch
 from dgq.convert.layerwise.budget import UNSAID, Budget
 from dgq.convert.layerwise.samples import chunks, documents
 from dgq.convert.mixture.trials import Meter, Trial, batches
-from dgq.convert.plans.plan import Plan, PlannedTensor, layout_of, make_plan
-from dgq.convert.plans.recipe import Recipe, Rule, layer_of
+from dgq.convert.plans.formats import FORMATS, Directory, mixed_format
+from dgq.convert.plans.plan import Plan, make_plan
+from dgq.convert.plans.recipe import Recipe, Rule
 from dgq.convert.plans.recipes import DEFAULTS, find_recipe
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.resume.journal import check_target
 from dgq.convert.resume.work import Found, Work
 from dgq.convert.source.checkpoint import Source
@@ -39,14 +41,11 @@ from dgq.convert.source.hashes import dgq_version
 from dgq.quant.errors import InputError, printable
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Scheme
-from dgq.runtime.shape.names import EMBEDDING, gguf_name
+from dgq.runtime.shape.names import EMBEDDING, layer_of
 
 Format = Literal["gguf", "nvfp4", "bnb4"]
 BF16 = "bf16"
-LADDERS = {"gguf": ("q4_k", "q5_0", "q6_k", "q8_0"), "nvfp4": ("nvfp4", "q8_0"), "bnb4": ("nf4",)}
-OTHERWISE = {"q4_k": "q5_0", "q6_k": "q8_0"}
-ROUTER = {"gguf": "*.ffn_gate_inp.weight", "nvfp4": "*.router.*", "bnb4": "*.router.*"}
-FILE_TYPES = {"q4_k": 15, "q5_0": 8, "q6_k": 18, "q8_0": 7, "bf16": 32}  # llama.cpp's LLAMA_FTYPE_MOSTLY_…
+LADDERS = {each.name: each.ladder for each in FORMATS if each.in_mix}
 EACH_LAYER, GROUPS = 8, 5  # layers up to which each is a group of its own; groups of more
 STATES = 1 << 15  # beginnings of a choice that are kept
 
@@ -193,7 +192,7 @@ def _part(name: str, weights: list[str], source: Source, to: Format) -> Part:
     trials: dict[str, Trial] = {}
     sizes = {BF16: sum(2 * math.prod(source.text[weight].shape) for weight in weights)}
     for scheme in LADDERS[to]:
-        each = [_placed(to, w, source.text[w].shape, s) for w in weights for s in (scheme, OTHERWISE.get(scheme))]
+        each = [_placed(to, w, source.text[w].shape, s) for w in weights for s in (scheme, _fallback(scheme))]
         placed = {one.name: one for one in reversed(each) if one is not None}  # the scheme itself before the other one
         trial = {weight: placed[weight].scheme for weight in weights if weight in placed}
         if len(trial) == len(weights) and trial not in trials.values():
@@ -207,11 +206,18 @@ def _placed(to: Format, name: str, shape: tuple[int, ...], scheme: str | None) -
     """The weight as the format stores it in a scheme, if it can."""
     if scheme is None or shape[-1] % SCHEMES[scheme].block:
         return None
-    if to == "gguf":
+    form = mixed_format(to)
+    if not isinstance(form, Directory):
         return PlannedTensor(name, name, shape, SCHEMES[scheme])
-    layout = layout_of(recipe(to, {name: SCHEMES[scheme]}), {name: SCHEMES[scheme]})
+    layout = form.layout({name: SCHEMES[scheme]}, False)
     held = layout.holds(name, shape)
     return PlannedTensor(name, name, shape, SCHEMES[scheme], layout.entries(name, shape)) if held else None
+
+
+def _fallback(scheme: str) -> str | None:
+    """The scheme of about as many bits for rows that this one's blocks do not divide."""
+    kind = SCHEMES[scheme].ggml
+    return kind.fallback if kind else None
 
 
 def _assigned(several: Sequence[Part], schemes: Sequence[str]) -> dict[str, Scheme]:
@@ -250,9 +256,9 @@ def choose(options: Sequence[Sequence[Option]], room: int) -> list[int]:
 
 def recipe(to: Format, schemes: dict[str, Scheme]) -> Recipe:
     """That gives these weights (canonical names) these schemes, and leaves the rest as it is."""
-    plain = "f32" if to == "gguf" else BF16
-    own = {(gguf_name(name) or name) if to == "gguf" else name: scheme.name for name, scheme in schemes.items()}
-    found = [Rule(match="*", scheme=plain, max_dims=1), Rule(match=ROUTER[to], scheme=plain)]
+    form = mixed_format(to)
+    own = {form.artifact_name(name): scheme.name for name, scheme in schemes.items()}
+    found = [Rule(match="*", scheme=form.plain, max_dims=1), Rule(match=form.router, scheme=form.plain)]
     kinds: dict[str, dict[str, str]] = {}
     for name, scheme in own.items():
         kinds.setdefault(_pattern(name), {})[name] = scheme
@@ -263,8 +269,8 @@ def recipe(to: Format, schemes: dict[str, Scheme]) -> Recipe:
     found.append(Rule(match="*", scheme=BF16))
     most = Counter(own.values()).most_common(1)[0][0]
     return Recipe(
-        name="mixed", format=to, layout="dgq" if to == "nvfp4" else None, label="mixed",
-        description="mixed by measured loss", file_type=FILE_TYPES[most] if to == "gguf" else 0, max_16bit_share=1,
+        name="mixed", format=to, layout=form.variant, label="mixed",
+        description="mixed by measured loss", file_type=form.file_type(SCHEMES[most]), max_16bit_share=1,
         rule=tuple(found),
     )  # fmt: skip
 

@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dgq.convert.plans.plan import Plan, rope_freqs_length
+from dgq.convert.plans.formats import rope_freqs_length
+from dgq.convert.plans.plan import Plan
 from dgq.convert.source.checkpoint import Source
 from dgq.quant.errors import InputError
 from dgq.quant.files.gguf_file import KV

@@ -20,7 +20,7 @@ from typing import Any
 
 from dgq.convert.calibration.stats import FLOOR
 from dgq.convert.estimate.needs import Runtime
-from dgq.convert.plans.plan import PlannedTensor
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.validation.report import triple
 from dgq.quant.errors import printable
 from dgq.quant.formats.own_layout import ONLY_DGQ

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from dgq.convert.validation.gate import Gate, Json, Line, differences
 from dgq.quant.schemes.registry import stored_bits
+from dgq.runtime.shape.names import layer_of
 
 INSIDE = {".self_attn.": "attention", ".mlp.": "dense MLP", ".experts.": "experts"}  # a layer's tensors -> its part
 CONDITIONED = 3  # times the KL without self-conditioning: then it is to blame
@@ -120,7 +121,7 @@ def _plain_parts(limit: float, found: Json, rows: list[Json]) -> Line:
     """A part whose weights are the source's has the source's output, unless it is computed otherwise."""
     key = f"layers.plain_error <= {limit:g}"
     quantised = {
-        (int(name.split(".layers.")[1].split(".")[0]), part)
+        (layer_of(name), part)
         for name, scheme in found["schemes"].items()
         for inside, part in INSIDE.items()
         if inside in name and stored_bits(scheme) < 16

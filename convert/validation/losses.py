@@ -23,7 +23,7 @@ from dgq.quant.types import Packed
 from dgq.runtime.files.artifact import Artifact
 from dgq.runtime.files.weights import Weights
 from dgq.runtime.model.layers import DECODE_BUDGET
-from dgq.runtime.shape.names import DECODER, ENCODER
+from dgq.runtime.shape.names import DECODER, ENCODER, layer_of
 
 PARTS = ("attention", "dense MLP", "experts", "output", "accumulated")
 GAIN_BLOCK = 32  # weights at most that share a gain
@@ -33,7 +33,7 @@ ASKED = 0.05  # of the mean energy of the tensor's blocks: less, and a block's g
 def stages(names: Sequence[str], layers: int) -> list[list[str]]:
     """Tensors that are compared in one unit: those outside the layers, then those of each layer, both sides."""
     of_layers = [(f"{DECODER}layers.{i}.", f"{ENCODER}layers.{i}.") for i in range(layers)]
-    outside = [name for name in names if ".layers." not in name]
+    outside = [name for name in names if layer_of(name) is None]
     return [outside, *([name for name in names if name.startswith(prefixes)] for prefixes in of_layers)]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from dgq.quant.schemes.registry import stored_bits
 from dgq.quant.types import Packed
 from dgq.runtime.files.artifact import Artifact
-from dgq.runtime.shape.names import EMBEDDING, VISION
+from dgq.runtime.shape.names import EMBEDDING, VISION, layer_of
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def part_of(name: str) -> str:
     if name == EMBEDDING:
         return "embedding"
     if ".experts." in name:
-        return f"experts {name.split('.layers.')[1].split('.')[0]}"
+        return f"experts {layer_of(name)}"
     named = {".self_attn.": "attention", ".mlp.": "dense MLP", ".self_conditioning.": "self-conditioning",
              ".router.": "router"}  # fmt: skip
     return next((words for key, words in named.items() if key in name), "norms and scalars")

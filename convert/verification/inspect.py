@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dgq.convert.plans.plan import tally
+from dgq.convert.plans.tensors import tally
 from dgq.convert.source.checkpoint import Source, open_source
 from dgq.convert.source.hub import fetch_artifact, is_hub_id
 from dgq.convert.verification.generate import is_artifact, published

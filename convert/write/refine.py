@@ -30,12 +30,14 @@ from dgq.convert.layerwise.passes import Passes, Rows
 from dgq.convert.layerwise.samples import used
 from dgq.convert.layerwise.steady import one_thread, shared_out
 from dgq.convert.layerwise.stream import Stream
-from dgq.convert.plans.plan import Plan, PlannedTensor
-from dgq.convert.write.slices import InputScales, Options, Slice, slices
+from dgq.convert.plans.plan import Plan
+from dgq.convert.plans.tensors import PlannedTensor
+from dgq.convert.write.settings import ConversionSettings, InputScales
+from dgq.convert.write.slices import Slice, slices
 from dgq.quant.errors import InputError
 from dgq.quant.feedback.feedback import by_matrix, feedback
 from dgq.quant.types import Packed, Scheme
-from dgq.runtime.shape.names import DECODER, EMBEDDING
+from dgq.runtime.shape.names import EMBEDDING, layer_of
 
 LEAN = 1024.0
 SWEEPS = {"standard": 0, "max": 2}
@@ -124,24 +126,24 @@ def refinable(tensor: PlannedTensor) -> bool:
 
 
 def refined(
-    plan: Plan, todo: list[PlannedTensor], options: Options, scratch: Path, scales: InputScales | None,
+    plan: Plan, todo: list[PlannedTensor], settings: ConversionSettings, scratch: Path, scales: InputScales | None,
     step: Callable[[str], None],
 ) -> Iterator[tuple[Slice, Packed]]:  # fmt: skip
-    """The slices of `todo`, quantised; those of a weight in order, weights from the last layer to the first. options:
+    """The slices of `todo`, quantised; those of a weight in order, weights from the last layer to the first. settings:
     with stats; scratch: where hidden states may lie; step: told what is being done."""
-    source, stats = plan.source, options.stats
+    source, stats = plan.source, settings.stats
     if stats is None or not todo:
         return
-    chunks, dtype = used(stats.chunks), _dtype(options.device)
-    room = check_memory(plan, todo, options)
-    stream = Stream(source.config, Rows(source), options.device, dtype)
+    chunks, dtype = used(stats.chunks), _dtype(settings.device)
+    room = check_memory(plan, todo, settings)
+    stream = Stream(source.config, Rows(source), settings.device, dtype)
     wanted: dict[int | str, list[PlannedTensor]] = {}
     for tensor in todo:
         wanted.setdefault(_stage(str(tensor.source)), []).append(tensor)
     layers = len(source.config.layers)
     with ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile(dir=scratch, buffering=0)) for _ in range(layers + 2)]
-        pool = stack.enter_context(one_thread(options.device))
+        pool = stack.enter_context(one_thread(settings.device))
         passes = Passes(stream, chunks, range(len(chunks)), files[0], files[1:])
         with shared_out(pool):
             step("samples, first pass")
@@ -158,24 +160,24 @@ def refined(
                 break
             tensors = wanted.get(stage, [])
             sense = Hessians(source.config.experts)
-            parts = trips(tensors, options.device, room)
+            parts = trips(tensors, settings.device, room)
             for number, part in enumerate(parts, 1):
                 step(f"samples, back to {stage}" + (f", {number} of {len(parts)}" if len(parts) > 1 else ""))
                 sense.watch(part)
                 with shared_out(pool):
                     passes.back(stage, sense, again=number < len(parts))
-                if options.device == "cuda":
+                if settings.device == "cuda":
                     torch.cuda.empty_cache()  # activations make room for matrices
                 for tensor in tensors:
                     if str(tensor.source) in part:
-                        yield from _quantised(plan, tensor, part[str(tensor.source)], sense, options, scales, pool)
+                        yield from _quantised(plan, tensor, part[str(tensor.source)], sense, settings, scales, pool)
 
 
-def check_scratch(plan: Plan, todo: list[PlannedTensor], options: Options, scratch: Path) -> None:
+def check_scratch(plan: Plan, todo: list[PlannedTensor], settings: ConversionSettings, scratch: Path) -> None:
     """InputError if the samples' hidden states do not fit on the disk beside what `todo` will be."""
-    assert options.stats is not None
-    tokens = sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in used(options.stats.chunks))
-    states = tokens * Needs(plan.source, options.device, Sizes.of(options.stats.chunks)).scratch
+    assert settings.stats is not None
+    tokens = sum(chunk.run_tokens for chunk in used(settings.stats.chunks))
+    states = tokens * Needs(plan.source, settings.device, Sizes.of(settings.stats.chunks)).scratch
     free = shutil.disk_usage(scratch).free
     if free < states + sum(tensor.nbytes for tensor in todo):
         raise InputError(
@@ -184,11 +186,13 @@ def check_scratch(plan: Plan, todo: list[PlannedTensor], options: Options, scrat
         )
 
 
-def check_memory(plan: Plan, todo: list[PlannedTensor], options: Options) -> int:
+def check_memory(plan: Plan, todo: list[PlannedTensor], settings: ConversionSettings) -> int:
     """Bytes there are for Hessians. InputError if the budget does not hold what `todo` takes."""
-    assert options.stats is not None
-    sizes = Sizes.of(used(options.stats.chunks))
-    return options.budget.room(Needs(plan.source, options.device, sizes, todo), options.device, "converting with STATS")
+    assert settings.stats is not None
+    sizes = Sizes.of(used(settings.stats.chunks))
+    return settings.budget.room(
+        Needs(plan.source, settings.device, sizes, todo), settings.device, "converting with STATS"
+    )
 
 
 def _dtype(device: str) -> torch.dtype:
@@ -202,22 +206,23 @@ def _place(stage: int | str, layers: int) -> int:
 def _stage(name: str) -> int | str:
     if name == EMBEDDING:
         return "leave"
-    return int(name.removeprefix(DECODER + "layers.").split(".")[0]) if ".layers." in name else "enter"
+    layer = layer_of(name)
+    return "enter" if layer is None else layer
 
 
 def _quantised(
-    plan: Plan, tensor: PlannedTensor, part: slice, sense: Hessians, options: Options, scales: InputScales | None,
+    plan: Plan, tensor: PlannedTensor, part: slice, sense: Hessians, settings: ConversionSettings, scales: InputScales | None,
     pool: Executor | None,
 ) -> Iterator[tuple[Slice, Packed]]:  # fmt: skip
     """Of a matrix everything, of experts those of `part`."""
     name, columns = str(tensor.source), tensor.shape[-1]
-    for job in slices(plan, tensor, options, scales, at_once(tensor, options.device)):
+    for job in slices(plan, tensor, settings, scales, at_once(tensor, settings.device)):
         if len(tensor.shape) == 3 and not part.start <= job.part.start < part.stop:
             continue
         inputs, outputs = sense.of(name, job.part)
         if tensor.source == EMBEDDING:  # a head to some, a table of vectors to others
             inputs = inputs + inputs.diagonal(dim1=1, dim2=2).mean() * torch.eye(columns, device=inputs.device)
-        quantise = partial(_few_at_once, inputs, outputs, job.scheme, SWEEPS[options.effort], pool)
+        quantise = partial(_few_at_once, inputs, outputs, job.scheme, SWEEPS[settings.effort], pool)
         yield job, job.quantised(partial(by_matrix, quantise))
 
 

@@ -25,8 +25,9 @@ from dgq.convert.layerwise.chunk import Chunk
 from dgq.convert.layerwise.memory import Hessian, Needs, Sizes, at_once, trips
 from dgq.convert.layerwise.passes import Rows
 from dgq.convert.layerwise.stream import Stream
-from dgq.convert.plans.plan import Plan, PlannedTensor, make_plan
+from dgq.convert.plans.plan import Plan, make_plan
 from dgq.convert.plans.recipes import find_recipe
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.source.checkpoint import Source, open_source
 from dgq.convert.source.sizes import Size, shown
 from dgq.convert.write import refine
