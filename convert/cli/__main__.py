@@ -7,7 +7,6 @@ Exit codes: 0 done, 1 a check failed, 2 bad input or usage, 130 interrupted.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Literal
@@ -22,7 +21,7 @@ from dgq.convert.cli.validate import validate
 from dgq.convert.cli.verify import verify
 from dgq.convert.source.sizes import Size
 from dgq.convert.terminal.errors import OneLineErrors
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM, stop
+from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
 from dgq.quant.errors import InputError
 
 # Before torch is imported: OpenMP threads that spin while they wait make small products a hundred times slower as soon
@@ -158,8 +157,6 @@ def convert(
         )
     if imatrix and effort != "stock":
         raise InputError(f"--imatrix: weighs the columns of effort stock, not of {effort}")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
     out = out.expanduser()
     check_target(out)
     device = chosen_device(device)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import click
 
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM, stop
+from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
 
 
 @click.command()
@@ -62,8 +61,6 @@ def calibrate(
     from dgq.convert.source.device import chosen_device
     from dgq.convert.terminal import console, show_stats
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
     with console.count_bar("calibrating") as advance:
         found = calibrated(
             open_source(src, revision, adapters=adapters), out.expanduser(), prompts, seed, rounds,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from dgq.convert.terminal.options import JSON, stop
+from dgq.convert.terminal.options import JSON
 from dgq.quant.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,8 +46,6 @@ def publish(
 
     if len(artifacts) > 1 and not collection:
         raise InputError(f"{len(artifacts)} artifacts: give --all to publish them as a collection")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
     flow.check_repo(repo)
     asked = flow.Asked(reports, licence, licence_file, os.cpu_count() or 1)
     repos = flow.names(artifacts, repo) if collection else [repo]

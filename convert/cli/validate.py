@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 
 import click
 
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, REVISION, stop
+from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, REVISION
 
 
 @click.command()
@@ -65,8 +64,6 @@ def validate(
     from dgq.convert.validation.gate import read_gate
     from dgq.convert.validation.judge import Options
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
     precision = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     options = Options(prompts, seed, quick, chosen_device(device), precision, activations)
     limits = read_gate(gate)

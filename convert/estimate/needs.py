@@ -38,6 +38,7 @@ from dgq.runtime.model.memory import (
     widest,
     working_bytes,
 )
+from dgq.runtime.model.placement import PLACES, place
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import EMBEDDING, layer_of
 
@@ -130,23 +131,15 @@ class Runtime:
                 experts[layer] = experts.get(layer, 0) + self._held(tensor, decode=False)
         others = self.weights(decodes(self.config, budget)) - sum(experts.values())
         room = budget - others - CONTEXT - working_bytes(self.config, SHORT)
-        if room < 2 * max(experts.values()):
+        if room < PLACES * max(experts.values()):
             return None
-        kept = largest = 0
-        away: list[int] = []
-        for layer, size in sorted(experts.items()):
-            largest = max(largest, size)
-            if kept + size <= (room - 2 * largest) * (layer + 1) / len(experts):
-                kept += size
-            else:
-                away.append(size)
-        copied = sum(away) if len(away) > 2 else 0
+        placement = place([size for _, size in sorted(experts.items())], len(experts), room)
         return {
-            "layers": len(away),
-            "host": sum(away),
-            "on_gpu": others + kept + min(2, len(away)) * largest,
-            "copied": copied,
-            "ms": {link: 1e3 * copied / speed for link, speed in HOST_LINKS.items()},
+            "layers": len(placement.waiting),
+            "host": sum(placement.waiting),
+            "on_gpu": others + placement.on_gpu,
+            "copied": placement.copied,
+            "ms": {link: 1e3 * placement.copied / speed for link, speed in HOST_LINKS.items()},
         }
 
 

@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 
 from dgq.convert.layerwise.chunk import Chunk, Sense, Tapped, Watch
-from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.model.attention import encoder_mask, rope_frequencies, rope_tables
 from dgq.runtime.model.block import Layer
-from dgq.runtime.model.layers import Observer, embed, gated_mlp, head, head_gradient, rms_norm, soft_embed
+from dgq.runtime.model.layers import Observer, decoded, embed, gated_mlp, head, head_gradient, rms_norm, soft_embed
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER
 
@@ -40,7 +39,6 @@ FEED_TOKENS = {
     "cpu": 1 << 11,
     "cuda": 1 << 13,
 }  # through a layer's second half at once; of the 26B each holds 0.6 MB
-_PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class _Keys:
@@ -186,8 +184,7 @@ class Stream:
         weight = self._weights[name].to(self.device)
         if len(weight.shape) < 2 or weight.scheme.name == "bf16":
             return weight
-        scale = {part: value for part, value in weight.parts.items() if part == "input_scale"}
-        return Packed(SCHEMES[_PLAIN[self.dtype]], weight.shape, {"": weight.dequantize(self.dtype)} | scale)
+        return decoded(weight, self.dtype)
 
 
 class LayerOf:

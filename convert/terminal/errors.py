@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from dgq.convert.terminal.signals import unwind_on_signals
 from dgq.quant.errors import InputError
 
 
@@ -16,6 +17,7 @@ class OneLineErrors(click.Group):
     """Bad input ends in one line and exit code 2, whatever command it came from."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        unwind_on_signals()
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()  # here and not at exit, where a full disk would end in a traceback

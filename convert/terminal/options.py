@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -30,8 +29,3 @@ RAM = click.option(
 )
 VRAM = click.option("--vram", type=Size(), help="The same for the GPU's memory.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, and nothing for people.")
-
-
-def stop(number: int, frame: object) -> None:
-    """SIGTERM and SIGHUP unwind the program, so that a partial artifact is removed."""
-    sys.exit(128 + number)

@@ -22,7 +22,7 @@ from torch.nn import functional
 from dgq.quant.schemes.nf4 import NF4, NF4Scheme
 from dgq.quant.types import Packed
 from dgq.runtime.kernels import dense_kernels
-from dgq.runtime.kernels.repack import COLUMNS, ROWS, Tiles, in_order, tile
+from dgq.runtime.kernels.repack import COLUMNS, ROWS, Tiles, in_order, natural_order, tile
 
 MANY = 1024  # tokens
 PIECE = 16384  # rows of a table decoded at a time
@@ -112,7 +112,7 @@ def gated_mlp(x: Tensor, gate_up: Gated, down: Linear, ordered: bool = False, ou
         wide = gate_up.inner + -gate_up.inner % COLUMNS
         inner = torch.empty(len(x), wide, dtype=x.dtype, device=x.device)
         _product(x, gate_up.both, inner, gated=True)
-        return linear(inner if down.packed else _natural(inner, gate_up.inner), down, down.packed, out)
+        return linear(inner if down.packed else natural_order(inner, gate_up.inner), down, down.packed, out)
     return linear(gated(linear(x, gate_up.both, ordered)), down, False, out)
 
 
@@ -298,12 +298,6 @@ def _joined(first: Tiles, second: Tiles) -> Tiles:
     high = first.high if first.high.dim() == 2 else torch.cat((first.high, second.high), 1)  # a table is the same
     both = [torch.cat(pair, 1) for pair in ((first.codes, second.codes), (first.scales, second.scales))]
     return Tiles(first.form, shape, both[0], both[1], high, torch.cat((first.factors, second.factors)))
-
-
-def _natural(x: Tensor, width: int) -> Tensor:
-    """The inverse of repack.in_order."""
-    pairs = x.view(torch.int32).view(len(x), -1, 8, 4)
-    return pairs.transpose(2, 3).reshape(len(x), -1).view(x.dtype)[:, :width]
 
 
 def _processors(device: torch.device) -> int:

@@ -110,6 +110,12 @@ def in_order(x: Tensor) -> Tensor:
     return pairs.transpose(2, 3).reshape(len(x), -1).view(x.dtype)
 
 
+def natural_order(x: Tensor, width: int) -> Tensor:
+    """Undo in_order(): bfloat16 x (n, whole tiles) -> its first `width` columns, counted as the model counts them."""
+    pairs = x.view(torch.int32).view(len(x), -1, 8, 4)
+    return pairs.transpose(2, 3).reshape(len(x), -1).view(x.dtype)[:, :width]
+
+
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # of Tiles; factors that are not finite where the weight isn't
 
 

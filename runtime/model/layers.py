@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dgq.quant.schemes.nvfp4 import round_activations
+from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.kernels.repack import Tiles
 
@@ -38,6 +39,15 @@ STEADY_ROWS = 4
 # Sees a product: the weight's name, rows (…, in) that go in and (…, out) that come out; of an expert its number, and
 # which tokens the rows are, int64 (rows,). What it returns goes on in the output's place.
 Observer = Callable[[str, Tensor, Tensor, int | None, Tensor | None], Tensor]
+
+
+_PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}  # the scheme that holds a dtype as it is
+
+
+def decoded(weight: Packed, dtype: torch.dtype) -> Packed:
+    """The weight decoded once and for all to `dtype`; its input scale, if it has one, stays with it."""
+    scale = {key: part for key, part in weight.parts.items() if key == "input_scale"}
+    return Packed(SCHEMES[_PLAIN[dtype]], weight.shape, {"": weight.dequantize(dtype)} | scale)
 
 
 class _DecodedTwice(torch.autograd.Function):

@@ -23,9 +23,10 @@ from torch import Tensor
 from dgq.quant.schemes.dense import BF16
 from dgq.quant.schemes.fp8 import FP8
 from dgq.quant.types import Packed
-from dgq.runtime.kernels.repack import Tiles, tile
+from dgq.runtime.kernels.repack import Tiles, natural_order, tile
 from dgq.runtime.model.layers import DECODE_BUDGET
 from dgq.runtime.model.offload import Host, Offload, Pair
+from dgq.runtime.model.placement import place
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import DECODER, EMBEDDING, expected_tensors
 
@@ -139,11 +140,11 @@ def for_kernels(
     products = _products(names)
     product_of = {name: key for key, members in products.items() for name in members}
     waiting: dict[str, Packed] = {}
-    placing: _Placing | None = None
+    experts: _Experts | None = None
     for name, weight in read:
         if ".experts." in name:
-            placing = placing or _Placing(loaded, sum("experts.down" in one for one in names), room and room())
-            placing.add(name, tile(weight, name.endswith("gate_up_proj"), f"{source}: {name}"))
+            experts = experts or _Experts(loaded, sum("experts.down" in one for one in names), room and room())
+            experts.add(tile(weight, name.endswith("gate_up_proj"), f"{source}: {name}"))
         elif name == EMBEDDING:
             loaded.table, loaded.weights[name] = _table(_plain(weight) if decode else weight)
         elif (key := product_of.get(name)) is None:
@@ -154,38 +155,32 @@ def for_kernels(
                 loaded.products[key], back = _product([waiting.pop(member) for member in products[key]], key, source)
                 loaded.weights |= dict(zip(products[key], back, strict=True))
         del weight  # before the next one takes memory
-    if placing is not None and placing.hosts:
-        loaded.offload = Offload(placing.hosts, loaded.weights[EMBEDDING].parts[""].device)
+    if experts is not None and experts.hosts:
+        loaded.offload = Offload(experts.hosts, loaded.weights[EMBEDDING].parts[""].device)
     return loaded
 
 
-class _Placing:
-    """Which layers' experts stay on the GPU: as many as `room` bytes hold beside two places, evenly spread."""
+class _Experts:
+    """Puts each layer's experts where placement.place() says: on the GPU, or in host memory."""
 
-    def __init__(self, loaded: ForKernels, layers: int, room: int | None) -> None:
-        self._loaded, self._layers, self._room = loaded, layers, room
-        self._half: Tiles | None = None
-        self._kept = self._largest = 0
+    def __init__(self, loaded: ForKernels, layers: int, budget: int | None) -> None:
+        self._loaded, self._layers, self._budget = loaded, layers, budget
+        self._gate_up: Tiles | None = None
+        self._sizes: list[int] = []
         self.hosts: dict[int, Host] = {}
 
-    def add(self, name: str, tiles: Tiles) -> None:
-        """gate_up and then down of each layer, rising."""
-        if self._half is None:
-            self._half = tiles
+    def add(self, tiles: Tiles) -> None:
+        """Take the next weight: gate_up and then down of layer 0, then those of layer 1, and so on."""
+        if self._gate_up is None:
+            self._gate_up = tiles
             return
-        pair, self._half = (self._half, tiles), None
-        layer, size = layer_of(name), sum(one.nbytes for one in pair)
-        self._largest = max(self._largest, size)
-        share = 0.0 if self._room is None else (self._room - 2 * self._largest) * (layer + 1) / self._layers
-        if self._room is None or self._kept + size <= share:
+        pair, self._gate_up = (self._gate_up, tiles), None
+        layer = len(self._sizes)
+        self._sizes.append(sum(one.nbytes for one in pair))
+        if place(self._sizes, self._layers, self._budget).stays[layer]:
             self._loaded.experts[layer] = pair
-            self._kept += size
         else:
             self.hosts[layer] = Host.of(pair)
-
-
-def layer_of(name: str) -> int:
-    return int(name.removeprefix(DECODER + "layers.").partition(".")[0])
 
 
 def _products(names: Collection[str]) -> dict[str, list[str]]:
@@ -239,21 +234,15 @@ def _back(product: Linear, weights: list[Packed]) -> list[Packed]:
 def _rows(tiles: Tiles, first: int, last: int) -> Tensor:
     from dgq.runtime.kernels import dense
 
-    return in_order_again(dense.decoded(tiles), tiles.shape[2])[first:last]
+    return natural_order(dense.decoded(tiles), tiles.shape[2])[first:last]
 
 
 def _side(tiles: Tiles, number: int) -> Tensor:
     """The gate (0) or the up (1)."""
     from dgq.runtime.kernels import dense
 
-    both = in_order_again(dense.decoded(tiles, gated=True), tiles.shape[2]).chunk(2)[number]
-    return in_order_again(both.t().contiguous(), tiles.shape[1] // 2).t()
-
-
-def in_order_again(x: Tensor, width: int) -> Tensor:
-    """The inverse of repack.in_order() for x bfloat16, its first `width` columns."""
-    pairs = x.view(torch.int32).view(len(x), -1, 8, 4)
-    return pairs.transpose(2, 3).reshape(len(x), -1).view(x.dtype)[:, :width]
+    both = natural_order(dense.decoded(tiles, gated=True), tiles.shape[2]).chunk(2)[number]
+    return natural_order(both.t().contiguous(), tiles.shape[1] // 2).t()
 
 
 def _table(weight: Packed) -> tuple[Tensor | Table, Packed]:

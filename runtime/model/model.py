@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from dgq.quant.errors import InputError
-from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.kernels.repack import Tiles
 from dgq.runtime.model.attention import decoder_mask, encoder_mask, rope_frequencies, rope_tables
 from dgq.runtime.model.block import Batch, Layer
 from dgq.runtime.model.cache import Cache
-from dgq.runtime.model.layers import Observer, embed, gated_mlp, head, rms_norm, soft_embed
+from dgq.runtime.model.layers import Observer, decoded, embed, gated_mlp, head, rms_norm, soft_embed
 from dgq.runtime.model.loading import ForKernels, decodes, for_kernels, read_ahead
 from dgq.runtime.model.memory import CONTEXT, GIB, SHORT, working_bytes
 from dgq.runtime.shape.config import LayerConfig, ModelConfig
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 # Models whose weights, decoded, stay below this many bytes are decoded once instead of at every use. The 26B is far
 # above on any machine, the small models that tests and first tries run on are far below.
 KEEP_DECODED = 1 << 28
-
-_PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
@@ -299,11 +296,7 @@ class Model:
 
     def _all_decoded(self, weights: dict[str, Packed]) -> dict[str, Packed]:
         # vectors keep their precision: norms are computed in float32 whatever the dtype
-        return {name: self._decoded(w) if len(w.shape) > 1 else w for name, w in weights.items()}
-
-    def _decoded(self, weight: Packed) -> Packed:
-        scale = {k: v for k, v in weight.parts.items() if k == "input_scale"}
-        return Packed(SCHEMES[_PLAIN[self.dtype]], weight.shape, {"": weight.dequantize(self.dtype)} | scale)
+        return {name: decoded(w, self.dtype) if len(w.shape) > 1 else w for name, w in weights.items()}
 
     def _below(self, prefix: str) -> dict[str, Packed]:
         return {name[len(prefix) :]: weight for name, weight in self.weights.items() if name.startswith(prefix)}

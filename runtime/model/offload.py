@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dgq.runtime.kernels.repack import Tiles
+from dgq.runtime.model.placement import PLACES, copied
 
 _ALIGNED = 256  # bytes
 
@@ -59,7 +60,7 @@ class Offload:
     def __init__(self, hosts: dict[int, Host], device: torch.device) -> None:
         self._hosts: Sequence[Host] = list(hosts.values())
         size = max(len(host.flat) for host in self._hosts)
-        self._places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in hosts][:2]
+        self._places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in hosts][:PLACES]
         self._numbers = {layer: number for number, layer in enumerate(hosts)}
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
         self._arrived: dict[int, torch.cuda.Event] = {}
@@ -86,12 +87,12 @@ class Offload:
     @property
     def copied(self) -> int:
         """Bytes that every pass copies."""
-        return sum(len(host.flat) for host in self._hosts) if len(self._hosts) > len(self._places) else 0
+        return copied([len(host.flat) for host in self._hosts])
 
     def weights(self, layer: int) -> Pair:
         """Where the layer's weights are between arrive() and leave()."""
         number = self._numbers[layer]
-        return self._hosts[number].inside(self._places[number % 2])
+        return self._hosts[number].inside(self._places[number % PLACES])
 
     def arrive(self, layer: int) -> None:
         """What follows on the current stream reads weights(layer)."""
@@ -106,10 +107,10 @@ class Offload:
     def leave(self, layer: int) -> None:
         """What follows no longer reads them; after a pass's last layer, everything is as before the first."""
         number, count = self._numbers[layer], len(self._hosts)
-        if number + 2 < count:
-            self._copy(number + 2)
-        elif count > 2:  # the last user of a place brings back its first
-            self._copy(number % 2)
+        if number + PLACES < count:
+            self._copy(number + PLACES)
+        elif count > PLACES:  # the last layer that uses a place brings back the place's first layer
+            self._copy(number % PLACES)
         if number == count - 1 and self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
             self._arrived.clear()
@@ -117,7 +118,7 @@ class Offload:
 
     def _copy(self, number: int) -> None:
         """Into its place, once what is on the current stream has been done."""
-        host, place = self._hosts[number], self._places[number % 2]
+        host, place = self._hosts[number], self._places[number % PLACES]
         if self._stream is None:
             place[: len(host.flat)].copy_(host.flat)
             return

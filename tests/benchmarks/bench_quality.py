@@ -1,8 +1,8 @@
 """What quantised `tiny` lost beside the reference quantisers' own work: the meter of calibration and error feedback.
 
-    python tests/benchmarks/bench_quality.py [--seeds 0 1] [--formats nvfp4 bnb4 gguf] [--efforts fast standard] [--free 512]
-                                  [--stats FILE …] [--rounds N] [--texts 64 | --windows] [--device cpu|cuda]
-                                  [--draws 1] [--workers N] [--folder DIR] [--peers own|stock]
+    python tests/benchmarks/bench_quality.py [--seeds 0 1] [--formats nvfp4 bnb4 gguf] [--efforts fast standard]
+                                  [--free 512] [--stats FILE …] [--rounds N] [--texts 64 | --windows]
+                                  [--device cpu|cuda] [--draws 1] [--workers N] [--folder DIR] [--peers own|stock]
 
     fixed canvases   a held-out text's first 96 tokens, then a canvas of its next 64, each replaced by a random one with
                      probability .25/.5/.75/1; without self-conditioning and on BF16's own logits of that canvas.

@@ -1,7 +1,7 @@
 """`dgq validate` from end to end at the real model's shapes, on a GPU: time and peak memory. Nothing is downloaded.
 
-    python tests/benchmarks/bench_validate.py [--layers 30] [--full] [--scheme nvfp4|nf4|q4_k] [--device cuda] [--shapes 26b|tiny]
-                                   [--out DIR]
+    python tests/benchmarks/bench_validate.py [--layers 30] [--full] [--scheme nvfp4|nf4|q4_k] [--device cuda]
+        [--shapes 26b|tiny] [--out DIR]
 
 Weights are random (a name's are the same at every reading: they are made anew on the device from a seed), so the 52 GB
 of BF16 and the artifact take no disk. The artifact's experts are in --scheme, all else is BF16, as in an NVFP4 file.

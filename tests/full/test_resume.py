@@ -1,8 +1,8 @@
 """Conversions that end early go on, and the artifact is the one an uninterrupted conversion writes, byte for byte.
 
 A run is stopped by what is patched into it: a disk that fills, SIGKILL before or after a chosen call (in a forked
-child), a failing fsync. Every weight is journalled, and safetensors come in several files. tests/tools/faults.py does the
-same from outside, with the clock.
+child), a failing fsync. Every weight is journalled, and safetensors come in several files. tests/tools/faults.py does
+the same from outside, with the clock.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.kernels.repack import Tiles, tile
 from dgq.runtime.model.model import Model
 from dgq.runtime.model.offload import Host, Offload
+from dgq.runtime.model.placement import place
 from dgq.runtime.shape.config import ModelConfig
 
 pytest.importorskip("dgq.runtime.kernels.dense", reason="needs Triton", exc_type=ImportError)
@@ -157,15 +158,20 @@ def test_experts_come_in_time_after_a_pass_that_was_broken_off(count: int) -> No
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.9])
 def test_layers_in_host_memory_are_spread(share: float) -> None:
     weights = micro_weights()
-    names = [f"model.decoder.layers.{i}.experts.{part}_proj" for i in range(12) for part in ("gate_up", "down")]
     own = [weights[f"model.decoder.layers.0.experts.{part}_proj"] for part in ("gate_up", "down")]
     loaded = loading.ForKernels()
     size = sum(tile(weight, True).nbytes for weight in own)
     room = int((12 * share + 2) * size)
-    placing = loading._Placing(loaded, 12, room)
-    for name in names:
-        placing.add(name, tile(own[name.endswith("down_proj")], name.endswith("gate_up_proj")))
-    assert len(loaded.experts) == int(12 * share) and len(loaded.experts) + len(placing.hosts) == 12
+    experts = loading._Experts(loaded, 12, room)
+    for _ in range(12):
+        for number, weight in enumerate(own):
+            experts.add(tile(weight, number == 0))
+    assert len(loaded.experts) == int(12 * share) and len(loaded.experts) + len(experts.hosts) == 12
+    placement = place([size] * 12, 12, room)
+    assert [layer for layer, stays in enumerate(placement.stays) if stays] == list(loaded.experts)
+    assert placement.waiting == [size] * len(experts.hosts)
+    assert placement.copied == (sum(placement.waiting) if len(experts.hosts) > 2 else 0)
+    assert placement.on_gpu == size * (len(loaded.experts) + 2)
     for first in range(1, 13):  # nowhere more than evenly
         assert sum(layer < first for layer in loaded.experts) <= share * first
 
