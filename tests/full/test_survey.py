@@ -556,8 +556,9 @@ def test_another_device_does_not_go_on(micro: Path, stats: Path) -> None:
     """Where bytes depend on it."""
     source = open_source(str(micro))
     plan, found = make_plan(source, find_recipe("bnb4")), read_stats(stats, source)
-    with_stats = [pipeline._identity(plan, ConversionSettings("standard", device=one, stats=found)) for one in ("cpu", "cuda")]
-    without = [pipeline._identity(plan, ConversionSettings("fast", device=one)) for one in ("cpu", "cuda")]
+    devices = ("cpu", "cuda")
+    with_stats = [pipeline._identity(plan, ConversionSettings("standard", device=one, stats=found)) for one in devices]
+    without = [pipeline._identity(plan, ConversionSettings("fast", device=one)) for one in devices]
     assert with_stats[0] != with_stats[1] and without[0] == without[1]
 
 
