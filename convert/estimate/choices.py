@@ -14,16 +14,16 @@ from dgq.quant.errors import InputError
 def choices(source: Source) -> dict[str, dict[str, Any]]:
     """recipe -> its format, bytes of tensors, bits a weight, share of the parameters in fewer than 16 bits, bytes on
     the GPU by CONTEXTS' least, cards that hold that; or "refused": why it does not fit this model."""
-    found: dict[str, dict[str, Any]] = {}
+    taken: dict[str, dict[str, Any]] = {}
     for name, recipe in recipes().items():
         about = {"format": recipe.format, "description": recipe.description}
         try:
             plan = make_plan(source, recipe)
         except InputError as error:
-            found[name] = about | {"refused": str(error)}
+            taken[name] = about | {"refused": str(error)}
             continue
         needed = Runtime.of(plan).vram(min(CONTEXTS[0], source.config.context))
-        found[name] = about | {
+        taken[name] = about | {
             "bytes": plan.nbytes,
             "bits_per_weight": round(8 * plan.nbytes / plan.params, 4),
             "quantized_share": round(plan.quantized_share, 6),
@@ -31,4 +31,4 @@ def choices(source: Source) -> dict[str, dict[str, Any]]:
             "vram": needed["total"],
             "fits": needed["fits"],
         }
-    return found
+    return taken

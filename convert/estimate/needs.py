@@ -149,9 +149,9 @@ def vision(plan: Plan) -> dict[str, int] | None:
     tower = [tensor for tensor in plan.weights if tensor.vision]
     if not tower:
         return None
-    said = mmproj.described(plan.source)
-    patches = mmproj.soft_tokens(plan.source) * said.count("pooling_kernel_size", POOLING) ** 2
-    image = WIDTH * patches * (3 * said.count("intermediate_size") + 6 * said.count("hidden_size"))
+    tower_config = mmproj.described(plan.source)
+    patches = mmproj.soft_tokens(plan.source) * tower_config.count("pooling_kernel_size", POOLING) ** 2
+    image = WIDTH * patches * (3 * tower_config.count("intermediate_size") + 6 * tower_config.count("hidden_size"))
     return {"weights": sum(WIDTH * tensor.numel for tensor in tower), "image": image}
 
 
@@ -163,15 +163,15 @@ def ram(plan: Plan, threads: int) -> dict[str, int]:
         row = tensor.numel // tensor.shape[0] if tensor.shape else 1
         size = rows_at_once(tensor, "cpu") * row
         slices += [size] * min(threads, -(-tensor.numel // size))
-    found = {"threads": threads, "convert": RAM_BASE + plan.format.ram_element * sum(sorted(slices)[-threads:])}
+    taken = {"threads": threads, "convert": RAM_BASE + plan.format.ram_element * sum(sorted(slices)[-threads:])}
     if plan.recipe.activations is not None:
         logits = 4 * BATCH * plan.source.config.canvas * plan.source.config.vocab
-        found |= {
+        taken |= {
             "calibrate": RAM_BASE + 2 * logits + 2 * 4 * layers.DECODE_BUDGET,
             "calibrate_mapped": sum(spec.stop - spec.start for spec in plan.source.text.values()),
             "calibrate_passes": PASSES,
         }
-    return found
+    return taken
 
 
 def slices_ram(plan: Plan) -> tuple[int, int]:
@@ -184,18 +184,18 @@ def with_stats(plan: Plan) -> dict[str, dict[str, int]]:
     calibrate, convert: the least; at_once: from which on a layer's Hessians are made in one go. scratch: disk for the
     time of the conversion, beside the artifact, with all the samples that are used."""
     todo = [tensor for tensor in plan.tensors if refinable(tensor)]
-    found = {}
+    by_device = {}
     for device in ("cpu", "cuda") if todo else ():
         needed = Needs(plan.source, device, Sizes.most(plan.source.config), todo)
         moments = needed.moments()
         sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
-        found[device] = {
+        by_device[device] = {
             "scratch": TOKENS * needed.scratch,
             "calibrate": max(sums["head"], sums["layer"]),
             "convert": max(sums.values()),
             "at_once": max(sums.values()) + needed.hessians - moments["way back"]["Hessians"],
         }
-    return found
+    return by_device
 
 
 def disk(plan: Plan) -> dict[str, int]:

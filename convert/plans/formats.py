@@ -126,10 +126,10 @@ class GGUF(Format):
 
     def names(self, source: Source) -> Names:
         """In llama-quantize's order: those outside of the layers first, then by layer, each alphabetically."""
-        found: dict[str, tuple[str | None, tuple[int, ...]]] = {ROPE_FREQS: (None, (rope_freqs_length(source.config),))}
-        found |= {name: (hf, spec.shape) for hf, spec in source.text.items() if (name := gguf_name(hf)) is not None}
-        order = sorted(found, key=lambda name: (-1 if (layer := layer_of(name)) is None else layer, name))
-        return {name: found[name] for name in order}
+        named: dict[str, tuple[str | None, tuple[int, ...]]] = {ROPE_FREQS: (None, (rope_freqs_length(source.config),))}
+        named |= {name: (hf, spec.shape) for hf, spec in source.text.items() if (name := gguf_name(hf)) is not None}
+        order = sorted(named, key=lambda name: (-1 if (layer := layer_of(name)) is None else layer, name))
+        return {name: named[name] for name in order}
 
     def planned(
         self, recipe: str, source: Source, schemes: Mapping[str, Scheme], activations: bool

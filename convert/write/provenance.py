@@ -79,8 +79,8 @@ def coverage_of(artifact: Artifact) -> dict[str, Any] | None:
     file = artifact.weights.files[0].parent / FILE
     if not file.is_file():
         return None
-    said = read_json(file)
-    files, calibration = said.get("files"), said.get("calibration")
+    content = read_json(file)
+    files, calibration = content.get("files"), content.get("calibration")
     if calibration is None or not isinstance(files, dict) or any(f.name not in files for f in artifact.weights.files):
         return None
     starved = calibration.get("starved") if isinstance(calibration, dict) else None

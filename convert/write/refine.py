@@ -52,7 +52,7 @@ class Hessians:
         self._experts = experts
         self._watched: dict[str, slice] = {}
         self._fresh: set[str] = set()
-        self._own: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._alone: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._shared: dict[str, tuple[Tensor, Tensor]] = {}
         self._tokens: dict[str, Tensor] = {}
 
@@ -60,46 +60,46 @@ class Hessians:
         """From now on these experts of these weights (of one matrix slice(0, 1)); what is one's own is dropped."""
         self._fresh = watched.keys() - self._shared.keys()
         self._watched = watched
-        self._own.clear()
+        self._alone.clear()
 
     def __call__(self, name: str, x: Tensor, g: Tensor, expert: int | None) -> None:
         part = self._watched.get(name)
         if part is None:
             return
-        own, fresh = part.start <= (expert or 0) < part.stop, expert is not None and name in self._fresh
-        if not own and not fresh:
+        wanted, fresh = part.start <= (expert or 0) < part.stop, expert is not None and name in self._fresh
+        if not wanted and not fresh:
             return
         x, g = x.reshape(-1, x.shape[-1]).float(), g.reshape(-1, g.shape[-1]).float()
         rows = g.shape[-1] if 1 < g.shape[-1] <= WIDEST else 0
-        found = []
-        if own:
+        sums = []
+        if wanted:
             alone = expert is None or not name.endswith(JOINED)
-            found.append(_known(self._own, (name, expert or 0), x, rows * alone))
+            sums.append(_known(self._alone, (name, expert or 0), x, rows * alone))
         if fresh:
-            found.append(_known(self._shared, name, x, rows))
+            sums.append(_known(self._shared, name, x, rows))
             if name not in self._tokens:
                 self._tokens[name] = x.new_zeros(self._experts)
             self._tokens[name][expert] += g.any(-1).sum()  # what is not felt is no evidence
-        _add([h for h, _ in found], x, x * g.square().mean(-1, keepdim=True), expert is None)
-        _add([k for _, k in found if k.numel()], g, g * x.square().mean(-1, keepdim=True), expert is None)
+        _add([h for h, _ in sums], x, x * g.square().mean(-1, keepdim=True), expert is None)
+        _add([k for _, k in sums if k.numel()], g, g * x.square().mean(-1, keepdim=True), expert is None)
 
     def of(self, name: str, part: slice) -> tuple[Tensor, Tensor | None]:
         """H (n, in, in) and G (n or 1, rows, rows) of experts `part`, or of the one matrix; G None for one too tall."""
         if name in self._shared:
-            found = [self._leaning(name, part, side) for side in (0, 1)]
+            sides = [self._leaning(name, part, side) for side in (0, 1)]
         else:
-            found = [total.unsqueeze(0) for total in self._own[name, 0]]
-        for total in found:
+            sides = [total.unsqueeze(0) for total in self._alone[name, 0]]
+        for total in sides:
             if not bool(total.sum().isfinite()):
                 raise InputError(f"{name}: its inputs or gradients are not numbers; the checkpoint is damaged")
-        return found[0], found[1] if found[1].numel() else None
+        return sides[0], sides[1] if sides[1].numel() else None
 
     def _leaning(self, name: str, part: slice, side: int) -> Tensor:
         shared, tokens = self._shared[name][side], self._tokens[name]
         if side and name.endswith(JOINED):
             return shared.unsqueeze(0)
-        own = [self._own.get((name, expert)) for expert in range(part.start, part.stop)]
-        total = torch.stack([torch.zeros_like(shared) if one is None else one[side] for one in own])
+        alone = [self._alone.get((name, expert)) for expert in range(part.start, part.stop)]
+        total = torch.stack([torch.zeros_like(shared) if one is None else one[side] for one in alone])
         average = shared / tokens.sum().clamp(min=1)  # zero if nothing is felt at all
         return total.add_(average, alpha=LEAN).div_((tokens[part] + LEAN).view(-1, 1, 1))
 
@@ -211,8 +211,8 @@ def _stage(name: str) -> int | str:
 
 
 def _quantised(
-    plan: Plan, tensor: PlannedTensor, part: slice, sense: Hessians, settings: ConversionSettings, scales: InputScales | None,
-    pool: Executor | None,
+    plan: Plan, tensor: PlannedTensor, part: slice, sense: Hessians, settings: ConversionSettings,
+    scales: InputScales | None, pool: Executor | None,
 ) -> Iterator[tuple[Slice, Packed]]:  # fmt: skip
     """Of a matrix everything, of experts those of `part`."""
     name, columns = str(tensor.source), tensor.shape[-1]
@@ -232,11 +232,11 @@ def _few_at_once(
     """feedback(), FEW elements or one expert for each of the pool's threads; without a pool all side by side."""
 
     def done(part: slice) -> dict[str, Tensor]:
-        own = outputs if outputs is None or len(outputs) == 1 else outputs[part]
-        return feedback(weight[part], hessian[part], scheme, own, sweeps=sweeps)
+        curvature = outputs if outputs is None or len(outputs) == 1 else outputs[part]
+        return feedback(weight[part], hessian[part], scheme, curvature, sweeps=sweeps)
 
     step = max(1, FEW // weight[0].numel())
     if pool is None or step >= len(weight):
         return done(slice(None))
-    found = list(pool.map(done, [slice(start, start + step) for start in range(0, len(weight), step)]))
-    return {suffix: torch.cat([parts[suffix] for parts in found]) for suffix in found[0]}
+    pieces = list(pool.map(done, [slice(start, start + step) for start in range(0, len(weight), step)]))
+    return {suffix: torch.cat([parts[suffix] for parts in pieces]) for suffix in pieces[0]}
