@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from pictures import draw_nothing
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -59,6 +60,11 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """For conversions whose subject is not how well they round: rows make each other's losses good in 4 groups, not
     64, each of which goes through all columns one by one."""
     monkeypatch.setattr("dgq.quant.feedback.feedback.ROW_GROUPS", 4)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_nothing(monkeypatch)
 
 
 class Shared:
@@ -122,7 +128,7 @@ def tiny_report(shared: Shared, converted: Converted) -> Path:
         folder.mkdir()
         prompts = files("dgq.recipes").joinpath("prompts")
         texts, tasks = (prompts.joinpath(f"heldout_{kind}.jsonl").read_text("utf-8") for kind in ("text", "tasks"))
-        (folder / "prompts.jsonl").write_text("\n".join([*texts.splitlines()[:2], *tasks.splitlines()[:3]]))
+        (folder / "prompts.jsonl").write_text("\n".join([*texts.splitlines()[:1], *tasks.splitlines()[:2]]))
         for name, recipe in (("nvfp4", "nvfp4-w4a16"), ("gguf", "q4_k_m")):
             shutil.copytree(converted(recipe), folder / name)
         run_dgq("validate", folder / "nvfp4", folder / "gguf", "--against", "tiny", "--quick", "--prompts",

@@ -21,9 +21,9 @@ import torch
 from dgq.convert.bench.shapes import RandomWeights, plan_of_shapes
 from dgq.convert.estimate.needs import Runtime
 from dgq.quant.errors import InputError
-from dgq.runtime.engine.engine import Block, stream
+from dgq.runtime.engine.engine import Block, Request, stream
 from dgq.runtime.model.loading import decodes
-from dgq.runtime.model.model import Model
+from dgq.runtime.model.model import LoadOptions, Model
 from dgq.runtime.shape.names import expected_tensors
 from dgq.runtime.shape.settings import GenerationConfig
 
@@ -84,7 +84,9 @@ def bench_shapes(shapes: str, scheme: str, load: Load, found: Ceilings, zipf: bo
     plan = plan_of_shapes(shapes, scheme)
     weights = RandomWeights(plan, "cuda", zipf)
     model, seconds = _loaded(
-        lambda: Model(plan.source.config, weights, "cuda", source=f"random {shapes}", vram=load.vram)
+        lambda: Model(
+            plan.source.config, weights, "cuda", source=f"random {shapes}", options=LoadOptions(vram=load.vram)
+        )
     )
     context = load.context + (WARM + TIMED) * plan.source.config.canvas
     runtime = Runtime.of(plan)
@@ -102,11 +104,13 @@ def _memory(load: Load) -> int:
     return whole if load.vram is None else min(whole, load.vram)
 
 
-def bench_artifact(asked: str, load: Load, found: Ceilings) -> dict[str, Any]:
+def bench_artifact(
+    asked: str, load: Load, found: Ceilings, notice: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """An artifact or a BF16 source: see measured()."""
-    from dgq.convert.verification.generate import open_model
+    from dgq.convert.source.models import open_model
 
-    artifact = open_model(asked)
+    artifact = open_model(asked, notice=notice)
     if load.context + (WARM + TIMED) * artifact.config.canvas > artifact.config.context:
         raise InputError(f"--context {load.context}: {asked} holds {artifact.config.context} tokens, answer included")
     model, seconds = _loaded(lambda: artifact.load("cuda", vram=load.vram))
@@ -124,7 +128,7 @@ def measured(model: Model, generation: GenerationConfig, load: Load, found: Ceil
 
     def run(blocks: int) -> Iterator[float]:
         wanted = (WARM + TIMED) * config.canvas
-        for event in stream(model, prompts, generation, wanted, seed=1, every_step=False):
+        for event in stream(model, Request(prompts, generation, wanted, seed=1), every_step=False):
             assert isinstance(event, Block)
             yield time.perf_counter()
             if event.block == blocks - 1:

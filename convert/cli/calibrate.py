@@ -56,10 +56,11 @@ def calibrate(
 ) -> None:
     """Find out what goes through each weight of SRC, for `convert --stats`. Goes on where it broke off."""
     from dgq.convert.calibration.survey import calibrated
+    from dgq.convert.cli import statistics_page
     from dgq.convert.layerwise.budget import Budget
     from dgq.convert.source.checkpoint import open_source
     from dgq.convert.source.device import chosen_device
-    from dgq.convert.terminal import console, show_stats
+    from dgq.convert.terminal import console
 
     with console.count_bar("calibrating") as advance:
         found = calibrated(
@@ -67,4 +68,4 @@ def calibrate(
             chosen_device(device), imatrix, advance, console.note, Budget(ram, vram), trajectories,
         )  # fmt: skip
     if found is not None:
-        console.print_json(found) if as_json else show_stats.calibrated(src, out, found)
+        console.print_json(found) if as_json else statistics_page.calibrated(src, out, found)

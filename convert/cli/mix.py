@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import click
 
-from dgq.convert.source.sizes import Size
 from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
+from dgq.convert.terminal.sizes import Size
 
 
 @click.command()

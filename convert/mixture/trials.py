@@ -26,7 +26,6 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from dgq.convert.estimate.needs import slices_ram
 from dgq.convert.layerwise.budget import SLICES, UNSAID, Budget
 from dgq.convert.layerwise.chunk import Chunk, States
 from dgq.convert.layerwise.measure import divergence
@@ -37,6 +36,7 @@ from dgq.convert.layerwise.stream import LayerOf, Stream
 from dgq.convert.plans.plan import Plan
 from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.write.pipeline import GPU_THREADS
+from dgq.convert.write.ram import slices_ram
 from dgq.convert.write.settings import ConversionSettings
 from dgq.convert.write.slices import SLICE, ordered, slices
 from dgq.quant.errors import InputError

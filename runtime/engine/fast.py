@@ -1,4 +1,4 @@
-"""A model's session.Passes by kernels, in bfloat16 on a GPU: block.py's layer in few launches, nothing waited for.
+"""A model's session.Backend by kernels, in bfloat16 on a GPU: block.py's layer in few launches, nothing waited for.
 
     x ───────────────────────────────────────(+)──┬────────────────────────────────────────────(+)── × scalar ── x
     normed ─ qkv ─ place ─> slots ─ attend ─ o ─┘ mixed ─┬─ gate·up ─ gelu · ─ down ──┬─ fed ───┘             normed
@@ -20,17 +20,17 @@ from dgq.runtime.kernels import dense, fused, moe
 from dgq.runtime.model.memory import PREFILL
 from dgq.runtime.model.model import Model
 from dgq.runtime.model.rng import CounterRandom
-from dgq.runtime.model.slots import Canvas, Prompt
+from dgq.runtime.model.slots import CanvasView, PromptView
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import DECODER
 from dgq.runtime.shape.pictured import Pictures
 from dgq.runtime.shape.settings import SamplerConfig
 
-View = Canvas | Prompt
+View = CanvasView | PromptView
 
 
 class Fast:
-    """See session.Passes."""
+    """See session.Backend."""
 
     prefill = PREFILL
 
@@ -53,7 +53,7 @@ class Fast:
             self._room = torch.empty(positions, self.config.vocab, dtype=self.dtype, device=self.device)
         return FastState(self.config, self._table, rows, sampler, self._room[:positions])
 
-    def decode(self, state: FastState, view: Canvas) -> Tensor:
+    def decode(self, state: FastState, view: CanvasView) -> Tensor:
         """bfloat16 logits (rows * canvas, vocab), not capped."""
         eps, factor = self.config.norm_eps, self.config.hidden**0.5
         ordered = self._gate_up.packed
@@ -67,7 +67,7 @@ class Fast:
     def encode(self, ids: Tensor, view: View) -> None:
         self._run(self._embed(ids), view, self._model.encoder_scalars, causal=True)
 
-    def encode_prompt(self, ids: Tensor, view: Prompt, images: Pictures | None) -> None:
+    def encode_prompt(self, ids: Tensor, view: PromptView, images: Pictures | None) -> None:
         x, reach = self._embed(ids), None
         if images is not None:
             images.put_into(x)

@@ -1,4 +1,4 @@
-"""A model's session.Passes by the reference's operations: what kernels and graphs are held against, on any device."""
+"""A model's session.Backend by the reference's operations: what kernels and graphs are held against, on any device."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dgq.runtime.model.layers import soft_embed
 from dgq.runtime.model.model import Model
 from dgq.runtime.model.rng import CounterRandom, inverse_cdf
 from dgq.runtime.model.sampler import decide
-from dgq.runtime.model.slots import Canvas, Prompt
+from dgq.runtime.model.slots import CanvasView, PromptView
 from dgq.runtime.shape.pictured import Pictures
 from dgq.runtime.shape.settings import SamplerConfig
 
 
 class Plain:
-    """See session.Passes."""
+    """See session.Backend."""
 
     prefill = 512
     capturable = False
@@ -27,15 +27,15 @@ class Plain:
     def new_state(self, rows: int, sampler: SamplerConfig) -> PlainState:
         return PlainState(self._model, rows, sampler)
 
-    def decode(self, state: PlainState, view: Canvas) -> Tensor:
+    def decode(self, state: PlainState, view: CanvasView) -> Tensor:
         masks = {sliding: view.decoder_mask(sliding) for sliding in (False, True)}
         return self._model.logits(self._model.refined(state.canvas, state.soft, view.positions(), masks, view))
 
-    def encode(self, ids: Tensor, view: Canvas) -> None:
+    def encode(self, ids: Tensor, view: CanvasView) -> None:
         masks = {sliding: view.encoder_mask(sliding) for sliding in (False, True)}
         self._model.append(ids, view.positions(), masks, view)
 
-    def encode_prompt(self, ids: Tensor, view: Prompt, images: Pictures | None) -> None:
+    def encode_prompt(self, ids: Tensor, view: PromptView, images: Pictures | None) -> None:
         masks = {sliding: view.mask(sliding, images) for sliding in (False, True)}
         self._model.append(ids, view.positions(), masks, view, images)
 

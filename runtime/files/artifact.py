@@ -101,13 +101,12 @@ class Artifact:
         vram: int | None = None,
         kernels: bool | None = None,
     ) -> Model:
-        """The model on a device; the others as for Model. InputError for values no quantiser writes."""
-        from dgq.runtime.model.model import Model
+        """The model on a device; for activations, vram and kernels see model.LoadOptions. InputError for values that no
+        quantiser writes."""
+        from dgq.runtime.model.model import LoadOptions, Model
 
-        source = str(self.file)
-        return Model(
-            self.config, self.weights, device, dtype, source=source, activations=activations, vram=vram, kernels=kernels
-        )
+        options = LoadOptions(activations=activations, kernels=kernels, vram=vram)
+        return Model(self.config, self.weights, device, dtype, str(self.file), options=options)
 
 
 def open_artifact(path: Path | str) -> Artifact:

@@ -29,8 +29,8 @@ class Keys(Protocol):
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-class Batch(Keys, Protocol):
-    """Those of a whole batch."""
+class BatchKeys(Keys, Protocol):
+    """The keys and values of a whole batch. stacked: whether each row is computed as though it were alone."""
 
     @property
     def stacked(self) -> bool: ...
@@ -60,7 +60,7 @@ class Layer:
         self._per_expert_scale = weights["router.per_expert_scale"].dequantize(dtype)
 
     def __call__(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Batch, scalar: Tensor
+        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: BatchKeys, scalar: Tensor
     ) -> Tensor:
         """x (rows, tokens, hidden) -> the same. tables: cos and sin of the tokens' positions; mask: see attend();
         keys and values are written to the cache, behind what it holds, and not committed."""

@@ -33,7 +33,7 @@ from dgq.convert.layerwise.samples import used
 from dgq.convert.plans.plan import make_plan
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.checkpoint import open_source
-from dgq.convert.source.sizes import Size
+from dgq.convert.terminal.sizes import Size
 from dgq.convert.write.refine import refinable, refined
 from dgq.convert.write.settings import ConversionSettings
 from dgq.convert.write.slices import slices

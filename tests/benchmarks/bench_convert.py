@@ -138,7 +138,7 @@ def convert_here(source: str, recipe: str, out: str, device: str, threads: str) 
 
 def run_here(artifact: str, device: str) -> None:
     """The child: load, one canvas of six steps, milliseconds of the median step."""
-    from dgq.runtime.engine.engine import generate
+    from dgq.runtime.engine.engine import Request, generate
     from dgq.runtime.files.artifact import open_artifact
 
     opened = open_artifact(artifact)
@@ -148,10 +148,7 @@ def run_here(artifact: str, device: str) -> None:
     marks: list[float] = []
     prompt = [opened.tokenizer.encode("In the beginning was the word") * 20]
     endless = replace(opened.generation, sampler=replace(opened.generation.sampler, confidence=0.0))
-    result = generate(
-        model, prompt, endless, opened.config.canvas, seed=1, steps=6,
-        on_step=lambda step: marks.append(time.perf_counter()),
-    )  # fmt: skip
+    result = generate(model, Request(prompt, endless, opened.config.canvas, seed=1, steps=6), on_step=lambda step: marks.append(time.perf_counter()))  # fmt: skip
     steps = [1000 * (b - a) for a, b in pairwise(marks)]
     gpu = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     print(json.dumps({

@@ -38,8 +38,8 @@ def load_here(path: str, group: str, began: str) -> None:
 
     import torch
 
-    from dgq.convert.verification.generate import open_model
-    from dgq.runtime.engine.engine import generate
+    from dgq.convert.source.models import open_model
+    from dgq.runtime.engine.engine import Request, generate
     from dgq.runtime.kernels import repack
 
     if group != "0":
@@ -55,10 +55,7 @@ def load_here(path: str, group: str, began: str) -> None:
     first: list[float] = []
     prompt = (artifact.tokenizer.encode("In the beginning was the word. ") * CONTEXT)[:CONTEXT]
     sampler = replace(artifact.generation.sampler, steps=STEPS, confidence=0.0)
-    generate(
-        model, [prompt], replace(artifact.generation, sampler=sampler), artifact.config.canvas, seed=1,
-        on_step=lambda step: first.append(time.time()),
-    )  # fmt: skip
+    generate(model, Request([prompt], replace(artifact.generation, sampler=sampler), artifact.config.canvas, seed=1), on_step=lambda step: first.append(time.time()))  # fmt: skip
     marks.append(("first step", first[0]))
     seconds = {what: round(at - float(began), 2) for what, at in marks}
     print(json.dumps({"seconds": seconds, "loading_gib": loading, "block_gib": peaks()}))

@@ -53,10 +53,10 @@ from dgq.convert.plans.plan import make_plan
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.source.checkpoint import open_source
-from dgq.convert.verification.generate import open_model
+from dgq.convert.source.models import open_model
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
-from dgq.runtime.engine.engine import generate
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.artifact import Artifact
 from dgq.runtime.model.model import Model
 
@@ -369,7 +369,7 @@ def free_run(model: Model, source: Artifact, parts: list[tuple[list[list[int]], 
             canvases = []
             for draw in range(draws):
                 tokens = blocks * source.config.canvas
-                result = generate(model, batch, source.generation, tokens, seed=draw, rows=rows)
+                result = generate(model, Request(batch, source.generation, tokens, seed=draw, rows=rows))
                 canvases.append(result.canvases[:, : source.config.canvas])
                 for i, (took, stopped) in enumerate(zip(result.steps, result.stopped_early, strict=True)):
                     taken[:, i, draw, : len(took)] = torch.tensor([[float(n) for n in took], stopped])

@@ -21,7 +21,7 @@ from dgq.runtime.engine.batch import encode_each
 from dgq.runtime.files.artifact import Artifact, open_artifact
 from dgq.runtime.files.images import placed
 from dgq.runtime.model.layers import experts, linear
-from dgq.runtime.model.model import Model
+from dgq.runtime.model.model import LoadOptions, Model
 
 transformers: Any = pytest.importorskip("transformers")
 TINY = Path(__file__).parents[2] / "recipes" / "tiny"
@@ -75,7 +75,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             target.copy_(weight.dequantize())
         changed += not torch.equal(weight.dequantize(), original[name].dequantize())
     assert changed >= 12, "quantised weights differ from the original's"
-    return Both(artifact, Model(artifact.config, artifact.weights, keep_decoded=0), oracle)
+    return Both(artifact, Model(artifact.config, artifact.weights, options=LoadOptions(keep_decoded=0)), oracle)
 
 
 @pytest.mark.parametrize("lengths", [(40,), (150,), (110, 30, 70)], ids=["short", "past the window", "left padding"])
@@ -210,7 +210,9 @@ def test_activations_of_an_artifact(tmp_path: Path) -> None:
     ids = torch.arange(20, 84).unsqueeze(0)
     logits = []
     for activations, keep in ((None, 0), ("nvfp4", 0), ("nvfp4", 1 << 30)):
-        model = Model(artifact.config, artifact.weights, keep_decoded=keep, activations=activations)
+        model = Model(
+            artifact.config, artifact.weights, options=LoadOptions(keep_decoded=keep, activations=activations)
+        )
         cache = model.new_cache(1)
         model.encode(ids, cache)
         logits.append(model.decode(ids, cache))
@@ -228,7 +230,7 @@ def test_logits_on_cuda(both: Both) -> None:
     ids = torch.arange(20, 84).unsqueeze(0)
     logits = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
-        model = Model(both.artifact.config, both.artifact.weights, device, dtype, keep_decoded=0)
+        model = Model(both.artifact.config, both.artifact.weights, device, dtype, options=LoadOptions(keep_decoded=0))
         cache = model.new_cache(1)
         model.encode(ids.to(device), cache)
         logits.append(model.decode(ids.to(device), cache).cpu())

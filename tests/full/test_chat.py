@@ -24,8 +24,8 @@ from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.files.images import Once, parted, placed
 from dgq.runtime.files.tokenizer import Tokenizer
 from dgq.runtime.model.session import Session
-from dgq.runtime.model.slots import Canvas
-from dgq.runtime.shape.pictured import Pictured, told
+from dgq.runtime.model.slots import CanvasView
+from dgq.runtime.shape.pictured import Pictured, marks_of
 
 TESTS = Path(__file__).parent.parent
 SAID = (
@@ -59,7 +59,11 @@ def store(request, monkeypatch, model) -> Iterator[str]:
     if request.param == "slots":
         monkeypatch.setattr(engine, "TurnOnCache", TurnOnSlots)
     yield request.param
-    model.session = None
+    model.drop_session()
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
 
 
 def endless(artifact: Any) -> Any:
@@ -71,11 +75,11 @@ def logits_of(store: Any, model: Any, canvas: torch.Tensor) -> torch.Tensor:
     """Of a canvas behind what a conversation's store holds."""
     if hasattr(store, "cache"):
         return model.decode(canvas, store.cache)
-    state, view = store.session.state, Canvas(store.session.slots, 1, model.config.canvas)
+    state, view = store.session.state, CanvasView(store.session.slots, 1, model.config.canvas)
     kept = state.canvas.clone()
     state.canvas.copy_(canvas)
     state.soft.zero_()
-    found = store.session.passes.decode(state, view)
+    found = store.session.backend.decode(state, view)
     state.canvas.copy_(kept)
     return found
 
@@ -97,7 +101,7 @@ def worst(monkeypatch, model) -> list[float]:
 
     def compared(self: Turns, place: Any, ids: Any, window: int) -> None:
         begin(self, place, ids, window)
-        assert self.ids == told(ids)
+        assert self.ids == marks_of(ids)
         with torch.inference_mode():
             found.append(float((logits_of(place, model, canvas) - recomputed(model, ids, canvas)).abs().max()))
 
@@ -239,7 +243,7 @@ def test_no_two_turns_draw_the_same(artifact, model):
 
 
 def test_what_was_written_anew_is_encoded_anew(artifact, model, store, worst):
-    chat = Chat(model, artifact.tokenizer, endless(artifact), system="Be brief.", seed=1)
+    chat = Chat(model, artifact.tokenizer, endless(artifact), messages=[system("Be brief.")], seed=1)
     for said in SAID[:2]:
         chat.ask(said, max_new_tokens=200, steps=2)
     chat.messages[1] = {"role": "user", "content": "Sort: zoo ant"}
@@ -275,7 +279,7 @@ def test_an_abandoned_turn_never_was(artifact, model, store, worst):
 
 def test_an_interrupted_turn_never_was(artifact, model, store, worst, monkeypatch):
     """Whether it stops while its prompt is encoded or one of its blocks: keys that were half written are not used."""
-    chat = Chat(model, artifact.tokenizer, endless(artifact), system=TEXTS[0], seed=1)
+    chat = Chat(model, artifact.tokenizer, endless(artifact), messages=[system(TEXTS[0])], seed=1)
     chat.ask(SAID[0], max_new_tokens=64, steps=2)
     append, calls = type(model).append, []
     for stop in (1, 2, 4):
@@ -330,7 +334,7 @@ def test_slots_grow_and_are_lent(artifact, model, monkeypatch, worst):
         model.session.start([artifact.tokenizer.encode("Once upon a time")])
     reply = chat.ask("And then?", max_new_tokens=64, steps=3)
     assert reply.encoded == reply.prompt_tokens and max(worst) < 1e-4
-    model.session = None
+    model.drop_session()
 
 
 def test_the_command(monkeypatch, artifact) -> None:
@@ -397,7 +401,7 @@ def test_a_template_that_writes_turns_anew(tmp_path, artifact, model, store, wor
     """With thoughts in the generation prompt that the next turn does not have, and in the reply."""
     tokenizer = thinker(tmp_path)
     monkeypatch.setattr(Tokenizer, "reply", lambda self, ids: ("the fox", "quick"))
-    chat = Chat(model, tokenizer, endless(artifact), thinking=False)
+    chat = Chat(model, tokenizer.thinking(False), endless(artifact))
     before = 0
     for said in SAID:
         reply = chat.ask(said, max_new_tokens=200, steps=2)

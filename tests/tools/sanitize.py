@@ -308,19 +308,19 @@ def _session(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         from test_fast import small
 
         from dgq.runtime.engine.fast import Fast
-        from dgq.runtime.model.model import Model
+        from dgq.runtime.model.model import LoadOptions, Model
         from dgq.runtime.model.rng import CounterRandom
         from dgq.runtime.model.session import Session
         from dgq.runtime.shape.settings import SamplerConfig
 
         config, weights = small({".experts.": "nvfp4"})
-        passes = Fast(Model(config, weights, device, torch.bfloat16, kernels=True))
-        passes.capturable &= "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ
+        backend = Fast(Model(config, weights, device, torch.bfloat16, options=LoadOptions(kernels=True)))
+        backend.capturable &= "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ
         blocks, steps = (3, 3) if device == "cuda" else (1, 1)
         random = CounterRandom(1, range(2), config.canvas, config.vocab, torch.device(device))
         rows = torch.arange(2, device=device)
         with torch.inference_mode():
-            session = Session(passes, 2, 21 + blocks * config.canvas, SamplerConfig(steps=steps))
+            session = Session(backend, 2, 21 + blocks * config.canvas, SamplerConfig(steps=steps))
             session.start([[8], [5, 6, 7] * 7])
             for block in range(blocks):
                 session.state.begin(random, rows, block)
@@ -332,7 +332,7 @@ def _session(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
                     session.keep(rows)
                 session.commit(canvas)
             assert int(session.slots.lengths[0]) == 21 + blocks * config.canvas
-            assert len(session._graphs) == (5 if passes.capturable else 0)
+            assert len(session._graphs) == (5 if backend.capturable else 0)
 
     yield "session of two rows", run
 

@@ -1,4 +1,4 @@
-"""The passes by kernels against the reference's, on a model small enough for Triton's interpreter.
+"""The kernels' backend against the reference's, on a model small enough for Triton's interpreter.
 
 Kernel by kernel they are held against float64 in test_moe, test_fused and test_dense; on a GPU test_session compares
 whole runs of `tiny`, and graphs with what they were made of.
@@ -17,9 +17,9 @@ from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.engine.plain import Plain
 from dgq.runtime.engine.turns import SessionStore, Turns
-from dgq.runtime.model.model import Model
+from dgq.runtime.model.model import LoadOptions, Model
 from dgq.runtime.model.rng import CounterRandom
-from dgq.runtime.model.session import Passes, Session
+from dgq.runtime.model.session import Backend, Session
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.pictured import Pictured
 from dgq.runtime.shape.settings import SamplerConfig
@@ -56,10 +56,10 @@ def pictured() -> Pictured:
     return Pictured([5, 6, *[99] * 20, 7, 8, 9, 10, *[99] * 3, 11, 12], embeddings.to(DEVICE), 99)
 
 
-def run(passes: Passes, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
+def run(backend: Backend, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
     """Logits before and after a committed block, and after a step's self-conditioning; the window is passed."""
-    config, device = passes.config, passes.device
-    session = Session(passes, 1, len(prompt) + 2 * 16, SamplerConfig(steps=2))
+    config, device = backend.config, backend.device
+    session = Session(backend, 1, len(prompt) + 2 * 16, SamplerConfig(steps=2))
     session.start([prompt])
     random = CounterRandom(1, [0], config.canvas, config.vocab, device)
     for block in range(2):
@@ -67,7 +67,7 @@ def run(passes: Passes, prompt: Sequence[int]) -> Iterator[torch.Tensor]:
         for step in range(1 if block else 2):
             if step:
                 session.step()
-            logits = passes.decode(session.state, session._view()).float().view(1, config.canvas, -1)
+            logits = backend.decode(session.state, session._view()).float().view(1, config.canvas, -1)
             yield logits.cpu()
         if not block:
             session.commit(torch.arange(16, device=device)[None] + 3)
@@ -85,9 +85,9 @@ def test_logits_are_the_references(
     monkeypatch.setattr("dgq.runtime.model.model.decodes", lambda *_: False)  # packed, as on a small card
     config, weights = small(schemes)
     exact = run(Plain(Model(config, weights, DEVICE, torch.float32)), prompt)
-    passes = fast.Fast(Model(config, weights, DEVICE, torch.bfloat16, kernels=True))
-    passes.capturable, passes.prefill = False, prefill
-    pairs = list(islice(zip(run(passes, prompt), exact, strict=True), count))
+    backend = fast.Fast(Model(config, weights, DEVICE, torch.bfloat16, options=LoadOptions(kernels=True)))
+    backend.capturable, backend.prefill = False, prefill
+    pairs = list(islice(zip(run(backend, prompt), exact, strict=True), count))
     assert len(pairs) == count
     for ours, theirs in pairs:
         capped = config.softcap * torch.tanh(ours / config.softcap)
@@ -118,26 +118,26 @@ def test_a_new_block_has_nothing_of_the_last() -> None:
 def test_a_conversation_keeps_what_it_has() -> None:
     """A turn written anew in the middle of a reply, on rings that went around: logits as of a new session."""
     config, weights = small({})
-    model = Model(config, weights, DEVICE, torch.bfloat16, kernels=True)
-    passes, sampler = fast.Fast(model), SamplerConfig(steps=2)
-    session, turns = Session(passes, 1, 192, sampler), Turns()
+    model = Model(config, weights, DEVICE, torch.bfloat16, options=LoadOptions(kernels=True))
+    backend, sampler = fast.Fast(model), SamplerConfig(steps=2)
+    session, turns = Session(backend, 1, 192, sampler), Turns()
     store = SessionStore(session)
     said = [(7 * i) % 120 + 3 for i in range(150)]
 
     def logits(here: Session) -> torch.Tensor:
-        here.state.begin(CounterRandom(1, [0], config.canvas, config.vocab, passes.device), rows, 0)
-        return passes.decode(here.state, here._view()).float().cpu()
+        here.state.begin(CounterRandom(1, [0], config.canvas, config.vocab, backend.device), rows, 0)
+        return backend.decode(here.state, here._view()).float().cpu()
 
-    rows = torch.zeros(1, dtype=torch.int64, device=passes.device)
+    rows = torch.zeros(1, dtype=torch.int64, device=backend.device)
     with torch.inference_mode():
         for first, settled in ((said[:70], 66), (said[:68] + said[100:120], 84), (said[:68] + said[100:150], 110)):
             turns.settled = settled
             turns.begin(store, first, config.window)
-            fresh = Session(passes, 1, 192, sampler)
+            fresh = Session(backend, 1, 192, sampler)
             fresh.start([first])
             torch.testing.assert_close(logits(session), logits(fresh), atol=0.03, rtol=0.03)
             for _ in range(2):  # a reply of three blocks, of which two are committed
-                canvas = torch.arange(16, device=passes.device)[None] + 3
+                canvas = torch.arange(16, device=backend.device)[None] + 3
                 for one in (session, fresh):
                     one.commit(canvas)
                 session.slots.reach(len(turns.ids) + 16)

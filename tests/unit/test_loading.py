@@ -14,10 +14,10 @@ import dgq.runtime
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.engine.api import Engine
-from dgq.runtime.engine.engine import Block, generate
+from dgq.runtime.engine.engine import Block, Request, generate
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.kernels.repack import Tiles, tile
-from dgq.runtime.model.model import Model
+from dgq.runtime.model.model import LoadOptions, Model
 from dgq.runtime.model.offload import Host, Offload
 from dgq.runtime.model.placement import place
 from dgq.runtime.shape.config import ModelConfig
@@ -97,7 +97,7 @@ def test_one_weight_at_a_time() -> None:
 
     raw = micro_config()
     raw["text_config"] |= {"intermediate_size": 128, "moe_intermediate_size": 64}
-    Model(ModelConfig.from_json(raw, "micro"), Read(), "cpu", torch.bfloat16, kernels=True)
+    Model(ModelConfig.from_json(raw, "micro"), Read(), "cpu", torch.bfloat16, options=LoadOptions(kernels=True))
     assert sum(".experts." in name for name in read) == 4 and len(read) == len(made)
 
 
@@ -163,9 +163,9 @@ def test_layers_in_host_memory_are_spread(share: float) -> None:
     size = sum(tile(weight, True).nbytes for weight in own)
     room = int((12 * share + 2) * size)
     experts = loading._Experts(loaded, 12, room)
-    for _ in range(12):
+    for layer in range(12):
         for number, weight in enumerate(own):
-            experts.add(tile(weight, number == 0))
+            experts.add(layer, tile(weight, number == 0))
     assert len(loaded.experts) == int(12 * share) and len(loaded.experts) + len(experts.hosts) == 12
     placement = place([size] * 12, 12, room)
     assert [layer for layer, stays in enumerate(placement.stays) if stays] == list(loaded.experts)
@@ -186,7 +186,7 @@ def test_the_api() -> None:
     assert answer.ended and answer.text.split() == ["apple", "door", "king", "wind"]
     both = engine.generate_batch([message, "Once upon a time"], seed=0, max_new_tokens=64)
     assert both[0].tokens == answer.tokens and len(both) == 2
-    found = generate(engine.model, [engine.ids(message)], engine.generation, seed=0)
+    found = generate(engine.model, Request([engine.ids(message)], engine.generation, seed=0))
     assert [answer.tokens, answer.steps] == [found.tokens[0], found.steps[0]]
     events = list(engine.stream(message, seed=0))
     assert isinstance(events[-1], Block) and engine.text(events[-1]) == answer.text
@@ -205,8 +205,8 @@ def test_experts_in_host_memory_write_the_same(monkeypatch: pytest.MonkeyPatch) 
     assert whole.kernels is not None
     experts = sum(tiles.nbytes for pair in whole.kernels.experts.values() for tiles in pair)
     others = whole.kernels.nbytes - experts
-    expected = generate(whole, prompts, artifact.generation, 192, seed=1, steps=4)
+    expected = generate(whole, Request(prompts, artifact.generation, 192, seed=1, steps=4))
     part = artifact.load("cuda", vram=torch.cuda.memory_allocated() + others + experts // 2 + (1 << 16))
     assert part.kernels is not None and part.kernels.offload is not None and part.kernels.offload.copied
     for _ in range(2):
-        assert generate(part, prompts, artifact.generation, 192, seed=1, steps=4).tokens == expected.tokens
+        assert generate(part, Request(prompts, artifact.generation, 192, seed=1, steps=4)).tokens == expected.tokens

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dgq.runtime.engine import batch
-from dgq.runtime.engine.engine import generate
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.shape.settings import GenerationConfig, SamplerConfig
 
@@ -108,7 +108,7 @@ def both(pair, rows, seed, eos, steps, blocks, bound=0.1, stability=1):
     sampler = SamplerConfig(steps=steps, entropy_bound=bound, stability=stability, confidence=CONFIDENCE[name])
     pad = artifact.generation.pad_id
     tokens = blocks * artifact.config.canvas
-    result = generate(model, rows, GenerationConfig(sampler, eos, pad), tokens, seed=seed, rng="torch")
+    result = generate(model, Request(rows, GenerationConfig(sampler, eos, pad), tokens, seed=seed, rng="torch"))
     expected, per_forward = oracle_generate(
         oracle, rows, pad, seed, max_new_tokens=tokens, max_denoising_steps=steps, entropy_bound=bound, t_min=0.4,
         t_max=0.8, stability_threshold=stability, confidence_threshold=CONFIDENCE[name], eos_token_id=list(eos),
@@ -152,7 +152,7 @@ def test_some_canvases_stopped_early(pair):
     name, model, artifact, _ = pair
     sampler = SamplerConfig(steps=16, confidence=CONFIDENCE[name])
     settings = GenerationConfig(sampler, (1,), artifact.generation.pad_id)
-    result = generate(model, asked(pair, 3, 3), settings, 3 * artifact.config.canvas, seed=4, rng="torch")
+    result = generate(model, Request(asked(pair, 3, 3), settings, 3 * artifact.config.canvas, seed=4, rng="torch"))
     early = [flag for row in result.stopped_early for flag in row]
     assert any(early)
     assert len({count for row in result.steps for count in row}) > 1
