@@ -16,8 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dgq.convert.calibration.activations import BATCH, CHATS, DRAFTS, TEXTS
-from dgq.convert.layerwise.memory import Needs, Sizes
+from dgq.convert.calibration.input_scales import BATCH, CHATS, DRAFTS, TEXTS
+from dgq.convert.layerwise.estimate import Needs, Sizes
 from dgq.convert.layerwise.samples import TOKENS
 from dgq.convert.plans import mmproj
 from dgq.convert.plans.plan import Plan

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from dgq.convert.calibration.activations import CHATS, DRAFTS, PROMPT, TEXTS
+from dgq.convert.calibration.input_scales import CHATS, DRAFTS, PROMPT, TEXTS
 from dgq.convert.estimate.needs import PASSES
 from dgq.convert.plans.plan import Plan
 from dgq.convert.write.pipeline import HASHERS

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from dgq.convert.resume.journal import check_target
+from dgq.convert.resume.target import check_target
 from dgq.convert.source.checkpoint import Source
 from dgq.convert.source.device import chosen_device
 from dgq.convert.source.hashes import dgq_version

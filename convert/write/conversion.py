@@ -17,7 +17,7 @@ from dgq.convert.layerwise.budget import Budget
 from dgq.convert.plans.plan import Plan, make_plan
 from dgq.convert.plans.recipe import Recipe
 from dgq.convert.plans.recipes import find_recipe
-from dgq.convert.resume.journal import check_target
+from dgq.convert.resume.target import check_target
 from dgq.convert.source.checkpoint import open_source
 from dgq.convert.source.device import chosen_device
 from dgq.convert.source.hub import is_hub_id

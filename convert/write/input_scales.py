@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from dgq.convert.calibration.activations import HEADROOM as HEADROOM_OF_AMAX
-from dgq.convert.calibration.activations import input_scales, scales_from
+from dgq.convert.calibration.input_scales import HEADROOM as HEADROOM_OF_AMAX
+from dgq.convert.calibration.input_scales import input_scales, scales_from
 from dgq.convert.calibration.stats import Stats
 from dgq.convert.layerwise.steady import one_thread, shared_out
 from dgq.convert.plans.plan import Plan

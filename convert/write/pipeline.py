@@ -28,7 +28,8 @@ import torch
 
 from dgq.convert.plans.plan import Plan
 from dgq.convert.resume import journal
-from dgq.convert.resume.journal import Journal, check_target
+from dgq.convert.resume.journal import Journal
+from dgq.convert.resume.target import check_target
 from dgq.convert.source.hashes import describe, dgq_version, digest
 from dgq.convert.write import provenance
 from dgq.convert.write.artifact_files import ArtifactFiles, artifact_files

@@ -8,7 +8,7 @@
 
 So a token counts by how much its result is felt at the end, on either side of the model, and so does a row of a weight.
 An expert of few tokens leans on its layer's: LEAN tokens of the average expert are added to each. If a layer's Hessians
-are more than memory holds, it is gone back through several times (convert/layerwise/memory.py); the bytes are the same.
+are more than memory holds, it is gone back through several times (layerwise/schedule.py); the bytes are the same.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgq.convert.layerwise.memory import JOINED, WIDEST, Needs, Sizes, at_once, trips
-from dgq.convert.layerwise.passes import Passes, Rows
+from dgq.convert.layerwise.estimate import Needs, Sizes
+from dgq.convert.layerwise.passes import Rows, SamplePasses
 from dgq.convert.layerwise.samples import used
+from dgq.convert.layerwise.schedule import JOINED, WIDEST, at_once, trips
 from dgq.convert.layerwise.steady import one_thread, shared_out
 from dgq.convert.layerwise.stream import Stream
 from dgq.convert.plans.plan import Plan
@@ -45,8 +46,9 @@ FEW = 1 << 22  # elements of experts that a thread of the CPU quantises at once
 
 
 class Hessians:
-    """A Sense: H and G of the weights it was told to watch, of one matrix or of each expert; and what all experts of a
-    weight give, added up the first time that the weight is watched. G of the experts' last weight is one for all."""
+    """A BackwardHook: H and G of the weights it was told to watch, of one matrix or of each expert; and what all
+    experts of a weight give, added up the first time that the weight is watched. G of the experts' last weight is one
+    for all."""
 
     def __init__(self, experts: int) -> None:
         self._experts = experts
@@ -144,7 +146,7 @@ def refined(
     with ExitStack() as stack:
         files = [stack.enter_context(tempfile.TemporaryFile(dir=scratch, buffering=0)) for _ in range(layers + 2)]
         pool = stack.enter_context(one_thread(settings.device))
-        passes = Passes(stream, chunks, range(len(chunks)), files[0], files[1:])
+        passes = SamplePasses(stream, chunks, range(len(chunks)), files[0], files[1:])
         with shared_out(pool):
             step("samples, first pass")
             passes.first(lambda: step("samples, first pass"))
