@@ -61,7 +61,7 @@ class GGMLType:
 
 @dataclass(frozen=True)
 class Table:
-    """A scheme of 16 values: weight = scale * values[code]. group: weights that share a scale, 64 or 32 or 16;
+    """A scheme of 16 values: weight = scale * values[code]. group: weights that share a scale, 64 or 32;
     codes_and_scales: parts of a weight (…, in) -> codes uint8 (…, in) and scales float32 (…, in / group)."""
 
     values: tuple[float, ...]
