@@ -56,7 +56,7 @@ class Quantization:
     def kind(self) -> str:
         """ "nvfp4" or "bnb4": the format's name; "fp8": nothing but that."""
         layout = self.layout()
-        if isinstance(layout, Mixed) and layout.said.get(""):
+        if isinstance(layout, Mixed) and layout.declared.get(""):
             return "fp8"
         return "bnb4" if isinstance(layout, BitsAndBytes) else "nvfp4"
 

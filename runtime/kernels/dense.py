@@ -27,7 +27,6 @@ from dgq.runtime.kernels.repack import COLUMNS, ROWS, Tiles, in_order, natural_o
 MANY = 1024  # tokens
 PIECE = 16384  # rows of a table decoded at a time
 _ADDED = 1024
-_PLAIN = ("bf16", "f16", "f32")
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def pack(weights: Sequence[Packed], name: str = "the weight") -> Linear:
 
 def pack_gated(gate: Packed, up: Packed, name: str = "the weight") -> Gated:
     """gate and up (inner, columns)."""
-    joined = None if gate.scheme.name in _PLAIN else _stacked(gate, up)
+    joined = None if _is_plain(gate) else _stacked(gate, up)
     if joined is None:
         return Gated(pack((gate, up), name), gate.shape[0])
     return Gated(_by_row_tile(tile(_one(joined), True, name)), gate.shape[0])
@@ -134,7 +133,7 @@ def decoded(weight: Tiles, gated: bool = False) -> Tensor:
     out = torch.empty(rows, column_tiles * COLUMNS, dtype=torch.bfloat16, device=weight.codes.device)
     dense_kernels.unpack[(row_tiles, column_tiles)](
         out, weight.codes, weight.scales, weight.high, weight.factors, rows, column_tiles, rows // 2,
-        SCHEME=weight.scheme, GATED=gated, num_warps=4,
+        SCHEME=weight.form, GATED=gated, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -149,12 +148,12 @@ class Cut:
 
 
 def cut_for(tokens: int, weight: Tiles) -> Cut:
-    """As measured on Hopper. NF4 is bound by its permutes, so that more tokens should share what was decoded; before
-    Hopper the sums of so many do not fit a thread's registers."""
+    """As measured on Hopper. Tables are bound by their permutes, so that more tokens should share what was decoded;
+    before Hopper the sums of so many do not fit a thread's registers."""
     row_tiles, column_tiles = weight.codes.shape[1:3]
     device = weight.codes.device
     wide = (
-        weight.scheme.startswith("nf4") and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+        weight.form.startswith("table") and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     )
     power: int = triton.next_power_of_2(tokens)
     block = min(128 if wide else 64, max(16, power))
@@ -182,7 +181,7 @@ def _product(x: Tensor, weight: Tiles, out: Tensor, gated: bool, cut: Cut | None
     dense_kernels.product[(triton.cdiv(tokens, cut.tokens), row_tiles, cut.splits)](
         x, parts, weight.codes, weight.scales, weight.high, weight.factors, x.stride(0), parts.stride(-2),
         parts.stride(0), out.shape[1], tokens, column_tiles,
-        SCHEME=weight.scheme, GATED=gated, SPLIT=cut.splits > 1, BLOCK_N=cut.tokens, STAGES=cut.stages,
+        SCHEME=weight.form, GATED=gated, SPLIT=cut.splits > 1, BLOCK_N=cut.tokens, STAGES=cut.stages,
         num_warps=4,
     )  # fmt: skip
     if cut.splits > 1:
@@ -202,7 +201,7 @@ class Table:
 
     @classmethod
     def of(cls, weight: Packed) -> Table:
-        assert weight.scheme.name in ("q6_k", "q8_0")
+        assert weight.scheme.gpu.embedding
         rows, columns = weight.shape
         return cls(weight.scheme.name, (rows, columns), weight.parts[""].contiguous())
 
@@ -247,8 +246,13 @@ class Table:
         return out
 
 
+def _is_plain(weight: Packed) -> bool:
+    """Whether it goes to cuBLAS in bfloat16, by its scheme's decision."""
+    return weight.scheme.gpu.tiles == "bf16"
+
+
 def _part(weight: Packed, name: str) -> Tensor | Tiles:
-    if weight.scheme.name in _PLAIN:
+    if _is_plain(weight):
         return weight.dequantize(torch.bfloat16)
     return _by_row_tile(tile(_one(weight), False, name))
 
@@ -281,19 +285,19 @@ def _own_scales(weight: Packed) -> Packed:
 
 def _by_row_tile(tiles: Tiles) -> Tiles:
     factors = tiles.factors.expand(tiles.codes.shape[1]).contiguous()
-    return Tiles(tiles.scheme, tiles.shape, tiles.codes, tiles.scales, tiles.high, factors)
+    return Tiles(tiles.form, tiles.shape, tiles.codes, tiles.scales, tiles.high, factors)
 
 
 def _may_join(first: Tiles, second: Tiles) -> bool:
-    return first.scheme == second.scheme and first.shape[1] % ROWS == 0
+    return first.form == second.form and first.shape[1] % ROWS == 0
 
 
 def _joined(first: Tiles, second: Tiles) -> Tiles:
     """second's rows below first's."""
     shape = 1, first.shape[1] + second.shape[1], first.shape[2]
-    high = first.high if first.high.dim() == 2 else torch.cat((first.high, second.high), 1)  # NF4's table is the same
+    high = first.high if first.high.dim() == 2 else torch.cat((first.high, second.high), 1)  # a table is the same
     both = [torch.cat(pair, 1) for pair in ((first.codes, second.codes), (first.scales, second.scales))]
-    return Tiles(first.scheme, shape, both[0], both[1], high, torch.cat((first.factors, second.factors)))
+    return Tiles(first.form, shape, both[0], both[1], high, torch.cat((first.factors, second.factors)))
 
 
 def _processors(device: torch.device) -> int:

@@ -84,12 +84,12 @@ def weighted(inner: Tensor, picks: Sorted, share: Tensor, down: Tiles) -> Tensor
 
 def _product(x: Tensor, out: Tensor, picks: Sorted, share: Tensor | None, weight: Tiles) -> Tensor:
     row_tiles, column_tiles = weight.codes.shape[1:3]
-    # as measured: NF4 is bound by its permutes, the others by memory, and then longer steps with fewer stages do better
-    unroll = 2 if column_tiles % 2 == 0 and not weight.scheme.startswith("nf4") else 1
+    # as measured: tables are bound by their permutes, the others by memory, where longer steps in fewer stages pay
+    unroll = 2 if column_tiles % 2 == 0 and not weight.form.startswith("table") else 1
     moe_kernels.expert_product[(row_tiles, len(picks.tile_map))](
         x, out, weight.codes, weight.scales, weight.high, weight.factors, picks.order, share, picks.tile_map,
         x.stride(0), out.stride(0), out.shape[1], row_tiles, column_tiles, picks.k,
-        SCHEME=weight.scheme, GATED=share is None, BLOCK_N=picks.block, STAGES=5 - unroll, UNROLL=unroll, num_warps=4,
+        SCHEME=weight.form, GATED=share is None, BLOCK_N=picks.block, STAGES=5 - unroll, UNROLL=unroll, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -50,7 +50,7 @@ class Host:
             for part in _parts(tiles):
                 parts.append(place[at : at + part.nbytes].view(part.dtype).view(part.shape))
                 at += _whole(part.nbytes)
-            found.append(Tiles(tiles.scheme, tiles.shape, *parts))
+            found.append(Tiles(tiles.form, tiles.shape, *parts))
         return found[0], found[1]
 
 
@@ -134,7 +134,7 @@ def _parts(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _meta(tiles: Tiles) -> Tiles:
-    return Tiles(tiles.scheme, tiles.shape, *(part.to("meta") for part in _parts(tiles)))
+    return Tiles(tiles.form, tiles.shape, *(part.to("meta") for part in _parts(tiles)))
 
 
 def _whole(nbytes: int) -> int:

@@ -275,7 +275,8 @@ def _rounding(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     import torch
     from test_round_kernel import GRIDS
 
-    from dgq.quant.feedback import round_kernel, search_kernel
+    from dgq.quant.feedback import round_kernel
+    from dgq.quant.schemes.ggml import search_kernel
 
     def columns(name: str) -> None:
         levels, sub = GRIDS[name]
