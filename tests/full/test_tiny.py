@@ -95,7 +95,7 @@ def test_held_out_prompts_are_held_out() -> None:
 
 
 def test_it_answers_and_knows_when_it_is_done(artifact: Artifact, model: Model) -> None:
-    tasks = held_out("heldout_tasks")[:32]
+    tasks = held_out("heldout_tasks")[:96]
     right, early = 0, []
     for start in range(0, len(tasks), ROWS):
         batch = tasks[start : start + ROWS]
