@@ -86,11 +86,11 @@ class Artifact:
 
         ids = []
         for key, token in (("boi", "<|image>"), ("image", "<|image|>"), ("eoi", "<image|>")):
-            found = raw.get(f"{key}_token_id")
-            found = self.tokenizer.token_id(token) if found is None else found
-            if type(found) is not int or not 0 <= found < self.config.vocab:
-                raise InputError(f"{self.path}: {key}_token_id is {found!r}, no token to put an image between")
-            ids.append(found)
+            token_id = raw.get(f"{key}_token_id")
+            token_id = self.tokenizer.token_id(token) if token_id is None else token_id
+            if type(token_id) is not int or not 0 <= token_id < self.config.vocab:
+                raise InputError(f"{self.path}: {key}_token_id is {token_id!r}, no token to put an image between")
+            ids.append(token_id)
         return Tokens(*ids)
 
     def load(
@@ -144,8 +144,8 @@ def open_artifact(path: Path | str) -> Artifact:
 def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, DirWeights]:
     """A safetensors directory without its sampler and tokenizer: its kind, its shape, its weights. raw: config.json."""
     config = ModelConfig.from_json(raw, str(path / "config.json"))
-    said = quantization(path, raw)
-    layout = None if said is None else said.layout()
+    quantised = quantization(path, raw)
+    layout = None if quantised is None else quantised.layout()
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
     base = layout.base if isinstance(layout, Mixed) else layout
     tied = base is None or isinstance(base, (CompressedTensors, BitsAndBytes))
@@ -153,7 +153,7 @@ def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, Dir
     apart = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
     if isinstance(apart, Mixed):
         apart = dataclasses.replace(apart, specs=directory.specs)
-    return "safetensors" if said is None else said.kind, config, DirWeights(directory, config, apart, vision)
+    return "safetensors" if quantised is None else quantised.kind, config, DirWeights(directory, config, apart, vision)
 
 
 def _mmproj(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> Mmproj | None:
@@ -161,16 +161,18 @@ def _mmproj(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> Mmproj |
     files = find_mmproj(path)
     if len(files) != 1:
         return None
-    found = Mmproj(files[0], config.hidden)
-    said = raw.get("vision_config")
-    if not isinstance(said, dict):
-        return found
-    for key, value in found.config.items():
-        told = said.get(key, value)
-        same = math.isclose(told, value, rel_tol=1e-6) if isinstance(told, float) else told == value
+    mmproj = Mmproj(files[0], config.hidden)
+    vision = raw.get("vision_config")
+    if not isinstance(vision, dict):
+        return mmproj
+    for key, value in mmproj.config.items():
+        expected = vision.get(key, value)
+        same = math.isclose(expected, value, rel_tol=1e-6) if isinstance(expected, float) else expected == value
         if not same and key != "rope_parameters":
-            raise InputError(f"{path / 'config.json'}: vision_config.{key} is {told}, but {files[0].name} says {value}")
-    return found
+            raise InputError(
+                f"{path / 'config.json'}: vision_config.{key} is {expected}, but {files[0].name} says {value}"
+            )
+    return mmproj
 
 
 def _open_gguf(path: Path) -> Artifact:

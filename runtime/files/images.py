@@ -72,18 +72,18 @@ class Vision:
     def _processor(self) -> Any:
         from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-        sizes = {key: self.config.get(key, own) for key, own in (("patch_size", 16), ("pooling_kernel_size", 3))}
+        sizes = {key: self.config.get(key, size) for key, size in (("patch_size", 16), ("pooling_kernel_size", 3))}
         if self._folder is None or not any((self._folder / name).is_file() for name in SETTINGS):
             most = {"max_soft_tokens": self.config["max_soft_tokens"]} if "max_soft_tokens" in self.config else {}
             return self._checked(lambda: Gemma4ImageProcessorPil(**sizes, **most))
         folder = str(self._folder)
-        found = self._checked(lambda: Gemma4ImageProcessorPil.from_pretrained(folder, local_files_only=True))
-        for key, own in sizes.items():
-            if getattr(found, key) != own:
+        processor = self._checked(lambda: Gemma4ImageProcessorPil.from_pretrained(folder, local_files_only=True))
+        for key, size in sizes.items():
+            if getattr(processor, key) != size:
                 raise InputError(
-                    f"{self._source}: the image processor's {key} is {getattr(found, key)}, the tower's {own}"
+                    f"{self._source}: the image processor's {key} is {getattr(processor, key)}, the tower's {size}"
                 )
-        return found
+        return processor
 
     def _checked(self, make: Callable[[], Any]) -> Any:
         try:
@@ -96,18 +96,18 @@ class Vision:
         """An image file's, or an image's. InputError if it is none, is damaged or too large."""
         name, picture = open_image(image)
         try:
-            found = self._processor(picture, return_tensors="pt")
+            cut = self._processor(picture, return_tensors="pt")
         except ValueError as error:
             raise InputError(
                 f"{name}: {picture.width} x {picture.height} pixels do not fit the model ({error})"
             ) from None
-        positions = found["image_position_ids"]
+        positions = cut["image_position_ids"]
         places, most = self.config["position_embedding_size"], int(positions.max())
         if most >= places:
             raise InputError(
                 f"{name}: is {most + 1} patches long and narrow, the tower has places for {places}; crop it"
             )
-        return Patches(found["pixel_values"].float(), positions, int(found["num_soft_tokens_per_image"][0]))
+        return Patches(cut["pixel_values"].float(), positions, int(cut["num_soft_tokens_per_image"][0]))
 
     def prompt(
         self,
@@ -219,9 +219,9 @@ def placed(
         messages[-1]["content"] = [*({"type": "image"} for _ in given), *written]
     elif parts:
         rest = iter(given)
-        own = [part.get("image", part.get("path")) for part in parts]
-        found = [next(rest, None) if one is None else one for one in own]
-        given = [one for one in found if one is not None] + list(rest)
+        named = [part.get("image", part.get("path")) for part in parts]
+        paired = [next(rest, None) if one is None else one for one in named]
+        given = [one for one in paired if one is not None] + list(rest)
     return _imaged(tokenizer, tokenizer.chat(messages), given), given, None
 
 

@@ -34,15 +34,15 @@ class TiedDir(HFDir):
 
     def tensor(self, name: str) -> torch.Tensor:
         """InputError if its copy is another."""
-        found = super().tensor(name)
+        tensor = super().tensor(name)
         if name in self._twins.specs:
-            spec, own = self._twins.specs[name], self.specs[name]
-            same = (spec.dtype, spec.shape) == (own.dtype, own.shape)
+            copy, listed = self._twins.specs[name], self.specs[name]
+            same = (copy.dtype, copy.shape) == (listed.dtype, listed.shape)
             if not same or not torch.equal(
-                *(one.flatten().view(torch.uint8) for one in (found, self._twins.tensor(name)))
+                *(one.flatten().view(torch.uint8) for one in (tensor, self._twins.tensor(name)))
             ):
-                raise InputError(f"{spec.file}: {spec.name} is not a copy of {name}; the model ties them")
-        return found
+                raise InputError(f"{copy.file}: {copy.name} is not a copy of {name}; the model ties them")
+        return tensor
 
 
 def _original(name: str) -> str | None:

@@ -205,12 +205,17 @@ def experts(
                 results.append(out)
     unsorted = torch.empty_like(rows)
     unsorted[order] = torch.cat(results) if results else rows
-    weighted = unsorted.view(k, tokens, -1).float() * share.t().unsqueeze(-1)
+    return _summed(unsorted.view(k, tokens, -1), chosen, share).to(x.dtype)
+
+
+def _summed(outputs: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
+    """Each token's outputs (k, tokens, hidden) times its shares, added up by rising expert number: float32."""
+    weighted = outputs.float() * share.t().unsqueeze(-1)
     rising = chosen.argsort(dim=-1).t().unsqueeze(-1).expand_as(weighted)
     total = torch.zeros_like(weighted[0])
     for part in weighted.gather(0, rising):
         total += part
-    return total.to(x.dtype)
+    return total
 
 
 def _product(x: Tensor, weight: Tensor | Packed, least: int) -> Tensor:

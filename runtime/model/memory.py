@@ -21,11 +21,11 @@ WIDTH = 2  # bytes of an activation
 def kv_bytes(config: ModelConfig, tokens: int, rows: int = 1) -> tuple[int, int]:
     """Keys and values of `rows` rows of `tokens`, canvas included: of sliding layers, of full ones."""
     ring = min(whole(tokens), whole(config.window - 1 + config.canvas))
-    found = [0, 0]
+    sliding_and_full = [0, 0]
     for layer in config.layers:
         slots = ring if layer.is_sliding else whole(tokens)
-        found[not layer.is_sliding] += 2 * WIDTH * rows * slots * layer.kv_heads * layer.head_dim
-    return found[0], found[1]
+        sliding_and_full[not layer.is_sliding] += 2 * WIDTH * rows * slots * layer.kv_heads * layer.head_dim
+    return sliding_and_full[0], sliding_and_full[1]
 
 
 def canvas_bytes(config: ModelConfig, rows: int = 1) -> int:

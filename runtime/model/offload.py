@@ -44,14 +44,14 @@ class Host:
 
     def inside(self, place: Tensor) -> Pair:
         """The weights as they lie in a place, uint8, that holds a copy of flat."""
-        at, found = 0, []
+        at, pair = 0, []
         for tiles in self.like:
             parts = []
             for part in _parts(tiles):
                 parts.append(place[at : at + part.nbytes].view(part.dtype).view(part.shape))
                 at += _whole(part.nbytes)
-            found.append(Tiles(tiles.scheme, tiles.shape, *parts))
-        return found[0], found[1]
+            pair.append(Tiles(tiles.scheme, tiles.shape, *parts))
+        return pair[0], pair[1]
 
 
 class Offload:
