@@ -104,11 +104,13 @@ def _memory(load: Load) -> int:
     return whole if load.vram is None else min(whole, load.vram)
 
 
-def bench_artifact(asked: str, load: Load, found: Ceilings) -> dict[str, Any]:
+def bench_artifact(
+    asked: str, load: Load, found: Ceilings, notice: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """An artifact or a BF16 source: see measured()."""
-    from dgq.convert.verification.generate import open_model
+    from dgq.convert.source.models import open_model
 
-    artifact = open_model(asked)
+    artifact = open_model(asked, notice=notice)
     if load.context + (WARM + TIMED) * artifact.config.canvas > artifact.config.context:
         raise InputError(f"--context {load.context}: {asked} holds {artifact.config.context} tokens, answer included")
     model, seconds = _loaded(lambda: artifact.load("cuda", vram=load.vram))

@@ -29,7 +29,7 @@ from dgq.convert.layerwise.samples import BINS, KINDS
 from dgq.convert.source.checkpoint import Source
 from dgq.convert.source.hashes import sha256
 from dgq.quant.errors import InputError
-from dgq.runtime.shape.names import DECODER, EMBEDDING
+from dgq.runtime.shape.names import DECODER, EMBEDDING, layer_of
 
 # The weights that stand for all that read the same input, and who reads it besides.
 WATCHED = (
@@ -95,8 +95,8 @@ def coverage(tensors: dict[str, torch.Tensor]) -> dict[str, list[int]]:
 
 def _by_layer(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
     """Layers in order, and the counts (E, KINDS) of each."""
-    names = {name.split("layers.")[1].split(".")[0]: name for name in tensors if name.endswith(SEEN)}
-    return ((layer, tensors[names[layer]]) for layer in sorted(names, key=int))
+    names = {layer: name for name in tensors if name.endswith(SEEN) and (layer := layer_of(name)) is not None}
+    return ((str(layer), tensors[names[layer]]) for layer in sorted(names))
 
 
 def sample_tensors(chunks: list[Chunk]) -> dict[str, torch.Tensor]:
@@ -198,7 +198,7 @@ def _contradiction(name: str, tensors: dict[str, torch.Tensor], tokens: torch.Te
     low, high = most < squared * (1 - 1e-3) - 1e-30, most > squared * seen * (1 + 1e-3) + 1e-30
     if bool((low | high).any()):
         return "the largest values, sums and counts of its inputs contradict each other"
-    if ".layers." in name:
+    if layer_of(name) is not None:
         routed = ".experts." in name
         if not torch.equal(count.sum(0) if routed else count, tokens * (top_k if routed else 1)):
             return "its counts are not those of the samples' tokens"

@@ -191,7 +191,7 @@ def survey(
                 made += new
                 _add(tensors, _round(source, stream, new, work, turn, steps.step))
             turn += 1
-        about |= {"rounds": turn, "tokens": sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in made)}
+        about |= {"rounds": turn, "tokens": sum(chunk.run_tokens for chunk in made)}
         if rank == 0:
             tensors = {name: t.float() if t.dtype == torch.float64 else t for name, t in tensors.items()}
             save({**sample_tensors(made), **tensors}, folder / STATS, {"dgq": json.dumps(about)})

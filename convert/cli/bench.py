@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from dgq.convert.source.sizes import Size
+from dgq.convert.terminal.sizes import Size
 from dgq.quant.errors import InputError
 
 PEER = "transformers"
@@ -76,6 +76,7 @@ def _measured(
     from dgq.convert.bench import bench as measure
     from dgq.convert.bench.peer import bench_transformers
     from dgq.convert.bench.shapes import SCHEMES
+    from dgq.convert.terminal.console import note
 
     scheme, _, routing = names[0].partition(":") if names else ("", "", "")
     if names and names[0] != PEER and (scheme not in SCHEMES or routing not in ("", "zipf")):
@@ -89,7 +90,7 @@ def _measured(
         "steps": steps, "bandwidth": ceilings.bandwidth, "rate": ceilings.rate, "host": ceilings.host,
     }  # fmt: skip
     if artifact is not None:
-        return about, measure.bench_artifact(artifact, load, ceilings)
+        return about, measure.bench_artifact(artifact, load, ceilings, note)
     if scheme == PEER:
         return about, bench_transformers(str(shapes), context, batch, steps)
     return about, measure.bench_shapes(str(shapes), scheme, load, ceilings, routing == "zipf")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import click
 
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM, stop
+from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
 
 
 @click.command()
@@ -57,17 +56,16 @@ def calibrate(
 ) -> None:
     """Find out what goes through each weight of SRC, for `convert --stats`. Goes on where it broke off."""
     from dgq.convert.calibration.survey import calibrated
+    from dgq.convert.cli import statistics_page
     from dgq.convert.layerwise.budget import Budget
     from dgq.convert.source.checkpoint import open_source
     from dgq.convert.source.device import chosen_device
-    from dgq.convert.terminal import console, show_stats
+    from dgq.convert.terminal import console
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
     with console.count_bar("calibrating") as advance:
         found = calibrated(
             open_source(src, revision, adapters=adapters), out.expanduser(), prompts, seed, rounds,
             chosen_device(device), imatrix, advance, console.note, Budget(ram, vram), trajectories,
         )  # fmt: skip
     if found is not None:
-        console.print_json(found) if as_json else show_stats.calibrated(src, out, found)
+        console.print_json(found) if as_json else statistics_page.calibrated(src, out, found)

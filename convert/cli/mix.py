@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
-from dgq.convert.source.sizes import Size
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM, stop
+from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
+from dgq.convert.terminal.sizes import Size
 
 
 @click.command()
@@ -67,8 +66,6 @@ def mix(
     from dgq.convert.source.device import chosen_device
     from dgq.convert.terminal import console
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
     with console.count_bar("measuring") as advance:
         found = mix.mix(
             open_source(src, revision, adapters=adapters), to, budget, out.expanduser(), prompts, seed, groups, chunks,

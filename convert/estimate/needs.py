@@ -22,8 +22,8 @@ from dgq.convert.layerwise.samples import TOKENS
 from dgq.convert.plans import mmproj
 from dgq.convert.plans.plan import Plan, PlannedTensor
 from dgq.convert.write.pipeline import HEADER_ALLOWANCE
+from dgq.convert.write.ram import RAM_BASE, converting_ram
 from dgq.convert.write.refine import refinable
-from dgq.convert.write.slices import rows_at_once
 from dgq.runtime.files.mmproj import POOLING
 from dgq.runtime.model import layers
 from dgq.runtime.model.loading import decodes
@@ -52,11 +52,6 @@ TILED = {
     "q6_k": 9.0, "q8_0": 8.5,
 }  # fmt: skip
 HOST_LINKS = {"PCIe 4 x16": 25e9, "PCIe 5 x16": 55e9}  # bytes a second from pinned memory: assumed, measured
-
-# Measured: Python with torch; and bytes for each element of the slices at work: as read, encoded, waiting to be written
-# (and, for ggml, in float32).
-RAM_BASE = 320 << 20
-RAM_ELEMENT = {"nvfp4": 8, "bnb4": 8, "gguf": 24}
 
 # Of a calibration over all weights: texts' prompts together, their canvas twice; each chat's prompt, and its drafts.
 PASSES = TEXTS // BATCH * 3 + CHATS // BATCH * (BATCH + DRAFTS)
@@ -132,9 +127,8 @@ class Runtime:
         of the model does not fit."""
         experts: dict[int, int] = {}
         for tensor in self.text:
-            if ".experts." in str(tensor.source):
-                layer = layer_of(str(tensor.source))
-                assert layer is not None
+            layer = layer_of(str(tensor.source))
+            if layer is not None and ".experts." in str(tensor.source):
                 experts[layer] = experts.get(layer, 0) + self._held(tensor, decode=False)
         others = self.weights(decodes(self.config, budget)) - sum(experts.values())
         room = budget - others - CONTEXT - working_bytes(self.config, SHORT)
@@ -156,34 +150,24 @@ def vision(plan: Plan) -> dict[str, int] | None:
     tower = [tensor for tensor in plan.weights if tensor.vision]
     if not tower:
         return None
-    said = mmproj.described(plan.source)
-    patches = mmproj.soft_tokens(plan.source) * said.count("pooling_kernel_size", POOLING) ** 2
-    image = WIDTH * patches * (3 * said.count("intermediate_size") + 6 * said.count("hidden_size"))
+    tower_config = mmproj.described(plan.source)
+    patches = mmproj.soft_tokens(plan.source) * tower_config.count("pooling_kernel_size", POOLING) ** 2
+    image = WIDTH * patches * (3 * tower_config.count("intermediate_size") + 6 * tower_config.count("hidden_size"))
     return {"weights": sum(WIDTH * tensor.numel for tensor in tower), "image": image}
 
 
 def ram(plan: Plan, threads: int) -> dict[str, int]:
     """Peak bytes of memory while converting on the CPU. For recipes with activations, calibrating comes first: its own
     arrays, and the checkpoint mapped, which is fast only as far as it stays in memory between the passes."""
-    slices: list[int] = []
-    for tensor in plan.weights:
-        row = tensor.numel // tensor.shape[0] if tensor.shape else 1
-        size = rows_at_once(tensor, "cpu") * row
-        slices += [size] * min(threads, -(-tensor.numel // size))
-    found = {"threads": threads, "convert": RAM_BASE + RAM_ELEMENT[plan.recipe.format] * sum(sorted(slices)[-threads:])}
+    needed = {"threads": threads, "convert": converting_ram(plan, threads)}
     if plan.recipe.activations is not None:
         logits = 4 * BATCH * plan.source.config.canvas * plan.source.config.vocab
-        found |= {
+        needed |= {
             "calibrate": RAM_BASE + 2 * logits + 2 * 4 * layers.DECODE_BUDGET,
             "calibrate_mapped": sum(spec.stop - spec.start for spec in plan.source.text.values()),
             "calibrate_passes": PASSES,
         }
-    return found
-
-
-def slices_ram(plan: Plan) -> tuple[int, int]:
-    """Bytes of RAM to convert without STATS: in any case, and for each thread at most."""
-    return RAM_BASE, ram(plan, 1)["convert"] - RAM_BASE
+    return needed
 
 
 def with_stats(plan: Plan) -> dict[str, dict[str, int]]:
@@ -191,18 +175,18 @@ def with_stats(plan: Plan) -> dict[str, dict[str, int]]:
     calibrate, convert: the least; at_once: from which on a layer's Hessians are made in one go. scratch: disk for the
     time of the conversion, beside the artifact, with all the samples that are used."""
     todo = [tensor for tensor in plan.tensors if refinable(tensor)]
-    found = {}
+    needs_by_device = {}
     for device in ("cpu", "cuda") if todo else ():
         needed = Needs(plan.source, device, Sizes.most(plan.source.config), todo)
         moments = needed.moments()
         sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
-        found[device] = {
+        needs_by_device[device] = {
             "scratch": TOKENS * needed.scratch,
             "calibrate": max(sums["head"], sums["layer"]),
             "convert": max(sums.values()),
             "at_once": max(sums.values()) + needed.hessians - moments["way back"]["Hessians"],
         }
-    return found
+    return needs_by_device
 
 
 def disk(plan: Plan) -> dict[str, int]:

@@ -32,6 +32,11 @@ class Chunk:
     def tokens(self) -> int:
         return self.encoded + self.canvases.numel()
 
+    @property
+    def run_tokens(self) -> int:
+        """Tokens that go through the model: every canvas is run twice, plain and conditioned (samples.doubled)."""
+        return self.encoded + 2 * self.canvases.numel()
+
 
 class Watch(Protocol):
     """An Observer of products; see layers. kinds int64 (tokens,) is set before: labels of the rows, or of the tokens

@@ -31,7 +31,7 @@ from dgq.convert.plans.plan import PlannedTensor
 from dgq.convert.source.checkpoint import Source
 from dgq.runtime.model import layers
 from dgq.runtime.shape.config import ModelConfig
-from dgq.runtime.shape.names import DECODER, EMBEDDING
+from dgq.runtime.shape.names import DECODER, EMBEDDING, layer_of
 
 GROUP = {"cpu": 1 << 27, "cuda": 1 << 28}  # elements of the Hessians that are inverted at once
 EXPERTS = {"cpu": 1 << 26, "cuda": 1 << 27}  # of experts quantised at once: on a GPU each kernel has little to do
@@ -71,7 +71,7 @@ class Sizes(NamedTuple):
     def of(cls, chunks: Sequence[Chunk]) -> Sizes:
         found = [
             (
-                chunk.encoded + 2 * chunk.canvases.numel(),
+                chunk.run_tokens,
                 max(map(len, chunk.prompts)),
                 2 * chunk.canvases.shape[1] * max(map(chunk.owner.count, chunk.owner)),
             )
@@ -198,11 +198,11 @@ class Needs:
     @property
     def hessians(self) -> int:
         """Of all weights of a layer, the largest sum."""
-        layers: dict[str, int] = {}
+        layers: dict[int | None, int] = {}
         for tensor in self._todo:
             gathered = Hessian.of(tensor)
             size = gathered.shared + gathered.own * (tensor.shape[0] if len(tensor.shape) == 3 else 1)
-            layer = str(tensor.source).removeprefix(f"{DECODER}layers.").split(".")[0]
+            layer = layer_of(str(tensor.source))
             layers[layer] = layers.get(layer, 0) + size
         return max(layers.values(), default=0)
 

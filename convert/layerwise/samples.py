@@ -181,7 +181,7 @@ def _chunk(
 
 def used(made: list[Chunk]) -> list[Chunk]:
     """The first of the chunks, TOKENS of them or one chunk. They were shuffled."""
-    tokens = list(accumulate(chunk.encoded + 2 * chunk.canvases.numel() for chunk in made))
+    tokens = list(accumulate(chunk.run_tokens for chunk in made))
     return made[: max(1, sum(total <= TOKENS for total in tokens))]
 
 

@@ -30,7 +30,7 @@ from dgq.convert.layerwise.budget import UNSAID, Budget
 from dgq.convert.layerwise.samples import chunks, documents
 from dgq.convert.mixture.trials import Meter, Trial, batches
 from dgq.convert.plans.plan import Plan, PlannedTensor, layout_of, make_plan
-from dgq.convert.plans.recipe import Recipe, Rule, layer_of
+from dgq.convert.plans.recipe import Recipe, Rule
 from dgq.convert.plans.recipes import DEFAULTS, find_recipe
 from dgq.convert.resume.journal import check_target
 from dgq.convert.resume.work import Found, Work
@@ -39,7 +39,7 @@ from dgq.convert.source.hashes import dgq_version
 from dgq.quant.errors import InputError, printable
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Scheme
-from dgq.runtime.shape.names import EMBEDDING, gguf_name
+from dgq.runtime.shape.names import EMBEDDING, gguf_name, layer_of
 
 Format = Literal["gguf", "nvfp4", "bnb4"]
 BF16 = "bf16"

@@ -26,7 +26,6 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from dgq.convert.estimate.needs import slices_ram
 from dgq.convert.layerwise.budget import SLICES, UNSAID, Budget
 from dgq.convert.layerwise.chunk import Chunk, States
 from dgq.convert.layerwise.measure import divergence
@@ -35,13 +34,13 @@ from dgq.convert.layerwise.passes import Passes, Rows
 from dgq.convert.layerwise.samples import BINS, conditioned, doubled
 from dgq.convert.layerwise.stream import LayerOf, Stream
 from dgq.convert.plans.plan import Plan, PlannedTensor
-from dgq.convert.plans.recipe import layer_of
 from dgq.convert.write.pipeline import GPU_THREADS
+from dgq.convert.write.ram import slices_ram
 from dgq.convert.write.slices import SLICE, Options, ordered, slices
 from dgq.quant.errors import InputError
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed, Scheme
-from dgq.runtime.shape.names import EMBEDDING
+from dgq.runtime.shape.names import EMBEDDING, layer_of
 
 BATCH = 18  # trials that go through the model together: of a group of layers, nine matrices in two schemes
 POSITIONS = 64  # whose logits are compared at once

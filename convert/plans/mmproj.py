@@ -19,6 +19,7 @@ from dgq.quant.types import Scheme
 from dgq.runtime.files.images import SETTINGS
 from dgq.runtime.files.mmproj import KEYS, POOLING, PROJECTOR, SOFT_TOKENS, THETA, mmproj_name, stored_shape
 from dgq.runtime.shape.fields import Fields
+from dgq.runtime.shape.names import layer_of
 
 BF16_FILE = 32  # general.file_type, LLAMA_FTYPE_MOSTLY_BF16
 ACTIVATION = "gelu_pytorch_tanh"
@@ -42,8 +43,9 @@ def planned(source: Source) -> dict[str, tuple[str, tuple[int, ...], Scheme]]:
 
 def _order(name: str) -> tuple[int, str]:
     """As the text file's: outside the layers alphabetically, then layer by layer."""
-    own = mmproj_name(name)
-    return (int(own.split(".")[2]) if own.startswith("v.blk.") else -1), own
+    stored = mmproj_name(name)
+    layer = layer_of(stored)
+    return (-1 if layer is None else layer), stored
 
 
 def metadata(source: Source, version: str) -> dict[str, KV]:

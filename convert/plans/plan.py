@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from dgq.convert.plans import mmproj
-from dgq.convert.plans.recipe import Recipe, layer_of
+from dgq.convert.plans.recipe import Recipe
 from dgq.convert.source.checkpoint import Source
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_writer import entry_bytes
@@ -28,7 +28,7 @@ from dgq.quant.schemes.ggml import Q8_0
 from dgq.quant.schemes.nvfp4 import NVFP4
 from dgq.quant.types import Entry, Layout, Scheme
 from dgq.runtime.shape.config import ModelConfig
-from dgq.runtime.shape.names import ROPE_FREQS, VISION, gguf_name
+from dgq.runtime.shape.names import ROPE_FREQS, VISION, gguf_name, layer_of, part_of
 
 MIB = 1 << 20
 
@@ -65,27 +65,7 @@ class PlannedTensor:
     @property
     def part(self) -> str:
         """Which part of the model the tensor belongs to, for tables."""
-        if self.vision:
-            return "vision"
-        known = gguf_name(self.name) or self.name
-        return next((part for pattern, part in PARTS if pattern in known), "norms and scalars")
-
-
-PARTS = (
-    ("_exps.weight", "routed experts"),
-    ("attn_q.weight", "attention"),
-    ("attn_k.weight", "attention"),
-    ("attn_v.weight", "attention"),
-    ("attn_output.weight", "attention"),
-    ("token_embd", "embedding and head"),
-    ("self_cond_gate", "self-conditioning"),
-    ("self_cond_up", "self-conditioning"),
-    ("self_cond_down", "self-conditioning"),
-    ("ffn_gate_inp", "router"),
-    ("ffn_gate.weight", "dense MLP"),
-    ("ffn_up.weight", "dense MLP"),
-    ("ffn_down.weight", "dense MLP"),
-)
+        return "vision" if self.vision else part_of(self.name)
 
 
 @dataclass(frozen=True)

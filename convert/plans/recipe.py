@@ -9,7 +9,6 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +18,7 @@ from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import read_whole
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Scheme
+from dgq.runtime.shape.names import layer_of
 
 MAX_RECIPE = 1 << 20  # bytes
 
@@ -130,15 +130,6 @@ def use_more_bits(index: int, count: int) -> bool:
     """llama.cpp's choice of the layers that deserve more bits: first and last eighth, every third in between."""
     eighth = count // 8
     return index < eighth or index >= 7 * count // 8 or (index - eighth) % 3 == 2
-
-
-def layer_of(name: str) -> int | None:
-    """The N of blk.N. or layers.N. in a tensor's name."""
-    parts = name.split(".")
-    for before, part in pairwise(parts):
-        if before in ("blk", "layers") and part.isdigit():
-            return int(part)
-    return None
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -28,7 +28,7 @@ from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import FLOATS, HFDir, read_header, read_json
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
-from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER
+from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER, layer_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -151,7 +151,7 @@ def open_adapter(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
         delta, name, own = _delta(reader, settings, file, place, module, tensors, shapes)
         if name == EMBEDDING:
             raise InputError(f"{file}: changes {module}, the embedding, which is the head as well; dgq merges no such")
-        if ".layers." in name:
+        if layer_of(name) is not None:
             sides.add("encoder" if own.startswith(ENCODER) else "decoder")
         if name in deltas and not delta.same(deltas[name]):
             raise InputError(

@@ -1,4 +1,9 @@
-"""--input-scale: where a W4A4 artifact's input scales come from, decided before anything is written."""
+"""Where a W4A4 artifact's input scales come from (`--input-scale`), decided before anything is written.
+
+"calibrate"      the largest activations of each expert, on the prompts that ship with dgq
+a number         that, for every expert
+--stats          the largest activations that `dgq calibrate` saw, in place of "calibrate"
+"""
 
 from __future__ import annotations
 
@@ -12,25 +17,27 @@ from dgq.convert.calibration.activations import input_scales, scales_from
 from dgq.convert.calibration.stats import Stats
 from dgq.convert.layerwise.steady import one_thread, shared_out
 from dgq.convert.plans.plan import Plan
-from dgq.convert.terminal import console
 from dgq.convert.write.slices import InputScales
 from dgq.quant.errors import InputError
 
-HEADROOM = 1.2  # of the weights' bytes: what a calibration on a GPU needs besides them, at least
+HEADROOM = 1.2  # bytes that a calibration on a GPU takes at least, as a multiple of the weights' bytes
 
 
-def find_input_scales(plan: Plan, asked: str, device: str) -> Callable[[], InputScales | None]:
-    """How to find them. asked: "calibrate" or a positive number, the same for every expert.
+def find_input_scales(
+    plan: Plan, asked: str, device: str, step: Callable[[str], None], notice: Callable[[str], None]
+) -> Callable[[], InputScales | None]:
+    """Check --input-scale now, and return the function that makes the scales when the artifact needs them.
 
-    A model that does not fit the GPU is calibrated on the CPU, and the user told so. InputError at once for anything
-    else, and for recipes without activations if a number was given.
+    asked: "calibrate", or a positive number as text. step is called with the state of a calibration; notice with a
+    line, if the model does not fit the GPU and is calibrated on the CPU. InputError for any other text, and for a
+    number if the recipe stores no input scales.
     """
     if plan.recipe.activations is None:
         if asked != "calibrate":
             raise InputError(f"--input-scale: recipe {plan.recipe.name} stores no input scales")
         return lambda: None
     if asked == "calibrate":
-        return lambda: _calibrated(plan, device)
+        return lambda: _calibrated(plan, _calibration_device(plan, device, notice), step)
     try:
         scale = float(torch.tensor(float(asked)))
     except ValueError:
@@ -42,7 +49,7 @@ def find_input_scales(plan: Plan, asked: str, device: str) -> Callable[[], Input
 
 
 def scales_of(stats: Stats) -> InputScales:
-    """Input scales from STATS: of both sides' amax, with the same headroom."""
+    """Input scales from STATS: from the amax of encoder and decoder, with the headroom that a calibration gives."""
     amax: dict[str, dict[str, float]] = {"encoder": {}, "decoder": {}}
     for key, value in stats.tensors.items():
         if key.endswith(".amax") and ".experts." in key:
@@ -52,20 +59,23 @@ def scales_of(stats: Stats) -> InputScales:
     return InputScales(scales, {"method": "calibrated", "headroom": HEADROOM_OF_AMAX, "amax": amax})
 
 
-def _calibrated(plan: Plan, device: str) -> InputScales:
-    where = _where(plan, device)
-    with console.count_bar("calibrating input scales") as advance, one_thread(where) as pool, shared_out(pool):
-        return InputScales(*input_scales(plan.source, where, advance))
+def _calibrated(plan: Plan, device: str, step: Callable[[str], None]) -> InputScales:
+    with one_thread(device) as pool, shared_out(pool):
+        scales, about = input_scales(
+            plan.source, device, lambda done, total: step(f"calibrating input scales, {done}/{total}")
+        )
+    return InputScales(scales, about)
 
 
-def _where(plan: Plan, device: str) -> str:
+def _calibration_device(plan: Plan, device: str, notice: Callable[[str], None]) -> str:
+    """ "cpu" in place of "cuda" for a model in bfloat16 that does not fit the GPU's free memory."""
     if device == "cpu":
         return device
     need = HEADROOM * sum(math.prod(spec.shape) * 2 for spec in plan.source.text.values())
     free = torch.cuda.mem_get_info()[0]
     if need <= free:
         return device
-    console.note(
+    notice(
         f"the BF16 model needs {need / 1e9:.0f} GB of GPU memory and {free / 1e9:.0f} GB are free: input scales are"
         " calibrated on the CPU"
     )

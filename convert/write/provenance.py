@@ -18,12 +18,13 @@ from typing import Any
 from dgq.convert.calibration.stats import FLOOR, Stats
 from dgq.convert.plans.plan import Plan
 from dgq.convert.source.hashes import describe, dgq_version, digest
+from dgq.convert.source.models import PROVENANCE
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import read_json
 from dgq.quant.files.imatrix import Imatrix
 from dgq.runtime.files.artifact import Artifact
 
-FILE = "dgq.json"
+FILE = PROVENANCE
 LIBRARIES = ("torch", "numpy", "safetensors", "gguf", "libggml-python")  # whose code makes or writes the bytes
 
 

@@ -35,7 +35,7 @@ from dgq.convert.write.slices import InputScales, Options, Slice, slices
 from dgq.quant.errors import InputError
 from dgq.quant.feedback.feedback import by_matrix, feedback
 from dgq.quant.types import Packed, Scheme
-from dgq.runtime.shape.names import DECODER, EMBEDDING
+from dgq.runtime.shape.names import EMBEDDING, layer_of
 
 LEAN = 1024.0
 SWEEPS = {"standard": 0, "max": 2}
@@ -174,7 +174,7 @@ def refined(
 def check_scratch(plan: Plan, todo: list[PlannedTensor], options: Options, scratch: Path) -> None:
     """InputError if the samples' hidden states do not fit on the disk beside what `todo` will be."""
     assert options.stats is not None
-    tokens = sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in used(options.stats.chunks))
+    tokens = sum(chunk.run_tokens for chunk in used(options.stats.chunks))
     states = tokens * Needs(plan.source, options.device, Sizes.of(options.stats.chunks)).scratch
     free = shutil.disk_usage(scratch).free
     if free < states + sum(tensor.nbytes for tensor in todo):
@@ -202,7 +202,8 @@ def _place(stage: int | str, layers: int) -> int:
 def _stage(name: str) -> int | str:
     if name == EMBEDDING:
         return "leave"
-    return int(name.removeprefix(DECODER + "layers.").split(".")[0]) if ".layers." in name else "enter"
+    layer = layer_of(name)
+    return "enter" if layer is None else layer
 
 
 def _quantised(

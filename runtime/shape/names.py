@@ -58,10 +58,49 @@ _OTHER = {
     DECODER + "self_conditioning.up_proj.weight": "self_cond_up.weight",
     DECODER + "self_conditioning.down_proj.weight": "self_cond_down.weight",
 }
+# A word of a .gguf name -> the part of the model that the tensor belongs to.
+_PARTS = {
+    "_exps.weight": "routed experts",
+    "attn_q.weight": "attention",
+    "attn_k.weight": "attention",
+    "attn_v.weight": "attention",
+    "attn_output.weight": "attention",
+    "token_embd": "embedding and head",
+    "self_cond_gate": "self-conditioning",
+    "self_cond_up": "self-conditioning",
+    "self_cond_down": "self-conditioning",
+    "ffn_gate_inp": "router",
+    "ffn_gate.weight": "dense MLP",
+    "ffn_up.weight": "dense MLP",
+    "ffn_down.weight": "dense MLP",
+}
 _ENCODER_SCALAR = "enc_layer_output_scale.weight"
 _LAYER_BACK = {gguf: hf for hf, gguf in _LAYER.items()}
 _OTHER_BACK = {gguf: hf for hf, gguf in _OTHER.items()}
 _OTHER_BACK["self_cond_norm.weight"] = DECODER + "self_conditioning.pre_norm.weight"  # in llama.cpp #24427
+
+
+def layer_of(name: str) -> int | None:
+    """The number N of the layer that a tensor belongs to: of `layers.N.` in a canonical name, of `blk.N.` in a .gguf's.
+
+    None for a tensor outside of the layers: the embedding, the last norm, the self-conditioning.
+    """
+    for before, part in pairwise(name.split(".")):
+        if before in ("blk", "layers") and part.isdigit():
+            return int(part)
+    return None
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a tensor belongs to, in words, by its canonical or its .gguf name.
+
+    "vision", "routed experts", "attention", "embedding and head", "self-conditioning", "router", "dense MLP"; all
+    others are "norms and scalars".
+    """
+    if name.startswith(VISION):
+        return "vision"
+    known = gguf_name(name) or name
+    return next((part for word, part in _PARTS.items() if word in known), "norms and scalars")
 
 
 def gguf_name(hf_name: str) -> str | None:
@@ -85,14 +124,6 @@ def hf_name(gguf: str) -> str | None:
         return f"{ENCODER}layers.{match[1]}.layer_scalar"
     if match and match[2] in _LAYER_BACK:
         return f"{DECODER}layers.{match[1]}.{_LAYER_BACK[match[2]]}"
-    return None
-
-
-def layer_of(name: str) -> int | None:
-    """The layer that a tensor belongs to: the N of "layers.N." or "blk.N." in its name; None outside the layers."""
-    for before, part in pairwise(name.split(".")):
-        if before in ("layers", "blk") and part.isdigit():
-            return int(part)
     return None
 
 

@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_calibrate.py [--layers 2] [--device cuda] [--folder DIR] [--rounds 1] [--recipes R …]
         [--vram 24GiB] [--ram 16GiB]
 
-Makes a random checkpoint of a few layers (tests/benchmarks/bench_convert.py), runs `dgq calibrate` on it with the prompts that
+Makes a random checkpoint of a few layers (bench_convert.py), runs `dgq calibrate` on it with the prompts that
 ship for `tiny` (their tokenizer, the real canvas of 256), and then the refined conversion of each recipe, weights
 dropped instead of written. Also effort fast for the recipes that have it. Projection: the last layer's passes times 30
 (it is a full one, and the first has what comes once); way back and quantising of the first layer, a sliding one, times
@@ -33,7 +33,7 @@ from dgq.convert.layerwise.samples import used
 from dgq.convert.plans.plan import make_plan
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.checkpoint import open_source
-from dgq.convert.source.sizes import Size
+from dgq.convert.terminal.sizes import Size
 from dgq.convert.write.refine import refinable, refined
 from dgq.convert.write.slices import SEARCHED, Options, slices
 

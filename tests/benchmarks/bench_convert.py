@@ -1,8 +1,11 @@
 """A model of the real widths, of few layers or whole: every format converted on the CPU and on the GPU, then run.
 
-    python tests/benchmarks/bench_convert.py [--layers 4] [--devices cpu cuda] [--folder DIR] [--threads N] [--recipes R …]
-    python tests/benchmarks/bench_convert.py --layers 30 --devices cuda --folder /dev/shm --no-run        the whole 26B: 52 GB
-    python tests/benchmarks/bench_convert.py --rss [--recipes R …]       peak resident memory on the CPU, 3 GB and 12.6 GB
+    python tests/benchmarks/bench_convert.py [--layers 4] [--devices cpu cuda] [--folder DIR] [--threads N]
+        [--recipes R …]
+    python tests/benchmarks/bench_convert.py --layers 30 --devices cuda --folder /dev/shm --no-run
+        the whole 26B: 52 GB
+    python tests/benchmarks/bench_convert.py --rss [--recipes R …]
+        peak resident memory on the CPU, 3 GB and 12.6 GB
 
 Makes a random checkpoint (hidden 2816, 128 experts of 704, vocabulary 262,144, with its vision part; tiny's
 tokenizer), converts it to each recipe in a process of its own on each device, compares every file of the two, and

@@ -1,7 +1,9 @@
 """How fast weights are encoded: each scheme on one core beside its reference, on a slice of the real 26B.
 
-    python tests/benchmarks/bench_encode.py [--peers] [--layer 0] [--experts 8] [--embedding-rows 16384] [--full] [--runs 5]
-    python tests/benchmarks/bench_encode.py --device cuda      ours alone, held to the CPU's bytes on one slice of each tensor
+    python tests/benchmarks/bench_encode.py [--peers] [--layer 0] [--experts 8] [--embedding-rows 16384] [--full]
+        [--runs 5]
+    python tests/benchmarks/bench_encode.py --device cuda
+        ours alone, held to the CPU's bytes on one slice of each tensor
 
 The slice: every tensor of one layer, and the embedding, under the schemes that the plans of the 26B give them (for a
 scheme that the layer lacks: the first tensor that has it); random BF16 values, only so many experts and rows of the

@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_load.py [--layers 30] [--folder /dev/shm] [--recipes bf16 nvfp4-w4a16 bnb4 q4_k_m]
         [--groups 24 25]       elements repacked at a time, as powers of two, instead of repack.GROUP_ELEMENTS
 
-Makes a random checkpoint (tests/benchmarks/bench_convert.py), converts it on the GPU, and opens each in processes of their own:
+Makes a random checkpoint (bench_convert.py), converts it on the GPU, and opens each in processes of their own:
 the first with an empty cache of kernels, as on a machine where dgq never ran; then again. Times are from a process's
 start: its imports, the files opened, the weights loaded, the first of a block's steps done with a prompt of 1,024
 tokens. GiB that torch allocated and held at most while loading, and until the block was done, beside what `dgq plan`
@@ -38,7 +38,7 @@ def load_here(path: str, group: str, began: str) -> None:
 
     import torch
 
-    from dgq.convert.verification.generate import open_model
+    from dgq.convert.source.models import open_model
     from dgq.runtime.engine.engine import Request, generate
     from dgq.runtime.kernels import repack
 

@@ -30,7 +30,7 @@ import torch
 from click.testing import CliRunner
 
 from dgq.convert.cli.__main__ import main as cli
-from dgq.convert.verification.generate import open_model
+from dgq.convert.source.models import open_model
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.artifact import Artifact

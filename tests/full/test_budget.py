@@ -28,7 +28,8 @@ from dgq.convert.layerwise.stream import Stream
 from dgq.convert.plans.plan import Plan, PlannedTensor, make_plan
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.checkpoint import Source, open_source
-from dgq.convert.source.sizes import Size, shown
+from dgq.convert.source.sizes import shown
+from dgq.convert.terminal.sizes import Size
 from dgq.convert.write import refine
 from dgq.convert.write.refine import refinable
 from dgq.quant.errors import InputError

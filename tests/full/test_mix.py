@@ -34,7 +34,6 @@ from dgq.convert.mixture import mix, trials
 from dgq.convert.mixture.mix import Option, choose
 from dgq.convert.mixture.trials import Meter, TrialNeeds
 from dgq.convert.plans.plan import make_plan
-from dgq.convert.plans.recipe import layer_of
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.checkpoint import open_source
 from dgq.convert.source.sizes import shown
@@ -43,7 +42,7 @@ from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.model.model import Model
-from dgq.runtime.shape.names import DECODER, EMBEDDING
+from dgq.runtime.shape.names import DECODER, EMBEDDING, layer_of
 
 Command = Callable[..., Result]
 DOCUMENTS = [

@@ -180,6 +180,7 @@ def test_an_interrupted_upload_sends_only_what_is_missing(root: Path, hub: Writa
 ERROR = b'{"error": "the Hub says why of hf_thisisnotasecret"}'
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("path", ["/api/repos/create", "/objects/batch", f"/api/models/{REPO}/commit/main"])
 @pytest.mark.parametrize(
     ("fault", "said"),
@@ -204,6 +205,7 @@ def test_failures_are_one_line(root: Path, hub: WritableHub, run: Run, path: str
     assert all(len(repo.commits) == 1 for repo in hub.repos.values())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_somebody_else_s_files_and_public_repositories_are_left_alone(root: Path, hub: WritableHub, run: Run) -> None:
     assert run(*words(root)).exit_code == 0
     repo = hub.repos[REPO]
@@ -224,6 +226,7 @@ def test_somebody_else_s_files_and_public_repositories_are_left_alone(root: Path
     assert run(*words(root)[:2], "--repo", "someone/else/x").exit_code == 2
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_gates(root: Path, run: Run, tmp_path: Path) -> None:
     plain = ["publish", root / "bnb4", "--repo", REPO, "--dry-run"]
     good = ["--license", "apache-2.0", "--report", report(root, "bnb4")]
@@ -252,6 +255,7 @@ def test_gates(root: Path, run: Run, tmp_path: Path) -> None:
     assert result.exit_code == 1 and "SHA-256 is not dgq.json's" in result.stderr
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_all_become_a_collection(root: Path, hub: WritableHub, run: Run) -> None:
     names = ("bnb4", "gguf", "nvfp4")
     paths = [root / name for name in names]

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from dgq.convert.layerwise.chunk import Chunk
 from dgq.convert.layerwise.stream import Stream
-from dgq.convert.verification.generate import open_model
+from dgq.convert.source.models import open_model
 from dgq.quant.types import Packed
 from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.artifact import Artifact

@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner, Result
 from kinds import write_kinds
 
-import dgq.convert.verification.verify as checking
+import dgq.convert.verification.files as checking
 import dgq.convert.write.hf_artifact as hf_artifact
 from dgq.convert.cli.__main__ import main
 from dgq.convert.source.hashes import describe
@@ -68,9 +68,9 @@ def copy(artifacts: Path, tmp_path: Path) -> Path:
 
 
 def problems(path: Path) -> list[str]:
-    found = checking.verify(path, 1, lambda n, name: None)
-    assert found["ok"] == (not found["problems"])
-    return list(found["problems"])
+    checked = checking.check_files(path, 1, lambda n, name: None)
+    assert checked.ok == (not checked.problems)
+    return list(checked.problems)
 
 
 def command(path: Path, *more: str) -> Result:

@@ -344,7 +344,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-        import conftest  # noqa: F401 - makes the interpreter quicker
+        import interpreter
+
+        interpreter.quicken()
     import torch
 
     if chosen.device == "cuda" and not torch.cuda.is_available():

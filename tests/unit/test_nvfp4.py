@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dgq.convert.cli.__main__ import main
+from dgq.quant.formats.modelopt import Modelopt
 from dgq.quant.schemes import nvfp4
 from dgq.quant.schemes.dense import F32
 from dgq.quant.schemes.nvfp4 import NVFP4, round_activations
@@ -280,6 +281,18 @@ def test_matrices_of_many_pieces_in_every_dtype(tmp_path: Path) -> None:
         assert torch.equal(ours["weight_scale_2"], theirs[name + " scale_2"].expand(len(weight), 1)), name
         assert torch.equal(ours["weight_scale"].view(torch.uint8), theirs[name + " scale"]), name
         assert torch.equal(ours[""], without_minus_zero(theirs[name])), name
+
+
+def test_the_gates_rows_come_first() -> None:
+    """Of a fused weight: a layout that exchanged the halves would read back what it wrote, and nobody else would."""
+    name, shape = "model.decoder.layers.0.experts.gate_up_proj", (2, 4, 16)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    packed = Packed(NVFP4, shape, NVFP4.quantize(weight))
+    split = dict(Modelopt(activations=False).split(name, shape, packed, 0))
+    for expert in range(2):
+        for part, rows in (("gate_proj", slice(0, 2)), ("up_proj", slice(2, 4))):
+            written = split[f"{name.rpartition('.')[0]}.{expert}.{part}.weight"]
+            assert torch.equal(written, packed.parts[""][expert, rows])
 
 
 def test_parts_and_slices() -> None:
