@@ -1,4 +1,4 @@
-"""Open whatever dgq runs: a checkpoint directory, an artifact directory, or a bare .gguf.
+"""Opens everything that dgq runs: a checkpoint directory, an artifact directory, or a bare .gguf.
 
     DIR/config.json, *.safetensors, tokenizer     kind "safetensors"     config and tokenizer from their files
     the same, quantised as its config.json says   kind "nvfp4", "bnb4",  modelopt's, compressed-tensors', bitsandbytes'
@@ -67,7 +67,8 @@ class Artifact:
 
     @cached_property
     def vision(self) -> Vision:
-        """How it sees; nothing is loaded. InputError if it cannot, or if what is there does not fit together."""
+        """The artifact's way to take images; nothing is loaded yet. InputError if it has no vision tower, or if its
+        files contradict each other."""
         from dgq.runtime.files.images import Vision
 
         folder = self.path if self.path.is_dir() else None
@@ -81,7 +82,7 @@ class Artifact:
         return Vision(config, self.config.hidden, read, self._image_tokens(raw), folder, str(self.path))
 
     def _image_tokens(self, raw: Mapping[str, Any]) -> Tokens:
-        """config.json's, or else those that Gemma 4's tokenizer calls so."""
+        """The tokens around an image: config.json's, or else those with these names in Gemma 4's tokenizer."""
         from dgq.runtime.files.images import Tokens
 
         ids = []
@@ -142,7 +143,7 @@ def open_artifact(path: Path | str) -> Artifact:
 
 
 def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, DirWeights]:
-    """A safetensors directory without its sampler and tokenizer: its kind, its shape, its weights. raw: config.json."""
+    """The kind, the model's shape and the weights of a safetensors directory. raw: its config.json."""
     config = ModelConfig.from_json(raw, str(path / "config.json"))
     quantised = quantization(path, raw)
     layout = None if quantised is None else quantised.layout()
@@ -157,7 +158,8 @@ def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, Dir
 
 
 def _mmproj(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> Mmproj | None:
-    """The directory's only one, in agreement with config.json; of several, whoever gives an image has to choose."""
+    """The directory's mmproj file if it has exactly one; it must agree with config.json. With several files, an image
+    is refused later."""
     files = find_mmproj(path)
     if len(files) != 1:
         return None
@@ -185,7 +187,8 @@ def _open_gguf(path: Path) -> Artifact:
 
 
 def _check_agreement(ours: ModelConfig, files: ModelConfig, path: Path, file: Path) -> None:
-    """config.json and the .gguf's own metadata say the same of the model (floats to float32's precision)."""
+    """Refuse a directory whose config.json describes another model than its .gguf's metadata. Floats may differ by
+    float32's rounding."""
     for field in dataclasses.fields(ModelConfig):
         a, b = getattr(ours, field.name), getattr(files, field.name)
         same = math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) else a == b

@@ -39,7 +39,7 @@ def state_of(rows: int, canvas: int, vocab: int, config: SamplerConfig, numbers:
     state = denoising.Denoising.new(rows, canvas, vocab, SOFTCAP, config, DEVICE)
     for part in (state.entropy, state.mean, state.scale, state.temperature):
         part.fill_(torch.nan)
-    for part in (state.argmax, state.found, state.sampled, state.canvas, state.streak, state.took, state.done):
+    for part in (state.argmax, state.newest, state.sampled, state.canvas, state.streak, state.took, state.done):
         part.fill_(99)
     state.start(seed, numbers)
     denoising.begin(state, torch.full((rows,), 4, dtype=torch.int32, device=DEVICE))
@@ -80,7 +80,7 @@ def test_sample(shape: tuple[int, int, int], spread: float, dtype: torch.dtype) 
     shares = exact.softmax(-1)
     entropy = -(exact.log_softmax(-1) * shares).sum(-1)
     assert torch.allclose(state.entropy.double(), entropy, rtol=2e-5, atol=2e-6)
-    assert torch.equal(state.found, logits.argmax(-1) if spread < 40 else exact.float().argmax(-1))
+    assert torch.equal(state.newest, logits.argmax(-1) if spread < 40 else exact.float().argmax(-1))
     assert error(probabilities.double() * state.scale.double()[:, None], shares.flatten(0, 1)) <= LIMIT
     assert torch.isfinite(state.scale).all()
     u = (counted(state, vocab).words(torch.arange(rows, device=DEVICE), 4, 1)[0].double() + 0.5) * 2.0**-32
@@ -155,7 +155,7 @@ def test_what_was_there_before_the_first_step_is_no_past() -> None:
     state = state_of(1, 5, 600, SamplerConfig(confidence=1.0), [0])
     for streak in (0, 1, 2):
         state.entropy.zero_()
-        state.found.fill_(99)  # as the poison
+        state.newest.fill_(99)  # as the poison
         state.sampled.fill_(3)
         assert not state.done.any()
         denoising.decide(state)
