@@ -1,10 +1,10 @@
-"""Image files into prompts: opened by Pillow, cut into patches by transformers' image processor (the PIL one).
+"""Puts images into prompts: Pillow opens them, transformers' image processor (the PIL one) cuts them into patches.
 
     cat.png ── RGB, upright ── resized, aspect kept ── patches ── tower.py ── soft tokens ─┐
     "what is this?" ── <bos> <|image|> what is this ? ── <bos> <|image> <|image|>·n <image|> what is this ?
 
-An image stands where the prompt says <|image|>; where it says it nowhere, images stand before the text. How large they
-get is the processor's setting (processor_config.json: max_soft_tokens, 280 unless given).
+An image stands where the prompt says <|image|>; if the prompt does not say it, images stand before the text. How many
+soft tokens an image gets is the processor's setting (processor_config.json: max_soft_tokens, 280 unless given).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SETTINGS = ("processor_config.json", "preprocessor_config.json")
 
 @dataclass(frozen=True)
 class Tokens:
-    """What stands for an image in a prompt: begin, soft tokens, end."""
+    """The ids that stand for an image in a prompt: one that begins it, one for each soft token, one that ends it."""
 
     begin: int
     image: int
@@ -49,8 +49,9 @@ class Tokens:
 
 
 class Vision:
-    """What an artifact knows of images. config: config.json's vision_config; hidden: the text model's width; read: a
-    canonical vision tensor; folder: with the processor's settings, if there are any; source: in error messages."""
+    """An artifact's way to take images. config: config.json's vision_config; hidden: the text model's width; read:
+    returns a canonical vision tensor; folder: holds the processor's settings, if there are any; source: the artifact's
+    name in error messages."""
 
     def __init__(
         self,
@@ -134,7 +135,7 @@ class Vision:
 
 
 class Once:
-    """A tower that is asked once for each image, in however many turns it is shown."""
+    """A tower that computes each image once, in however many turns of a conversation it is shown."""
 
     def __init__(self, tower: Callable[[Patches], Tensor]) -> None:
         self._tower = tower

@@ -1,15 +1,15 @@
-"""Triton kernels of the sampler and of a step's decision; sampler.py and rng.py say what they compute.
+"""Triton kernels of the sampler and of a step's decisions. sampler.py and rng.py define what they compute.
 
-Every logit is read once. A vocabulary is cut into slices, a program each, which holds its slice in registers:
+Every logit is read once. The vocabulary is cut into slices, and each program holds one slice in registers:
 
     logits ── slices ─┬─ largest, its place, sum of e, sum of e * log e ── pick ── entropy, argmax, sampled token
     (n, vocab)        └─ e in bfloat16 (n, vocab), every row with a factor of its own, which pick finds
 
-with e = 2^(y - the slice's largest), y = log2 of a token's unscaled probability. So an entropy near zero is a sum of
-small numbers, not a difference of large ones, and no temperature overflows. A token is found as rng.inverse_cdf finds
-it, on three levels: slice, chunk, token.
+with e = 2^(y - the slice's largest y), where y is the log2 of a token's unscaled probability. So an entropy near zero
+is a sum of small numbers and not a difference of large ones, and no temperature overflows. A token is sampled as
+rng.inverse_cdf() does, but on three levels: slice, chunk, token.
 
-Where Triton interprets, on a CPU, assembly is spelt out.
+Triton's interpreter, on a CPU, has no inline assembly: there the same operations are written out.
 """
 
 # mypy: ignore-errors
