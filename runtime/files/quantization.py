@@ -1,4 +1,4 @@
-"""What a safetensors directory says of its own quantisation, and the layout it means.
+"""The quantisation that a safetensors directory declares, and the layout that the declaration means.
 
     config.json "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4" | "W4A16_NVFP4" | "FP8", …}
                                        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION",
@@ -8,8 +8,8 @@
                                        {"quant_method": "dgq", "q8_0": […], …}
     hf_quant_config.json: {"quantization": {"quant_algo": …}}          modelopt's older place; alone, or in agreement
 
-Whatever else it says is refused by name: a directory in a layout that dgq does not read must never be opened as if
-it were another.
+Every other declaration is refused by name: a directory in a layout that dgq does not read must never be opened as if it
+were in another.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _BITSANDBYTES: dict[str, tuple[Any, ...]] = {  # a key's values that dgq reads, 
 
 @dataclass(frozen=True)
 class Quantization:
-    """method: quant_method, "modelopt" for a directory with hf_quant_config.json alone. raw: what was said; source:
-    the file that says it."""
+    """A directory's declaration. method: quant_method, or "modelopt" if only hf_quant_config.json declares it. raw: the
+    declaring object; source: the file that holds it."""
 
     method: str
     raw: Mapping[str, Any]
@@ -103,7 +103,7 @@ class Quantization:
 
 
 def quantization(path: Path, config: Mapping[str, Any]) -> Quantization | None:
-    """How the directory `path`, whose config.json is `config`, says it is quantised; None if it does not."""
+    """The declaration of the directory `path`, whose config.json is `config`; None if it declares no quantisation."""
     raw = config.get("quantization_config")
     older = path / HF_QUANT_CONFIG
     other: Any = read_json(older).get("quantization") if older.is_file() else None
@@ -125,7 +125,8 @@ def quantization(path: Path, config: Mapping[str, Any]) -> Quantization | None:
 
 
 def _check_group_size(raw: Mapping[str, Any], file: Path) -> None:
-    """Beside quant_algo in hf_quant_config.json, below config_groups.….weights in config.json."""
+    """Refuse group sizes that NVFP4 does not have. They stand beside quant_algo in hf_quant_config.json, and below
+    config_groups.….weights in config.json."""
     groups = raw.get("config_groups")
     places = [raw, *(groups.values() if isinstance(groups, dict) else ())]
     places += [place.get("weights") for place in places if isinstance(place, dict)]

@@ -1,9 +1,9 @@
-"""transformers' own vision tower and projector, on an artifact's vision tensors: an image's patches in, its soft tokens
-in the text model's width out.
+"""transformers' own vision tower and projector over an artifact's vision tensors. They turn an image's patches into
+soft tokens as wide as the text model.
 
     patches ── tower (bidirectional layers, pooling) ── norm ── projection ── (soft tokens, hidden)
 
-Never quantised. One image at a time: what it takes does not grow with their number.
+The tower is never quantised. It takes one image at a time, so that its memory does not grow with their number.
 """
 
 from __future__ import annotations
