@@ -62,18 +62,18 @@ def _plain(text: str) -> str:
 def questions(model: Artifact, asked: str, file: Path | None, each: int) -> tuple[list[Question], dict[str, Any]]:
     """Up to `each` questions with a text and `each` others, or all of `file`'s; and the source's name and SHA-256.
     asked: the SRC. InputError names the line that is wrong."""
-    found: list[Question] = []
+    pool: list[Question] = []
     digest = hashlib.sha256()
     names = []
     for prompts in [read_prompts(file)] if file else _shipped(asked):
         digest.update(prompts.raw)
         names.append(prompts.where)
-        found += [_question(entry, at, model) for at, entry in prompts.json_lines()]
-    if not found:
+        pool += [_question(entry, at, model) for at, entry in prompts.json_lines()]
+    if not pool:
         raise InputError(f"{file}: holds no prompt")
-    texts = [question for question in found if question.group == "text"]
-    others = [question for question in found if question.group != "text"]
-    chosen = found if file else texts[:each] + others[:each]
+    texts = [question for question in pool if question.group == "text"]
+    others = [question for question in pool if question.group != "text"]
+    chosen = pool if file else texts[:each] + others[:each]
     return chosen, {"names": names, "sha256": digest.hexdigest(), "questions": len(chosen)}
 
 
@@ -139,11 +139,11 @@ def batches(count: int, canvas: int, vocab: int) -> list[range]:
     return [range(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
-def canvases(found: Sequence[Question], rows: Sequence[int], seed: int, vocab: int) -> Tensor:
+def canvases(questions: Sequence[Question], rows: Sequence[int], seed: int, vocab: int) -> Tensor:
     """(levels, rows, canvas) int64, noised; a question's noise depends on the seed and its own number only."""
     each = []
     for row in rows:
-        canvas = found[row].canvas
+        canvas = questions[row].canvas
         assert canvas is not None
         number = int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:7], "little")
         each.append(noised(torch.tensor(canvas), LEVELS, number, vocab))
