@@ -25,7 +25,6 @@ from test_bad_input import edit_json, error_of, rewrite, tree
 
 from dgq.convert.cli.__main__ import main
 from dgq.convert.write import artifact_files
-from dgq.quant.files.gguf_file import GGUFWriter
 
 CONVERT = ("--to", "gguf", "-o")
 
@@ -239,7 +238,7 @@ def test_paths_with_brackets_are_shown_as_they_are(source: Path, tmp_path: Path)
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGHUP, signal.SIGINT))
 def test_a_signal_before_a_weight_is_done_leaves_nothing(number: signal.Signals, source: Path, tmp_path: Path) -> None:
     """The conversion is stopped while it writes its first weight, and cleans up; test_resume.py has later signals."""
-    slow = GGUFWriter.append
+    slow = artifact_files.ArtifactFiles.append
 
     def append(*given: Any) -> None:
         print("writing", flush=True)
@@ -247,7 +246,7 @@ def test_a_signal_before_a_weight_is_done_leaves_nothing(number: signal.Signals,
         slow(*given)
 
     def work() -> None:
-        GGUFWriter.append = append  # type: ignore[method-assign]
+        artifact_files.ArtifactFiles.append = append  # type: ignore[method-assign]
         main(["convert", str(source), "--to", "gguf", "-o", str(tmp_path / "new" / "out")])
 
     before = tree(tmp_path)
