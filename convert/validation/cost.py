@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from dgq.convert.resume.work import Found, numbers
+from dgq.convert.resume.work import UnitResult, numbers
 from dgq.runtime.engine.engine import Request, Step, generate
 from dgq.runtime.model.model import Model
 from dgq.runtime.shape.settings import GenerationConfig
@@ -26,7 +26,7 @@ STATUS = Path("/proc/self/status")
 
 def cost(
     load: Callable[[], Model], prompt: Sequence[int], generation: GenerationConfig, device: str
-) -> tuple[Model, Found]:
+) -> tuple[Model, UnitResult]:
     """Load a model and time it: the model, and the fields of result.Cost as float64 scalars. On a GPU the peak is what
     torch allocated, elsewhere by how much the process grew."""
     before = _watermark(device)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dgq.convert.layerwise.measure import Head, compare
-from dgq.convert.resume.work import Found
+from dgq.convert.resume.work import UnitResult
 from dgq.convert.validation.questions import LEVELS, Question, canvases
 from dgq.runtime.engine.batch import encode_each
 from dgq.runtime.model.cache import Cache
@@ -54,7 +54,7 @@ class ReferenceStates:
     sampler: SamplerConfig
 
 
-def states(model: Model, batch: FixedBatch) -> Found:
+def states(model: Model, batch: FixedBatch) -> UnitResult:
     """The reference's states at a batch: "states" (levels, 2, rows, canvas, hidden) in the model's dtype. The second of
     the two conditions is given the first one's logits."""
     cache = batch.encoded(model)
@@ -66,7 +66,7 @@ def states(model: Model, batch: FixedBatch) -> Found:
     return {"states": torch.stack(at_levels)}
 
 
-def measures(model: Model, batch: FixedBatch, base: ReferenceStates, levels: Sequence[int]) -> Found:
+def measures(model: Model, batch: FixedBatch, base: ReferenceStates, levels: Sequence[int]) -> UnitResult:
     """Compare a model with the reference at a batch: "measures" float32 (levels asked for, 2, measures, rows, canvas).
 
     levels: positions in LEVELS. InputError if the model's states are not finite, which names the weights.

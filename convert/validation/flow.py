@@ -12,14 +12,12 @@ processes.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 
 import torch
-from torch import distributed as dist
 
+from dgq.convert.resume.ranks import process_group
 from dgq.convert.resume.work import Work
 from dgq.convert.source.checkpoint import Source
 from dgq.convert.source.hashes import dgq_version
@@ -32,7 +30,6 @@ from dgq.convert.validation.questions import LEVELS, batches, questions, written
 from dgq.convert.validation.reference import KeptReference, combined
 from dgq.convert.validation.report.gate import Gate, read_gate
 from dgq.convert.validation.report.result import Cost, Json, PromptSet, ReferenceResult, ValidationResult
-from dgq.quant.errors import InputError
 from dgq.runtime.files.artifact import Artifact
 from dgq.runtime.shape.names import EMBEDDING
 
@@ -52,38 +49,17 @@ def validate(
         options = replace(options, output=options.output.expanduser())
     settings, gate = options.settings(), read_gate(options.gate)
     notice = notice or (lambda line: None)
-    with _processes(settings.device):
+    with process_group(settings.device):
         inputs = open_inputs(artifacts, options, settings, notice)
-        work = Work(options.target, inputs.identity(artifacts), advance or (lambda done, total: None), notice)
-        work.total = inputs.units()
-        try:
+        identity = inputs.identity(artifacts)
+        with Work(options.target, identity, advance or (lambda done, total: None), notice) as work:
+            work.total = inputs.units()
             result = _judge(inputs, gate, work)
-        except InputError:
-            work.remove_if_empty()
-            raise
-        if work.rank == 0 and options.output is not None:
-            from dgq.convert.validation.report.render import write  # brings matplotlib
+            if work.rank == 0 and options.output is not None:
+                from dgq.convert.validation.report.render import write  # brings matplotlib
 
-            write(result, options.output)
-        if work.world > 1:
-            dist.barrier()
-        work.remove()
-        return result if work.rank == 0 else None
-
-
-@contextmanager
-def _processes(device: str) -> Iterator[None]:
-    """The process group of torchrun, if there is one, with a GPU for each process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    dist.init_process_group("gloo")
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+                write(result, options.output)
+            return result if work.rank == 0 else None
 
 
 def _judge(inputs: Inputs, gate: Gate, work: Work) -> ValidationResult:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgq.convert.resume.work import Found
+from dgq.convert.resume.work import UnitResult
 from dgq.convert.validation.questions import BATCH_LOGITS, Question
 from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.model.model import Model
@@ -32,7 +32,7 @@ def free_batches(questions: Sequence[Question], texts: int, canvas: int, vocab: 
 def run(
     model: Model, generation: GenerationConfig, questions: Sequence[Question], rows: Sequence[int], seed: int,
     blocks: int,
-) -> Found:  # fmt: skip
+) -> UnitResult:  # fmt: skip
     """Answer a batch with `blocks` canvases a question. rows: the numbers of the questions and of their random streams.
 
     "canvases" int64 (rows, tokens) as committed; "steps" int64 (rows, blocks), -1 where the answer had ended;

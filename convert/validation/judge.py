@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from dgq.convert.layerwise.measure import MEASURES, Head
-from dgq.convert.resume.work import Found, Work
+from dgq.convert.resume.work import UnitResult, Work
 from dgq.convert.source.hashes import describe
 from dgq.convert.validation import losses, scores
 from dgq.convert.validation.cost import cost
@@ -101,7 +101,7 @@ class LazyModel:
             self._model = self._load(kernels=False)  # whose parts can be put back
         return self._model
 
-    def cost(self, prompt: tuple[int, ...]) -> Found:
+    def cost(self, prompt: tuple[int, ...]) -> UnitResult:
         """Load the model and measure what that costs: see cost.cost()."""
         self.drop()
         model, spent = cost(self._load, prompt, self._artifact.generation, self._settings.device)
@@ -187,7 +187,7 @@ class Judge:
         results = self.work.each(f"{self.name}-fixed", count, lambda unit: self._measures_of(self._lazy.model, unit))
         return scores.joined(results, count)
 
-    def _measures_of(self, model: Model, unit: int, levels: Sequence[int] = range(len(LEVELS))) -> Found:
+    def _measures_of(self, model: Model, unit: int, levels: Sequence[int] = range(len(LEVELS))) -> UnitResult:
         reference = self.reference
         sampler = SamplerConfig(**reference.about["generation"]["sampler"])
         batch = FixedBatch(reference.questions, reference.batches[unit], self.seed)
@@ -216,7 +216,7 @@ class Judge:
         ran = combined([results(unit) for unit in range(len(batches))])
         return self._run(ran, self.artifact, self._cost.step_ms)
 
-    def _run(self, ran: Found, model: Artifact, step_ms: float) -> scores.FreeRun:
+    def _run(self, ran: UnitResult, model: Artifact, step_ms: float) -> scores.FreeRun:
         questions = [self.reference.questions[row] for row in self.reference.about["rows"]]
         tokenizer = (self.source or self.artifact).tokenizer
         seconds = float(ran["seconds"].sum())
@@ -240,7 +240,7 @@ class Judge:
         source, chunks, settings = self.source, self._layered(), self.settings
         assert source is not None
 
-        def errors(unit: int) -> Found:
+        def errors(unit: int) -> UnitResult:
             chunk = losses.layer_chunk(self.reference.questions, chunks[unit], self.seed, source.config.vocab)
             return losses.layer_errors(source, self.artifact, chunk, settings.device, settings.precision,
                                        self._activations)  # fmt: skip
@@ -267,7 +267,7 @@ class Judge:
         base = _kl(self._measures[list(levels)][:, :, :, :count])
         return scores.sensitivity(base, put_back, model_parts)
 
-    def _with_part(self, restoring: _Restored, levels: Sequence[int], unit: int) -> Found:
+    def _with_part(self, restoring: _Restored, levels: Sequence[int], unit: int) -> UnitResult:
         return self._measures_of(restoring.model, unit, levels)
 
 

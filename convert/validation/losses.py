@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dgq.convert.layerwise.chunk import Chunk
 from dgq.convert.layerwise.stream import LayerOf, Stream
-from dgq.convert.resume.work import Found
+from dgq.convert.resume.work import UnitResult
 from dgq.convert.validation.questions import LEVELS, Question, canvases
 from dgq.quant.types import Packed
 from dgq.runtime.files.artifact import Artifact
@@ -38,7 +38,7 @@ def stages(names: Sequence[str], layers: int) -> list[list[str]]:
 
 def weight_errors(
     source: Mapping[str, Packed], other: Mapping[str, Packed], names: Sequence[str], device: str
-) -> Found:
+) -> UnitResult:
     """Compare tensors by name, on `device`. For each of them "NAME" float64 (4,): the relative error, the worst
     expert's, that expert's number, the median expert's; and "NAME.gain" float64 (2,): the least and the largest gain of
     a block.
@@ -119,7 +119,7 @@ def layer_chunk(questions: Sequence[Question], rows: range, seed: int, vocab: in
 @torch.inference_mode()
 def layer_errors(
     source: Artifact, other: Artifact, chunk: Chunk, device: str, dtype: torch.dtype, activations: str | None
-) -> Found:
+) -> UnitResult:
     """Compare the layers of two models on a chunk. All results are sums over its tokens, float64.
 
     "wrong", "whole" (layers, parts): squares of the difference and of the reference's output, by PARTS; "overlap"
@@ -152,7 +152,7 @@ def layer_errors(
     return sums
 
 
-def _router(a: LayerOf, b: LayerOf, mixed: Tensor, drifted: Tensor, sums: Found, index: int) -> None:
+def _router(a: LayerOf, b: LayerOf, mixed: Tensor, drifted: Tensor, sums: UnitResult, index: int) -> None:
     right, given, alone = a.layer.route(mixed)[0], b.layer.route(mixed)[0], b.layer.route(drifted)[0]
     common = [float((right.unsqueeze(-1) == side.unsqueeze(-2)).sum()) for side in (given, alone)]
     sums["overlap"][index] = torch.tensor([*common, float(right.numel())], dtype=torch.float64)

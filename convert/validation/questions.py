@@ -11,11 +11,9 @@ on which it was neither trained nor calibrated; every other model gets prompts/v
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,11 @@ from torch import Tensor
 
 from dgq.convert.layerwise.measure import noised
 from dgq.convert.source.hub import TINY
+from dgq.convert.source.prompts import PromptFile, is_chat, read_prompts, shipped_prompts
 from dgq.quant.errors import InputError
-from dgq.quant.files.hf_dir import read_whole
 from dgq.runtime.files.artifact import Artifact
 
 LEVELS = (0.25, 0.5, 0.75, 1.0)  # share of a canvas's tokens replaced by random ones
-MAX_FILE = 1 << 28
 LONGEST = 1024  # tokens of a text's prompt
 SHORTEST = 8
 BATCH_LOGITS = 1 << 26  # rows * canvas * vocab of a batch at most, if it has more rows than one
@@ -68,10 +65,10 @@ def questions(model: Artifact, asked: str, file: Path | None, each: int) -> tupl
     found: list[Question] = []
     digest = hashlib.sha256()
     names = []
-    for name, raw in [_read(file)] if file else _shipped(asked):
-        digest.update(raw)
-        names.append(name)
-        found += _parsed(raw, name, model)
+    for prompts in [read_prompts(file)] if file else _shipped(asked):
+        digest.update(prompts.raw)
+        names.append(prompts.where)
+        found += [_question(entry, at, model) for at, entry in prompts.json_lines()]
     if not found:
         raise InputError(f"{file}: holds no prompt")
     texts = [question for question in found if question.group == "text"]
@@ -80,33 +77,12 @@ def questions(model: Artifact, asked: str, file: Path | None, each: int) -> tupl
     return chosen, {"names": names, "sha256": digest.hexdigest(), "questions": len(chosen)}
 
 
-def _shipped(asked: str) -> list[tuple[str, bytes]]:
+def _shipped(asked: str) -> list[PromptFile]:
     names = ("heldout_text.jsonl", "heldout_tasks.jsonl") if asked == TINY else ("validation.jsonl",)
-    return [(name, files("dgq.recipes").joinpath("prompts", name).read_bytes()) for name in names]
+    return [shipped_prompts(name) for name in names]
 
 
-def _read(file: Path) -> tuple[str, bytes]:
-    try:
-        return str(file), read_whole(file, MAX_FILE)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not readable ({error})") from None
-
-
-def _parsed(raw: bytes, name: str, model: Artifact) -> Iterable[Question]:
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{name}: is not UTF-8 text") from None
-    for number, line in enumerate(text.split("\n"), 1):  # JSON's strings may hold what splitlines() takes for ends
-        if line.strip():
-            yield _question(line, f"{name}, line {number}", model)
-
-
-def _question(line: str, at: str, model: Artifact) -> Question:
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{at}: no JSON ({error})") from None
+def _question(item: Any, at: str, model: Artifact) -> Question:
     if not isinstance(item, dict):
         raise InputError(f"{at}: holds a {type(item).__name__}, expected a JSON object")
     group, answer = item.get("group", item.get("task")), item.get("answer")
@@ -115,10 +91,7 @@ def _question(line: str, at: str, model: Artifact) -> Question:
     if isinstance(item.get("text"), str):
         return _text(item["text"], group or "text", at, model)
     messages = [{"role": "user", "content": item["prompt"]}] if "prompt" in item else item.get("messages")
-    good = isinstance(messages, list) and messages and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )  # fmt: skip
-    if not good or not isinstance(messages, list):
+    if not isinstance(messages, list) or not is_chat(messages):
         raise InputError(f'{at}: expected {{"prompt", "answer"}}, {{"messages", "answer"}} or {{"text"}}')
     prompt = _checked(model.tokenizer.chat(messages), at, model)
     canvas = None

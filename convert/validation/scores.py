@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -65,8 +65,7 @@ def _at_level(measures: Tensor) -> LevelDivergence:
 
 
 def _of_group(measures: Tensor, count: int) -> GroupDivergence:
-    whole = _divergence(measures)
-    return GroupDivergence(*(getattr(whole, field.name) for field in fields(whole)), count)
+    return GroupDivergence(**vars(_divergence(measures)), questions=count)
 
 
 def _divergence(measures: Tensor) -> Divergence:
@@ -74,7 +73,11 @@ def _divergence(measures: Tensor) -> Divergence:
     each = dict(zip(MEASURES, measures.double().mean((0, 1, 4)), strict=True))  # of (questions,)
     sure_a, sure_b = (measures[:, :, MEASURES.index(name)] for name in ("sure_a", "sure_b"))
     return Divergence(
-        *(_interval(each[name]) for name in ("kl", "reverse_kl", "top1", "top5", "entropy")),
+        kl=_interval(each["kl"]),
+        reverse_kl=_interval(each["reverse_kl"]),
+        top1=_interval(each["top1"]),
+        top5=_interval(each["top5"]),
+        entropy=_interval(each["entropy"]),
         accepted=_interval(each["sure_a"]),
         accepted_ratio=_interval(each["sure_b"], each["sure_a"]),
         accepted_same=_interval((sure_a == sure_b).double().mean((0, 1, 3))),
@@ -153,7 +156,7 @@ def free_comparison(run: FreeRun, base: FreeRun) -> FreeComparison:
     first = [side.canvases[:, :canvas] for side in (run, base)]
     alone = free(run)
     return FreeComparison(
-        *(getattr(alone, field.name) for field in fields(alone)),
+        **vars(alone),
         steps_ratio=_interval(steps.nanmean(-1), theirs.nanmean(-1)),
         early_drop=share(_early(theirs, run.limit) - _early(steps, run.limit), -1.0),
         agreement=share(agreement(first[0], first[1], run.generation.pad_id).double()),
@@ -226,14 +229,16 @@ def layers(results: Sequence[Mapping[str, Tensor]]) -> tuple[LayerError, ...]:
     error = (total["wrong"] / total["whole"].clamp(min=1e-30)).sqrt()
     overlap = total["overlap"][:, :2] / total["overlap"][:, 2:]
     chosen = total["chosen"].long()
-    assert error.shape[1] == len(PARTS)
-    return tuple(
-        LayerError(
-            *error[i].tolist(), i, float(overlap[i, 0]), float(overlap[i, 1]), chosen[0, i].tolist(),
-            chosen[1, i].tolist(),
-        )
-        for i in range(len(error))
-    )  # fmt: skip
+    rows = []
+    for i in range(len(error)):
+        parts = dict(zip(PARTS, error[i].tolist(), strict=True))
+        rows.append(LayerError(
+            attention=parts["attention"], dense_mlp=parts["dense MLP"], experts=parts["experts"],
+            output=parts["output"], accumulated=parts["accumulated"], layer=i, router_overlap=float(overlap[i, 0]),
+            router_overlap_own=float(overlap[i, 1]), tokens=chosen[0, i].tolist(),
+            tokens_artifact=chosen[1, i].tolist(),
+        ))  # fmt: skip
+    return tuple(rows)
 
 
 def sensitivity(base: Tensor, restored: Mapping[str, Tensor], parts: Sequence[ModelPart]) -> tuple[PartRecovery, ...]:

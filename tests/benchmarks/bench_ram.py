@@ -57,24 +57,24 @@ def command_here(row_groups: str, *arguments: str) -> None:
     """The child: one dgq command, its cost as JSON on the last line."""
     from click.testing import CliRunner
 
-    from dgq.convert.calibration import survey
+    from dgq.convert.calibration import calibrate
     from dgq.convert.cli.__main__ import main
-    from dgq.convert.layerwise import memory
+    from dgq.convert.layerwise import estimate
     from dgq.quant.feedback import feedback
 
     feedback.ROW_GROUPS = int(row_groups)
 
-    survey.MORE = 1  # or experts that saw few tokens would make it four rounds
+    calibrate.MORE = 1  # or experts that saw few tokens would make it four rounds
     most, done = [0.0], threading.Event()
     estimates: list[dict[str, int]] = []
-    moments = memory.Needs.moments
+    moments = estimate.Needs.moments
 
     def noted(self: Any) -> Any:
         found = moments(self)
         estimates.append({moment: sum(parts.values()) for moment, parts in found.items()})
         return found
 
-    memory.Needs.moments = noted  # type: ignore[method-assign]
+    estimate.Needs.moments = noted  # type: ignore[method-assign]
 
     def look() -> None:
         while not done.wait(0.02):

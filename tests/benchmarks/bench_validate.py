@@ -29,7 +29,7 @@ from click.testing import CliRunner
 from dgq.convert.cli.__main__ import main as dgq
 from dgq.convert.resume.work import Work
 from dgq.convert.source.models import open_model
-from dgq.convert.validation import flow
+from dgq.convert.validation import inputs
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.files.artifact import Artifact
@@ -146,7 +146,7 @@ def main() -> None:
         return found
 
     Work.each = timed  # type: ignore[method-assign]
-    flow.open_model = lambda name, *more, **named: opened(options, "bf16" if name == "SRC" else options.scheme)
+    inputs.open_model = lambda name, *more, **named: opened(options, "bf16" if name == "SRC" else options.scheme)
     with tempfile.TemporaryDirectory() as folder:
         out = options.out or Path(folder) / "report"
         arguments = ["validate", "random", "--against", "SRC", "-o", str(out), "--device", options.device, "--json"]

@@ -27,7 +27,7 @@ from test_bad_input import error_of
 from dgq.convert.cli.__main__ import main
 from dgq.convert.source.models import open_model
 from dgq.convert.validation import free, questions
-from dgq.convert.validation.judge import Lazy, Options
+from dgq.convert.validation.judge import LazyModel, RunSettings
 from dgq.runtime.engine.plain import Plain
 from dgq.runtime.model.model import Model
 from dgq.runtime.model.session import Session
@@ -315,8 +315,8 @@ def test_the_gate_is_the_users(room: Path, tmp_path: Path) -> None:
 def test_a_dropped_model_is_gone() -> None:
     """At once: a GPU that holds one BF16 model has no room for the next beside it. A session and its model hold each
     other, so counting references alone frees neither."""
-    options = Options(None, 0, True, "cpu", None, None)
-    lazy = Lazy(open_model("tiny"), options, None)
+    settings = RunSettings(None, 0, True, "cpu", None, None)
+    lazy = LazyModel(open_model("tiny"), settings, None)
     gc.disable()
     try:
         model = lazy.model

@@ -294,7 +294,8 @@ class ValidationResult:
     @classmethod
     def from_json(cls, data: Json) -> ValidationResult:
         """Read to_json()'s mapping. ValueError (pydantic's ValidationError) names the key that is missing or wrong."""
-        result: ValidationResult = _adapter(cls).validate_python(data)
+        kind: Any = cls
+        result: ValidationResult = _adapter(kind).validate_python(data)
         return result
 
 
@@ -305,5 +306,6 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 def as_json(part: Any) -> Json:
     """A dataclass of this module as report.json has it; numbers are neither converted nor rounded."""
-    data: Json = _adapter(type(part)).dump_python(part, by_alias=True)
+    kind: Any = type(part)
+    data: Json = _adapter(kind).dump_python(part, by_alias=True)
     return data

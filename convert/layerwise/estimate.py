@@ -1,43 +1,33 @@
 """How much memory calibrating and refining take: counted from shapes, a term each, at the moments when most is there.
 
     head         the table of embeddings; logits of some canvases, and what is made of them
-    layer        a layer's weights; of them what is decoded; activations: of a sequence in the first half of the layer,
-                 of FEED_TOKENS in the second
-    way back     the same with what gradients want kept; Hessians
+    layer        a layer's weights; the part of them that is decoded; activations, of a sequence in the first half of
+                 the layer and of FEED_TOKENS in the second
+    way back     the same with what gradients keep; Hessians
     quantising   Hessians; those of a few experts, being inverted; these experts' weights
 
-and always hidden states of a chunk of samples. On the CPU all of it is RAM, in float32 but for stored weights. On a GPU
-it lies there, in bfloat16 but for logits and Hessians, and RAM holds a weight on its way and hidden states on theirs.
+At every moment there are hidden states of a chunk of samples. On the CPU all of it is RAM, in float32 but for stored
+weights. On a GPU it lies there, in bfloat16 but for logits and Hessians, and RAM holds a weight on its way to the GPU
+and hidden states on theirs.
 
-What is done at once is fixed by shapes and device, so that bytes depend on no budget: all but the Hessians. Those of a
-layer of the 26B take 5.5 GB. Without room for all of them its way back is gone several times, each time for as many as
-there is room for; the floor is room for those that are inverted together. The first time the average of all experts is
-made as well.
-
-tests/full/test_budget.py holds these against what is allocated.
+tests/full/test_budget.py holds these figures against what is allocated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from dgq.convert.layerwise.chunk import Chunk
 from dgq.convert.layerwise.passes import DRAFTED
 from dgq.convert.layerwise.samples import CHUNK, LONGEST, PER_PROMPT, TOKENS, Document
+from dgq.convert.layerwise.schedule import Hessian, at_once
 from dgq.convert.layerwise.stream import FEED_TOKENS, HEAD_TOKENS
-from dgq.convert.plans.plan import PlannedTensor
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.source.checkpoint import Source
 from dgq.runtime.model import layers
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import DECODER, EMBEDDING, layer_of
-
-GROUP = {"cpu": 1 << 27, "cuda": 1 << 28}  # elements of the Hessians that are inverted at once
-EXPERTS = {"cpu": 1 << 26, "cuda": 1 << 27}  # of experts quantised at once: on a GPU each kernel has little to do
-ROWS = {"cpu": 1 << 25, "cuda": 1 << 26}  # of a matrix whose rows are quantised each for itself
-JOINED = "down_proj"  # of experts, whose results are added up: one G for all
-WIDEST = 1 << 14  # rows of a weight of which G is made
 
 BASE = {"cpu": 360 << 20, "cuda": 1280 << 20}  # RAM of Python and torch, and of CUDA's libraries
 WORKSPACE = {"cpu": 128 << 20, "cuda": 64 << 20}  # of libraries, on the device: MKL's, malloc's; cuBLAS's, cuSOLVER's
@@ -51,10 +41,12 @@ SCORES = 8  # heads x tokens x keys, where the kernel keeps them
 LOGITS = 4  # times: as they are, as probabilities, the cap's slope, the draw
 STATES, STATES_BACK = {"cpu": 3, "cuda": 4}, {"cpu": 5, "cuda": 6}  # times the chunk; a GPU's last is being written
 STATES_BESIDE = 14  # in RAM beside a GPU: two read, two ahead, one written; the first pass' four; up to powers of two
-TOLD = 16  # inputs and outputs of a product: in float64, squared; in float32, weighted
+HOOKED = 16  # a product's inputs and outputs, to a hook: in float64, squared; in float32, weighted
 INVERTED = 4  # times a Hessian: itself, damped, factor, inverse
-FELT, PLAIN = 4, 11  # times a weight in float32, quantised with G (a group of rows at a time) and without
-TRIED = 12 << 10  # and a row's candidates for the scales of some columns, without G
+WITH_G, WITHOUT_G = 4, 11  # times a weight in float32, quantised with G (a group of rows at a time) and without
+TRIED = 12 << 10  # a row's candidates for the scales of some columns, without G
+
+Moments = dict[str, dict[str, int]]  # moment -> what takes memory then -> bytes
 
 
 class Sizes(NamedTuple):
@@ -69,7 +61,7 @@ class Sizes(NamedTuple):
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk]) -> Sizes:
-        found = [
+        each = [
             (
                 chunk.run_tokens,
                 max(map(len, chunk.prompts)),
@@ -78,7 +70,7 @@ class Sizes(NamedTuple):
             for chunk in chunks
         ]
         given = sum(len(chunk.given) * chunk.canvases.shape[1] for chunk in chunks)
-        chunk, prompt, canvases = (max(column) for column in zip(*found, strict=True))
+        chunk, prompt, canvases = (max(column) for column in zip(*each, strict=True))
         return cls(chunk, prompt, canvases, given=given)
 
     @classmethod
@@ -90,50 +82,6 @@ class Sizes(NamedTuple):
         together = sum(sorted(drafts)[-DRAFTED:])
         given = 2 * config.canvas * min(walked, TOKENS // (1 + canvases))
         return cls(max(CHUNK, prompt + canvases, together), prompt, canvases, sum(drafts), given)
-
-
-Moments = dict[str, dict[str, int]]
-
-
-@dataclass(frozen=True)
-class Hessian:
-    """Bytes of what is gathered for a weight: own, of one matrix or each expert; shared, by all experts; and rows,
-    columns, whether G is made, whether it is one for all experts."""
-
-    own: int
-    shared: int
-    rows: int
-    columns: int
-    outputs: bool
-    joined: bool
-
-    @classmethod
-    def of(cls, tensor: PlannedTensor) -> Hessian:
-        rows, columns = tensor.shape[-2:]
-        outputs = tensor.source != EMBEDDING and rows <= WIDEST
-        h, g = 4 * columns**2, 4 * rows**2 * outputs
-        if len(tensor.shape) < 3:
-            return cls(h + g, 0, rows, columns, outputs, False)
-        joined = str(tensor.source).endswith(JOINED)
-        return cls(h if joined else h + g, h + g, rows, columns, outputs, joined)
-
-    def quantising(self, count: int, rows: int) -> int:
-        """Bytes while `count` experts, or `rows` rows of the matrix, are quantised, beside what was gathered."""
-        h, g = 4 * count * self.columns**2, 4 * (1 if self.joined else count) * self.rows**2 * self.outputs
-        weight = 4 * count * rows * self.columns
-        weight = FELT * weight if self.outputs else PLAIN * weight + TRIED * rows
-        return max(INVERTED * h, 2 * h + INVERTED * g) + weight
-
-
-def at_once(tensor: PlannedTensor, device: str) -> int:
-    """How many experts, or rows of a matrix, are quantised together. G goes over all of a matrix' rows."""
-    columns = tensor.shape[-1]
-    if len(tensor.shape) == 3:
-        fit = EXPERTS[device] // (tensor.shape[-2] * columns), GROUP[device] // columns**2
-        return max(1, min(*fit, tensor.shape[0]))
-    if Hessian.of(tensor).outputs or tensor.is_whole:
-        return tensor.shape[0]
-    return min(tensor.shape[0], max(1, ROWS[device] // columns))
 
 
 class Needs:
@@ -163,7 +111,7 @@ class Needs:
         states = sizes.chunk * config.hidden * self._width
         drafts = sizes.drafts * config.hidden * self._width
         each = 3 * config.hidden * config.expert_intermediate
-        found: Moments = {
+        moments: Moments = {
             "head": fixed | {
                 "embeddings": self._held[EMBEDDING],
                 "decoded": self._decoded(min(layers.DECODE_BUDGET, config.vocab * config.hidden)),
@@ -178,22 +126,22 @@ class Needs:
             },
         }  # fmt: skip
         if self._todo:
-            found["way back"] = fixed | {
+            moments["way back"] = fixed | {
                 "weights": self._layer(),
                 "decoded": self._decoded(max(self._matrices())),
                 "activations": self._activations(FED_BACK, MIXED_BACK),
                 "hidden states": STATES_BACK[self._device] * states,
                 "Hessians": self._least(),
             }
-            found["quantising"] = fixed | {
+            moments["quantising"] = fixed | {
                 "matrices, weights": max(
-                    Hessian.of(t).quantising(n if len(t.shape) == 3 else 1, t.shape[-2] if len(t.shape) == 3 else n)
+                    _quantising(Hessian.of(t), *((n, t.shape[-2]) if len(t.shape) == 3 else (1, n)))
                     for t in self._todo
                     for n in [at_once(t, self._device)]
                 ),
                 "Hessians": self._least(),
             }
-        return found
+        return moments
 
     @property
     def hessians(self) -> int:
@@ -201,7 +149,7 @@ class Needs:
         layers: dict[int | None, int] = {}
         for tensor in self._todo:
             gathered = Hessian.of(tensor)
-            size = gathered.shared + gathered.own * (tensor.shape[0] if len(tensor.shape) == 3 else 1)
+            size = gathered.shared + gathered.apart * (tensor.shape[0] if len(tensor.shape) == 3 else 1)
             layer = layer_of(str(tensor.source))
             layers[layer] = layers.get(layer, 0) + size
         return max(layers.values(), default=0)
@@ -236,43 +184,30 @@ class Needs:
         tokens = min(FEED_TOKENS[self._device], sizes.chunk)
         hidden, inner = fed[self._width]
         feed = tokens * config.top_k * (hidden * config.hidden + inner * config.expert_intermediate)
-        told = TOLD * tokens * (config.hidden + config.intermediate)
-        most = int(feed + told)
+        hooked = HOOKED * tokens * (config.hidden + config.intermediate)
+        most = int(feed + hooked)
         sequence = sizes.prompt + sizes.canvases
         scores = SCORES * config.heads * max(sizes.prompt**2, sizes.canvases * (sizes.prompt + config.canvas))
         for layer in config.layers:
             queries, keys = config.heads * layer.head_dim, layer.kv_heads * layer.head_dim
             a, b, c = mixed[self._width]
-            told = TOLD * sizes.canvases * queries
-            most = max(most, sequence * (a * queries + b * keys + c * config.hidden) + scores + told)
+            hooked = HOOKED * sizes.canvases * queries
+            most = max(most, sequence * (a * queries + b * keys + c * config.hidden) + scores + hooked)
         return most
 
     def _least(self) -> int:
         """Of the Hessians that have to be there at once: all that experts share, and those quantised together."""
         return max(
-            gathered.shared + gathered.own * (at_once(tensor, self._device) if len(tensor.shape) == 3 else 1)
+            gathered.shared + gathered.apart * (at_once(tensor, self._device) if len(tensor.shape) == 3 else 1)
             for tensor in self._todo
             for gathered in [Hessian.of(tensor)]
         )
 
 
-def trips(tensors: Sequence[PlannedTensor], device: str, room: int) -> list[dict[str, slice]]:
-    """Which weights' Hessians are gathered together: for each way back through a layer the experts of a weight by the
-    weight's name, or of one matrix slice(0, 1). In order, and no more bytes than `room` at once."""
-    found: list[dict[str, slice]] = [{}]
-    begun, held = 0, 0  # bytes: what experts share stays for the whole layer
-    for tensor in tensors:
-        name, gathered = str(tensor.source), Hessian.of(tensor)
-        experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
-        step = at_once(tensor, device) if experts > 1 else 1
-        begun += gathered.shared
-        for first in range(0, experts, step):
-            part = slice(first, min(first + step, experts))
-            size = gathered.own * (part.stop - part.start)
-            if found[-1] and begun + held + size > room:
-                found.append({})
-                held = 0
-            known = found[-1].get(name)
-            found[-1][name] = slice(known.start, part.stop) if known else part
-            held += size
-    return found
+def _quantising(hessian: Hessian, count: int, rows: int) -> int:
+    """Bytes while `count` experts, or `rows` rows of a matrix, are quantised, beside what was gathered."""
+    h = 4 * count * hessian.columns**2
+    g = 4 * (1 if hessian.joined else count) * hessian.rows**2 * hessian.outputs
+    weight = 4 * count * rows * hessian.columns
+    weight = WITH_G * weight if hessian.outputs else WITHOUT_G * weight + TRIED * rows
+    return max(INVERTED * h, 2 * h + INVERTED * g) + weight
