@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import httpx
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -11,8 +13,8 @@ from dgq.quant.errors import InputError
 
 
 def test_a_token_is_not_shown() -> None:
-    request = httpx.Request("GET", "https://huggingface.co/api/models/somebody/model")
-    response = httpx.Response(403, request=request)
+    request = SimpleNamespace(url=SimpleNamespace(path="/api/models/somebody/model"), headers={})
+    response: Any = SimpleNamespace(status_code=403, headers={}, history=[], request=request)
     error = HfHubHTTPError("403", response=response, server_message="the token hf_abcDEF123 may not read this")
     with pytest.raises(InputError, match="may not read this; check the rights of your token") as refusal:
         refuse("somebody/model", error)
