@@ -73,6 +73,23 @@ def test_rows_make_good_what_rows_lost(name: str) -> None:
     assert float(same.float().mean()) > 0.999, "rows that are not felt together stay alone"  # float32 has near ties
 
 
+@pytest.mark.usefixtures("few_steps")
+def test_rows_come_back_in_their_order() -> None:
+    """Four groups take every fourth row each; rows that are not felt together are rounded as they are alone."""
+    weight, hessian = _case(1, 10, 64)
+    weight, hessian = weight.double(), hessian.double()
+    eye = torch.eye(10, dtype=torch.float64).unsqueeze(0)
+    together, alone = (feedback(weight, hessian, SCHEMES["nf4"], outputs) for outputs in (eye, None))
+    assert torch.equal(together["absmax"], alone["absmax"])
+    same = SCHEMES["nf4"].dequantize(together) == SCHEMES["nf4"].dequantize(alone)
+    assert float(same.float().mean()) > 0.999
+    mix = torch.randn(1, 10, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    outputs = mix @ mix.mT + 0.1 * eye
+    felt = feedback(weight, hessian, SCHEMES["nf4"], outputs)
+    losses = [_felt(SCHEMES["nf4"], parts, weight, hessian, outputs) for parts in (felt, alone)]
+    assert losses[0] < 0.8 * losses[1], losses
+
+
 @pytest.mark.parametrize("name", ["q8_0", "q5_0", "q6_k", "q4_k", "iq4_nl"])
 def test_bytes_mean_the_same_to_gguf_py(name: str) -> None:
     weight, hessian = _case(1)
