@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from dgq.convert.publication.publish import PublishOptions as PublishOptions
     from dgq.convert.publication.publish import publish as publish
     from dgq.convert.run.demo import demo as demo
-    from dgq.convert.validation.flow import ValidateOptions as ValidateOptions
     from dgq.convert.validation.flow import validate as validate
+    from dgq.convert.validation.inputs import ValidateOptions as ValidateOptions
     from dgq.convert.verification.inspect import inspect as inspect
     from dgq.convert.verification.verify import VerifyOptions as VerifyOptions
     from dgq.convert.verification.verify import verify as verify
@@ -46,7 +46,7 @@ PUBLIC = {
     "verify": "dgq.convert.verification.verify",
     "VerifyOptions": "dgq.convert.verification.verify",
     "validate": "dgq.convert.validation.flow",
-    "ValidateOptions": "dgq.convert.validation.flow",
+    "ValidateOptions": "dgq.convert.validation.inputs",
     "publish": "dgq.convert.publication.publish",
     "PublishOptions": "dgq.convert.publication.publish",
     "demo": "dgq.convert.run.demo",

@@ -101,7 +101,8 @@ def run_dgq(*words: object) -> None:
     assert done.exit_code == 0, (done.output, done.exception)
 
 
-FORMATS = {"bnb4": "bnb4", "bnb4-dq": "bnb4", "nvfp4": "nvfp4", "nvfp4-w4a16": "nvfp4", "q4_k_m": "gguf"}
+FORMATS = {"bnb4": "bnb4", "bnb4-dq": "bnb4", "nvfp4": "nvfp4", "nvfp4-w4a16": "nvfp4", "nvfp4-all": "nvfp4",
+           "q4_k_m": "gguf", "q6_k": "gguf", "q8_0": "gguf"}  # fmt: skip
 Converted = Callable[..., Path]
 
 

@@ -10,7 +10,6 @@ from dgq.convert.plans.recipe import Recipe
 from dgq.convert.plans.recipes import recipes
 from dgq.convert.source.checkpoint import Source
 from dgq.quant.errors import InputError
-from dgq.quant.formats.own_layout import ONLY_DGQ
 
 
 def choices(source: Source) -> dict[str, dict[str, Any]]:
@@ -35,7 +34,7 @@ def _figures(source: Source, recipe: Recipe) -> dict[str, Any]:
         "bytes": plan.nbytes,
         "bits_per_weight": round(8 * plan.nbytes / plan.params, 4),
         "quantized_share": round(plan.quantized_share, 6),
-        "opens_in": ONLY_DGQ if recipe.layout else None,
+        "opens_in": recipe.writes.opens_in,
         "vram": vram["total"],
         "fits": vram["fits"],
     }

@@ -20,7 +20,8 @@ from dgq.convert.calibration.input_scales import BATCH, CHATS, DRAFTS, TEXTS
 from dgq.convert.layerwise.estimate import Needs, Sizes
 from dgq.convert.layerwise.samples import TOKENS
 from dgq.convert.plans import mmproj
-from dgq.convert.plans.plan import Plan, PlannedTensor
+from dgq.convert.plans.plan import Plan
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.write.pipeline import HEADER_ALLOWANCE
 from dgq.convert.write.ram import RAM_BASE, converting_ram
 from dgq.convert.write.refine import refinable
@@ -38,7 +39,6 @@ from dgq.runtime.model.memory import (
     working_bytes,
 )
 from dgq.runtime.model.placement import PLACES, place
-from dgq.runtime.model.products import TABLES
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import EMBEDDING, layer_of
 
@@ -46,11 +46,6 @@ CONTEXTS = (4096, 32768, 131072, 262144)
 CARDS = (12, 16, 24, 32, 48, 80)  # GB as they are sold: GiB on the card
 WIDTH = 2  # bytes of an activation
 
-# Bits a weight takes for the kernels. NF4's maxima are bfloat16 where the weights were, and take two words elsewhere.
-TILED = {
-    "bf16": 16.0, "f16": 16.0, "f32": 16.0, "nvfp4": 4.5, "nf4": 4.25, "nf4_dq": 4.5, "q4_k": 5.0, "q5_0": 5.5,
-    "q6_k": 9.0, "q8_0": 8.5,
-}  # fmt: skip
 HOST_LINKS = {"PCIe 4 x16": 25e9, "PCIe 5 x16": 55e9}  # bytes a second from pinned memory: assumed, measured
 
 # Of a calibration over all weights: texts' prompts together, their canvas twice; each chat's prompt, and its drafts.
@@ -118,8 +113,8 @@ class Runtime:
             if decode or "router" in str(tensor.source):
                 return WIDTH * tensor.numel
             if tensor.source == EMBEDDING:
-                return tensor.nbytes if tensor.scheme.name in TABLES else WIDTH * tensor.numel
-        return int(TILED[tensor.scheme.name] * tensor.numel) // 8
+                return tensor.nbytes if tensor.scheme.gpu.embedding else WIDTH * tensor.numel
+        return int(tensor.scheme.gpu.bits * tensor.numel) // 8
 
     def offloaded(self, budget: int) -> dict[str, Any] | None:
         """What `--vram` of so many bytes costs: layers whose experts wait in host memory, bytes that every step copies,

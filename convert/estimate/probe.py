@@ -44,7 +44,7 @@ def probe(plan: Plan, threads: int) -> dict[str, Any]:
     source = {str(file): file.stat().st_size for file in files if file.is_file()}
     largest = max(source, key=lambda file: source[file], default=None)
     nbytes = sum(stored.nbytes for stored in plan.source.everything().values())
-    if plan.recipe.format == "gguf":
+    if plan.format.one_file:
         longest = sum(tensor.nbytes for tensor in plan.text)  # a file, which one thread hashes
     else:
         longest = plan.nbytes // min(cores, math.ceil(plan.nbytes / MAX_SHARD), HASHERS)

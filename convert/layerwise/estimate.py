@@ -23,7 +23,7 @@ from dgq.convert.layerwise.passes import DRAFTED
 from dgq.convert.layerwise.samples import CHUNK, LONGEST, PER_PROMPT, TOKENS, Document
 from dgq.convert.layerwise.schedule import Hessian, at_once
 from dgq.convert.layerwise.stream import FEED_TOKENS, HEAD_TOKENS
-from dgq.convert.plans.plan import PlannedTensor
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.source.checkpoint import Source
 from dgq.runtime.model import layers
 from dgq.runtime.shape.config import ModelConfig

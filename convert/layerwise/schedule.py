@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dgq.convert.plans.plan import PlannedTensor
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.runtime.shape.names import EMBEDDING
 
 GROUP = {"cpu": 1 << 27, "cuda": 1 << 28}  # elements of the Hessians that are inverted at once

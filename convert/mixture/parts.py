@@ -4,7 +4,7 @@
     the self-conditioning
     the embedding
 
-Rows that a scheme's blocks do not divide take the scheme of about as many bits that OTHERWISE names; a part of both
+Rows that a scheme's blocks do not divide take ggml's fallback, of about as many bits; a part of both
 kinds of rows has a trial "q4_k/q5_0" of two schemes.
 """
 
@@ -14,16 +14,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dgq.convert.mixture.recipe_file import BF16, Target, recipe
+from dgq.convert.mixture.recipe_file import BF16, Target
 from dgq.convert.mixture.trials import Trial
-from dgq.convert.plans.plan import PlannedTensor, layout_of
+from dgq.convert.plans.formats import FORMATS, Directory, mixed_format
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.source.checkpoint import Source
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Scheme
 from dgq.runtime.shape.names import EMBEDDING, layer_of
 
-LADDERS = {"gguf": ("q4_k", "q5_0", "q6_k", "q8_0"), "nvfp4": ("nvfp4", "q8_0"), "bnb4": ("nf4",)}
-OTHERWISE = {"q4_k": "q5_0", "q6_k": "q8_0"}
+LADDERS = {form.name: form.ladder for form in FORMATS if form.in_mix}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _part(name: str, weights: list[str], source: Source, to: Target) -> MixPart:
     trials: dict[str, Trial] = {}
     sizes = {BF16: sum(2 * math.prod(source.text[weight].shape) for weight in weights)}
     for scheme in LADDERS[to]:
-        each = [_placed(to, w, source.text[w].shape, s) for w in weights for s in (scheme, OTHERWISE.get(scheme))]
+        each = [_placed(to, w, source.text[w].shape, s) for w in weights for s in (scheme, _fallback(scheme))]
         placed = {one.name: one for one in reversed(each) if one is not None}  # the scheme itself before the other one
         trial = {weight: placed[weight].scheme for weight in weights if weight in placed}
         if len(trial) == len(weights) and trial not in trials.values():
@@ -74,11 +74,18 @@ def _placed(to: Target, name: str, shape: tuple[int, ...], scheme: str | None) -
     """The weight as the format stores it in a scheme, if it can."""
     if scheme is None or shape[-1] % SCHEMES[scheme].block:
         return None
-    if to == "gguf":
+    form = mixed_format(to)
+    if not isinstance(form, Directory):
         return PlannedTensor(name, name, shape, SCHEMES[scheme])
-    layout = layout_of(recipe(to, {name: SCHEMES[scheme]}), {name: SCHEMES[scheme]})
+    layout = form.layout({name: SCHEMES[scheme]}, False)
     held = layout.holds(name, shape)
     return PlannedTensor(name, name, shape, SCHEMES[scheme], layout.entries(name, shape)) if held else None
+
+
+def _fallback(scheme: str) -> str | None:
+    """The scheme that ggml takes for rows that this one's blocks do not divide."""
+    kind = SCHEMES[scheme].ggml
+    return kind.fallback if kind else None
 
 
 def assigned(several: Sequence[MixPart], schemes: Sequence[str]) -> dict[str, Scheme]:

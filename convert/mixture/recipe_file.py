@@ -12,22 +12,21 @@ import re
 from collections import Counter
 from typing import Any, Literal
 
+from dgq.convert.plans.formats import mixed_format
 from dgq.convert.plans.recipe import Recipe, Rule
 from dgq.quant.errors import printable
+from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Scheme
-from dgq.runtime.shape.names import gguf_name
 
 Target = Literal["gguf", "nvfp4", "bnb4"]  # the format of the artifact
 BF16 = "bf16"
-ROUTER = {"gguf": "*.ffn_gate_inp.weight", "nvfp4": "*.router.*", "bnb4": "*.router.*"}
-FILE_TYPES = {"q4_k": 15, "q5_0": 8, "q6_k": 18, "q8_0": 7, "bf16": 32}  # llama.cpp's LLAMA_FTYPE_MOSTLY_…
 
 
 def recipe(to: Target, schemes: dict[str, Scheme]) -> Recipe:
     """The recipe that gives these weights (canonical names) these schemes, and leaves the rest as it is."""
-    plain = "f32" if to == "gguf" else BF16
-    named = {(gguf_name(name) or name) if to == "gguf" else name: scheme.name for name, scheme in schemes.items()}
-    rules = [Rule(match="*", scheme=plain, max_dims=1), Rule(match=ROUTER[to], scheme=plain)]
+    form = mixed_format(to)
+    named = {form.artifact_name(name): scheme.name for name, scheme in schemes.items()}
+    rules = [Rule(match="*", scheme=form.plain, max_dims=1), Rule(match=form.router, scheme=form.plain)]
     kinds: dict[str, dict[str, str]] = {}
     for name, scheme in named.items():
         kinds.setdefault(_pattern(name), {})[name] = scheme
@@ -38,8 +37,8 @@ def recipe(to: Target, schemes: dict[str, Scheme]) -> Recipe:
     rules.append(Rule(match="*", scheme=BF16))
     most = Counter(named.values()).most_common(1)[0][0]
     return Recipe(
-        name="mixed", format=to, layout="dgq" if to == "nvfp4" else None, label="mixed",
-        description="mixed by measured loss", file_type=FILE_TYPES[most] if to == "gguf" else 0, max_16bit_share=1,
+        name="mixed", format=to, layout=form.variant, label="mixed",
+        description="mixed by measured loss", file_type=form.file_type(SCHEMES[most]), max_16bit_share=1,
         rule=tuple(rules),
     )  # fmt: skip
 

@@ -33,10 +33,12 @@ from dgq.convert.layerwise.measure import divergence
 from dgq.convert.layerwise.passes import Rows, SamplePasses
 from dgq.convert.layerwise.samples import BINS, conditioned, doubled
 from dgq.convert.layerwise.stream import LayerOf, Stream
-from dgq.convert.plans.plan import Plan, PlannedTensor
+from dgq.convert.plans.plan import Plan
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.write.pipeline import GPU_THREADS
 from dgq.convert.write.ram import slices_ram
-from dgq.convert.write.slices import SLICE, Options, ordered, slices
+from dgq.convert.write.settings import ConversionSettings
+from dgq.convert.write.slices import SLICE, ordered, slices
 from dgq.quant.errors import InputError
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed, Scheme
@@ -93,7 +95,7 @@ class Meter:
         else:
             threads = min(threads, GPU_THREADS)
         self._source, self._recipe, self._folder = plan.source, plan.recipe, folder
-        self._options = Options("fast", threads=threads, device=device)
+        self._options = ConversionSettings("fast", threads=threads, device=device)
         self._stream = Stream(plan.source.config, Rows(plan.source), device, torch.float32)
         self._chunks = chunks
         self._both = [doubled(chunk) for chunk in chunks]

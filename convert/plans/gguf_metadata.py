@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dgq.convert.plans.plan import Plan, rope_freqs_length
+from dgq.convert.plans.formats import rope_freqs_length
+from dgq.convert.plans.plan import Plan
 from dgq.convert.source.checkpoint import Source
 from dgq.quant.errors import InputError
 from dgq.quant.files.gguf_file import KV
@@ -98,7 +99,7 @@ def _sampler(source: Source) -> dict[str, KV]:
     """diffusion.* keys; each eb_* only if generation_config.json says it, as the published files do."""
     keys = {"diffusion.canvas_length": KV(source.config.canvas, "uint32")}
     path = source.path / "generation_config.json"
-    said: dict[str, Any] = read_json(path) if path.is_file() else {}
+    generation: dict[str, Any] = read_json(path) if path.is_file() else {}
     sampler = source.generation.sampler
     settings = (
         ("max_denoising_steps", "eb_max_steps", KV(sampler.steps, "uint32")),
@@ -108,7 +109,7 @@ def _sampler(source: Source) -> dict[str, KV]:
         ("stability_threshold", "eb_stability_threshold", KV(sampler.stability, "uint32")),
         ("confidence_threshold", "eb_confidence_threshold", KV(sampler.confidence, "float32")),
     )
-    return keys | {f"diffusion.{key}": kv for json_key, key, kv in settings if said.get(json_key) is not None}
+    return keys | {f"diffusion.{key}": kv for json_key, key, kv in settings if generation.get(json_key) is not None}
 
 
 def _tokenizer(source: Source) -> dict[str, KV]:

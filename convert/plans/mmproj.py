@@ -33,12 +33,12 @@ def planned(source: Source) -> dict[str, tuple[str, tuple[int, ...], Scheme]]:
     if not source.vision:
         return {}
     _check(source)
-    found = {}
+    tensors = {}
     for name in sorted(source.vision, key=_order):
-        own, shape = mmproj_name(name), stored_shape(name, source.vision[name].shape)
+        stored, shape = mmproj_name(name), stored_shape(name, source.vision[name].shape)
         matrix = len(shape) == 2
-        found[own] = (name, shape, SCHEMES["bf16" if matrix else "f32"])
-    return found
+        tensors[stored] = (name, shape, SCHEMES["bf16" if matrix else "f32"])
+    return tensors
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -101,9 +101,9 @@ def _processor(source: Source) -> Fields:
     """The image processor's settings, none if the checkpoint has none."""
     for name in SETTINGS:
         if (path := source.path / name).is_file():
-            said = read_json(path)
-            inner = said.get("image_processor")
-            return Fields(inner if isinstance(inner, dict) else said, str(path))
+            config = read_json(path)
+            inner = config.get("image_processor")
+            return Fields(inner if isinstance(inner, dict) else config, str(path))
     return Fields({}, str(source.path))
 
 
@@ -111,14 +111,14 @@ def _check(source: Source) -> None:
     vision = described(source)
     heads = vision.count("num_attention_heads")
     rope = vision.section("rope_parameters", {})
-    told = {
+    fixed_values = {
         "num_key_value_heads": (vision.count("num_key_value_heads"), heads),
         "head_dim": (vision.count("head_dim") * heads, vision.count("hidden_size")),
         "hidden_activation": (vision.get("hidden_activation", str, ACTIVATION), ACTIVATION),
         "attention_bias": (vision.get("attention_bias", bool, False), False),
         "rope_parameters.rope_theta": (rope.positive("rope_theta", THETA), THETA),
     }
-    for key, (found, fixed) in told.items():
+    for key, (found, fixed) in fixed_values.items():
         if found != fixed:
             raise InputError(
                 f"{vision.source}: vision_config.{key} is not what a GGUF vision tower (mmproj, Gemma 4) can say;"

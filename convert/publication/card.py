@@ -22,7 +22,7 @@ from typing import Any
 
 from dgq.convert.calibration.stats import FLOOR
 from dgq.convert.estimate.needs import Runtime
-from dgq.convert.plans.plan import PlannedTensor
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.publication.judgement import Judgement
 from dgq.convert.validation.report.render import triple
 from dgq.convert.validation.report.result import Interval, as_json

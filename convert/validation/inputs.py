@@ -40,8 +40,8 @@ class ValidateOptions:
     written. At least one of the two is needed.
     gate: a TOML file of limits, None for dgq's own. prompts: a JSONL file, None for the prompts that ship with dgq.
     seed: of noise and random tokens, None for the reference's or 0. quick: fewer questions, wider bounds.
-    activations: "nvfp4" rounds the inputs of W4A4 weights as such a kernel does. dtype: of activations, auto is bf16 on
-    a GPU and fp32 on the CPU.
+    activations: "nvfp4" rounds the inputs of W4A4 weights as such a kernel does. device: where models run, auto is a
+    GPU if there is any. dtype: of activations, auto is bf16 on a GPU and fp32 on the CPU.
     """
 
     against: str | None = None

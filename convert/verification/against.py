@@ -9,7 +9,6 @@ made with STATS cannot be made again without them. Input scales come from calibr
 from __future__ import annotations
 
 import random
-from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,18 +18,18 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from dgq.convert.plans.plan import Plan, PlannedTensor, make_plan
+from dgq.convert.plans.plan import Plan, make_plan
 from dgq.convert.plans.recipe import Recipe
 from dgq.convert.plans.recipes import find_recipe, own_recipes
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.source.checkpoint import Source
 from dgq.convert.source.hashes import describe, dgq_version
 from dgq.convert.write import provenance
-from dgq.convert.write.slices import InputScales, Options, ordered, slices
+from dgq.convert.write.settings import ConversionSettings, InputScales
+from dgq.convert.write.slices import ordered, slices
 from dgq.quant.errors import InputError, printable
-from dgq.quant.files.gguf_file import GGUFReader
-from dgq.quant.files.hf_dir import HFDir, read_json
+from dgq.quant.files.hf_dir import read_json
 from dgq.quant.files.imatrix import read_imatrix
-from dgq.quant.types import Packed
 
 NOT_COMPARED = ".input_scale"
 
@@ -65,13 +64,15 @@ def check_weights(path: Path, source: Source, sample: Sample) -> WeightCheck:
     """
     file = path / provenance.FILE
     document = read_json(file)
-    options = Options(_effort(file, document), None, sample.threads)
+    settings = ConversionSettings(_effort(file, document), None, sample.threads)
     _check_adapters(file, document, source)
     chosen = _recipe(file, document, sample.recipe)
     plan = make_plan(source, chosen)
     if document.get("imatrix") is not None or sample.imatrix is not None:
         matrix = read_imatrix(_imatrix(file, document, sample.imatrix))
-        options = Options(options.effort, matrix.fitted({t.name: t.shape for t in plan.tensors}), sample.threads)
+        settings = ConversionSettings(
+            settings.effort, matrix.fitted({t.name: t.shape for t in plan.tensors}), sample.threads
+        )
     problems = [*_source_differs(document, source)]
     if document.get("recipe_rules") not in (None, chosen.model_dump(mode="json")):
         whose = sample.recipe or f"dgq {dgq_version()} by the name {document['recipe']}"
@@ -83,7 +84,7 @@ def check_weights(path: Path, source: Source, sample: Sample) -> WeightCheck:
         problems.append(f"{path}: {odd} is {stored.get(odd)}; recipe {plan.recipe.name} makes it {planned.get(odd)}")
         return WeightCheck(tuple(map(printable, problems)))
     drawn = _drawn(plan, sample.count, sample.seed)
-    differing = _differing(plan, path, drawn, options)
+    differing = _differing(plan, path, drawn, settings)
     problems += [f"{path}: {tensor} is not what {source.where.name} gives" for tensor in differing]
     left_out = ("input_scale",) if plan.recipe.activations is not None else ()
     return WeightCheck(tuple(map(printable, problems)), tuple(tensor.name for tensor in drawn), left_out)
@@ -174,41 +175,26 @@ def _drawn(plan: Plan, sample: int, seed: int) -> list[PlannedTensor]:
     return [tensor for tensor in plan.tensors if tensor.name in drawn]
 
 
-def _differing(plan: Plan, path: Path, drawn: list[PlannedTensor], options: Options) -> Iterator[str]:
+def _differing(plan: Plan, path: Path, drawn: list[PlannedTensor], settings: ConversionSettings) -> Iterator[str]:
     """Yield the names of stored tensors that are not the requantised bytes, one for each weight."""
-    gguf = plan.recipe.format == "gguf"
-    stored = _Files(path) if gguf else HFDir(path)
+    stored = plan.format.reader(path)
     scales = InputScales({t.name: 1.0 for t in drawn}, {}) if plan.recipe.activations else None
     # Each thread has one of OpenMP's: the sums of double quantisation depend on their number.
-    with ThreadPoolExecutor(options.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(settings.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for tensor in drawn:
             parts: dict[str, list[torch.Tensor]] = {}
             start = 0
             given = scales if len(tensor.entries) > 1 else None
-            for _, piece in ordered(pool, slices(plan, tensor, options, given), 2 * options.threads):
-                whole = gguf or len(tensor.entries) == 1
-                split = (
-                    [(tensor.name, piece.parts[""])]
-                    if whole
-                    else plan.layout.split(tensor.name, tensor.shape, piece, start)
-                )
-                for entry, part in split:
+            for _, piece in ordered(pool, slices(plan, tensor, settings, given), 2 * settings.threads):
+                for entry, part in plan.split(tensor, piece, start):
                     parts.setdefault(entry, []).append(part)
                 start += piece.shape[0] if piece.shape else 0
             for entry, made in parts.items():
                 if entry.endswith(NOT_COMPARED):
                     continue
-                there = stored.tensor(entry) if isinstance(stored, HFDir) else stored[entry].parts[""]
-                if _bytes(there) != b"".join(map(_bytes, made)):
+                if _bytes(stored(entry)) != b"".join(map(_bytes, made)):
                     yield entry
                     break
-
-
-class _Files(ChainMap[str, Packed]):
-    """The tensors of an artifact's .gguf files."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(*(GGUFReader(file) for file in sorted(path.glob("*.gguf"))))  # type: ignore[arg-type]
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

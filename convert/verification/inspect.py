@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dgq.convert.calibration.stats import counted
-from dgq.convert.plans.plan import tally
+from dgq.convert.plans.tensors import tally
 from dgq.convert.source.checkpoint import Source, open_source
 from dgq.convert.source.hub import fetch_artifact, is_hub_id
 from dgq.convert.source.models import is_artifact, published

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from dgq.convert.calibration.stats import read_stats
@@ -23,11 +22,11 @@ from dgq.convert.source.checkpoint import open_source
 from dgq.convert.source.device import chosen_device
 from dgq.convert.source.hub import is_hub_id
 from dgq.convert.write import pipeline
-from dgq.convert.write.input_scales import find_input_scales
+from dgq.convert.write.input_scales import requested
 from dgq.convert.write.pipeline import Converted
 from dgq.convert.write.ram import slices_ram
 from dgq.convert.write.refine import refinable
-from dgq.convert.write.slices import CALIBRATED, Options
+from dgq.convert.write.settings import CALIBRATED, ConversionSettings
 from dgq.quant.errors import InputError
 from dgq.quant.files.imatrix import read_imatrix
 
@@ -88,14 +87,13 @@ def convert(
         notice(line)
     advance = _adding_up(progress, plan.nbytes)
     budget = Budget(options.ram, options.vram)
-    settings = Options(
+    settings = ConversionSettings(
         effort,
         read_imatrix(options.imatrix) if options.imatrix else None,
         budget.threads(options.threads or os.cpu_count() or 1, *slices_ram(plan), device),
         device,
         read_stats(options.stats, plan.source) if options.stats else None,
-        options.input_scale,
-        find_input_scales(plan, options.input_scale, device, partial(advance, 0), notice),
+        requested(plan, options.input_scale),
         budget,
     )
     return pipeline.convert(plan, out, settings, advance, notice)

@@ -17,35 +17,36 @@ from dgq.convert.calibration.input_scales import input_scales, scales_from
 from dgq.convert.calibration.stats import Stats
 from dgq.convert.layerwise.steady import one_thread, shared_out
 from dgq.convert.plans.plan import Plan
-from dgq.convert.write.slices import InputScales
+from dgq.convert.write.settings import Calibrate, Given, InputScaleRequest, InputScales
 from dgq.quant.errors import InputError
 
 HEADROOM = 1.2  # bytes that a calibration on a GPU takes at least, as a multiple of the weights' bytes
 
 
-def find_input_scales(
-    plan: Plan, asked: str, device: str, step: Callable[[str], None], notice: Callable[[str], None]
-) -> Callable[[], InputScales | None]:
-    """Check --input-scale now, and return the function that makes the scales when the artifact needs them.
+def requested(plan: Plan, text: str) -> InputScaleRequest | None:
+    """What --input-scale asks for: "calibrate", or a positive number. None for a recipe that stores no input scales.
 
-    asked: "calibrate", or a positive number as text. step is called with the state of a calibration; notice with a
-    line, if the model does not fit the GPU and is calibrated on the CPU. InputError for any other text, and for a
-    number if the recipe stores no input scales.
+    InputError for any other text, and for a number if the recipe stores no input scales.
     """
     if plan.recipe.activations is None:
-        if asked != "calibrate":
+        if text != "calibrate":
             raise InputError(f"--input-scale: recipe {plan.recipe.name} stores no input scales")
-        return lambda: None
-    if asked == "calibrate":
-        return lambda: _calibrated(plan, _calibration_device(plan, device, notice), step)
+        return None
+    if text == "calibrate":
+        return Calibrate()
     try:
-        scale = float(torch.tensor(float(asked)))
+        scale = float(torch.tensor(float(text)))
     except ValueError:
         scale = math.nan
     if not 0 < scale < math.inf:
-        raise InputError(f"--input-scale {asked!r}: expected 'calibrate' or a number above 0 that a float32 holds")
-    names = [tensor.name for tensor in plan.tensors if tensor.scheme.name == "nvfp4"]
-    return lambda: InputScales(dict.fromkeys(names, scale), {"method": "given", "value": scale})
+        raise InputError(f"--input-scale {text!r}: expected 'calibrate' or a number above 0 that a float32 holds")
+    return Given(scale)
+
+
+def given(plan: Plan, request: Given) -> InputScales:
+    """The same scale for every weight that carries one."""
+    names = [tensor.name for tensor in plan.tensors if tensor.scheme.name == plan.recipe.activations]
+    return InputScales(dict.fromkeys(names, request.value), {"method": "given", "value": request.value})
 
 
 def scales_of(stats: Stats) -> InputScales:
@@ -59,7 +60,13 @@ def scales_of(stats: Stats) -> InputScales:
     return InputScales(scales, {"method": "calibrated", "headroom": HEADROOM_OF_AMAX, "amax": amax})
 
 
-def _calibrated(plan: Plan, device: str, step: Callable[[str], None]) -> InputScales:
+def calibrated(plan: Plan, device: str, step: Callable[[str], None], notice: Callable[[str], None]) -> InputScales:
+    """Input scales from the largest activations on the prompts that ship with dgq.
+
+    step is called with the state of the work; notice with a line, if the model in bfloat16 does not fit the GPU and is
+    calibrated on the CPU.
+    """
+    device = _calibration_device(plan, device, notice)
     with one_thread(device) as pool, shared_out(pool):
         scales, about = input_scales(
             plan.source, device, lambda done, total: step(f"calibrating input scales, {done}/{total}")

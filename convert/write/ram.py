@@ -1,7 +1,7 @@
 """RAM that a conversion without STATS takes on the CPU, counted from the slices that threads work on at once.
 
 RAM_BASE                    Python with torch: measured
-RAM_ELEMENT x elements      of the largest slices, one a thread: as read, encoded, waiting to be written, and for
+ram_element x elements      of the largest slices, one a thread: as read, encoded, waiting to be written, and for
                             ggml's quantisers in float32: measured
 """
 
@@ -11,7 +11,6 @@ from dgq.convert.plans.plan import Plan
 from dgq.convert.write.slices import rows_at_once
 
 RAM_BASE = 320 << 20
-RAM_ELEMENT = {"nvfp4": 8, "bnb4": 8, "gguf": 24}
 
 
 def converting_ram(plan: Plan, threads: int) -> int:
@@ -21,7 +20,7 @@ def converting_ram(plan: Plan, threads: int) -> int:
         row = tensor.numel // tensor.shape[0] if tensor.shape else 1
         size = rows_at_once(tensor, "cpu") * row
         slices += [size] * min(threads, -(-tensor.numel // size))
-    return RAM_BASE + RAM_ELEMENT[plan.recipe.format] * sum(sorted(slices)[-threads:])
+    return RAM_BASE + plan.format.ram_element * sum(sorted(slices)[-threads:])
 
 
 def slices_ram(plan: Plan) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Open whatever dgq runs: a checkpoint directory, an artifact directory, or a bare .gguf.
+"""Opens everything that dgq runs: a checkpoint directory, an artifact directory, or a bare .gguf.
 
     DIR/config.json, *.safetensors, tokenizer     kind "safetensors"     config and tokenizer from their files
     the same, quantised as its config.json says   kind "nvfp4", "bnb4",  modelopt's, compressed-tensors', bitsandbytes'
@@ -67,7 +67,8 @@ class Artifact:
 
     @cached_property
     def vision(self) -> Vision:
-        """How it sees; nothing is loaded. InputError if it cannot, or if what is there does not fit together."""
+        """The artifact's way to take images; nothing is loaded yet. InputError if it has no vision tower, or if its
+        files contradict each other."""
         from dgq.runtime.files.images import Vision
 
         folder = self.path if self.path.is_dir() else None
@@ -81,16 +82,16 @@ class Artifact:
         return Vision(config, self.config.hidden, read, self._image_tokens(raw), folder, str(self.path))
 
     def _image_tokens(self, raw: Mapping[str, Any]) -> Tokens:
-        """config.json's, or else those that Gemma 4's tokenizer calls so."""
+        """The tokens around an image: config.json's, or else those with these names in Gemma 4's tokenizer."""
         from dgq.runtime.files.images import Tokens
 
         ids = []
         for key, token in (("boi", "<|image>"), ("image", "<|image|>"), ("eoi", "<image|>")):
-            found = raw.get(f"{key}_token_id")
-            found = self.tokenizer.token_id(token) if found is None else found
-            if type(found) is not int or not 0 <= found < self.config.vocab:
-                raise InputError(f"{self.path}: {key}_token_id is {found!r}, no token to put an image between")
-            ids.append(found)
+            token_id = raw.get(f"{key}_token_id")
+            token_id = self.tokenizer.token_id(token) if token_id is None else token_id
+            if type(token_id) is not int or not 0 <= token_id < self.config.vocab:
+                raise InputError(f"{self.path}: {key}_token_id is {token_id!r}, no token to put an image between")
+            ids.append(token_id)
         return Tokens(*ids)
 
     def load(
@@ -142,10 +143,10 @@ def open_artifact(path: Path | str) -> Artifact:
 
 
 def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, DirWeights]:
-    """A safetensors directory without its sampler and tokenizer: its kind, its shape, its weights. raw: config.json."""
+    """The kind, the model's shape and the weights of a safetensors directory. raw: its config.json."""
     config = ModelConfig.from_json(raw, str(path / "config.json"))
-    said = quantization(path, raw)
-    layout = None if said is None else said.layout()
+    quantised = quantization(path, raw)
+    layout = None if quantised is None else quantised.layout()
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
     base = layout.base if isinstance(layout, Mixed) else layout
     tied = base is None or isinstance(base, (CompressedTensors, BitsAndBytes))
@@ -153,24 +154,27 @@ def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, Dir
     apart = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
     if isinstance(apart, Mixed):
         apart = dataclasses.replace(apart, specs=directory.specs)
-    return "safetensors" if said is None else said.kind, config, DirWeights(directory, config, apart, vision)
+    return "safetensors" if quantised is None else quantised.kind, config, DirWeights(directory, config, apart, vision)
 
 
 def _mmproj(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> Mmproj | None:
-    """The directory's only one, in agreement with config.json; of several, whoever gives an image has to choose."""
+    """The directory's mmproj file if it has exactly one; it must agree with config.json. With several files, an image
+    is refused later."""
     files = find_mmproj(path)
     if len(files) != 1:
         return None
-    found = Mmproj(files[0], config.hidden)
-    said = raw.get("vision_config")
-    if not isinstance(said, dict):
-        return found
-    for key, value in found.config.items():
-        told = said.get(key, value)
-        same = math.isclose(told, value, rel_tol=1e-6) if isinstance(told, float) else told == value
+    mmproj = Mmproj(files[0], config.hidden)
+    vision = raw.get("vision_config")
+    if not isinstance(vision, dict):
+        return mmproj
+    for key, value in mmproj.config.items():
+        expected = vision.get(key, value)
+        same = math.isclose(expected, value, rel_tol=1e-6) if isinstance(expected, float) else expected == value
         if not same and key != "rope_parameters":
-            raise InputError(f"{path / 'config.json'}: vision_config.{key} is {told}, but {files[0].name} says {value}")
-    return found
+            raise InputError(
+                f"{path / 'config.json'}: vision_config.{key} is {expected}, but {files[0].name} says {value}"
+            )
+    return mmproj
 
 
 def _open_gguf(path: Path) -> Artifact:
@@ -183,7 +187,8 @@ def _open_gguf(path: Path) -> Artifact:
 
 
 def _check_agreement(ours: ModelConfig, files: ModelConfig, path: Path, file: Path) -> None:
-    """config.json and the .gguf's own metadata say the same of the model (floats to float32's precision)."""
+    """Refuse a directory whose config.json describes another model than its .gguf's metadata. Floats may differ by
+    float32's rounding."""
     for field in dataclasses.fields(ModelConfig):
         a, b = getattr(ours, field.name), getattr(files, field.name)
         same = math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) else a == b

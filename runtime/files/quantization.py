@@ -1,4 +1,4 @@
-"""What a safetensors directory says of its own quantisation, and the layout it means.
+"""The quantisation that a safetensors directory declares, and the layout that the declaration means.
 
     config.json "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4" | "W4A16_NVFP4" | "FP8", …}
                                        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION",
@@ -8,8 +8,8 @@
                                        {"quant_method": "dgq", "q8_0": […], …}
     hf_quant_config.json: {"quantization": {"quant_algo": …}}          modelopt's older place; alone, or in agreement
 
-Whatever else it says is refused by name: a directory in a layout that dgq does not read must never be opened as if
-it were another.
+Every other declaration is refused by name: a directory in a layout that dgq does not read must never be opened as if it
+were in another.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _BITSANDBYTES: dict[str, tuple[Any, ...]] = {  # a key's values that dgq reads, 
 
 @dataclass(frozen=True)
 class Quantization:
-    """method: quant_method, "modelopt" for a directory with hf_quant_config.json alone. raw: what was said; source:
-    the file that says it."""
+    """A directory's declaration. method: quant_method, or "modelopt" if only hf_quant_config.json declares it. raw: the
+    declaring object; source: the file that holds it."""
 
     method: str
     raw: Mapping[str, Any]
@@ -56,7 +56,7 @@ class Quantization:
     def kind(self) -> str:
         """ "nvfp4" or "bnb4": the format's name; "fp8": nothing but that."""
         layout = self.layout()
-        if isinstance(layout, Mixed) and layout.said.get(""):
+        if isinstance(layout, Mixed) and layout.declared.get(""):
             return "fp8"
         return "bnb4" if isinstance(layout, BitsAndBytes) else "nvfp4"
 
@@ -70,8 +70,8 @@ class Quantization:
             if what := refused(self.raw):
                 raise InputError(f"{self.source}: compressed-tensors with {what}, which dgq does not open; {OPENS}")
             base, inputs, eights = layout_of(self.raw)
-            said = {} if inputs or not eights else {"": True}
-            return Mixed(base, len(inputs) > 1, said) if eights or len(inputs) > 1 else base
+            eight_bits = {} if inputs or not eights else {"": True}
+            return Mixed(base, len(inputs) > 1, eight_bits) if eights or len(inputs) > 1 else base
         if self.method == OWN:
             return own_layout_of(self.raw, str(self.source))
         raise InputError(f"{self.source}: quantised as {self.method[:40]!r}, which dgq does not open; {OPENS}")
@@ -89,9 +89,9 @@ class Quantization:
         _check_group_size({"config_groups": layers}, self.source)
         algos = {layer["quant_algo"] for layer in layers.values()}
         base = Modelopt(activations=W4A4 in algos)
-        said = {name: layer["quant_algo"] in _EIGHTS for name, layer in layers.items()}
-        said |= {"": True} if all(said.values()) else {}
-        return base if algos in ({W4A4}, {W4A16}) else Mixed(base, {W4A4, W4A16} <= algos, said)
+        eight_bits = {name: layer["quant_algo"] in _EIGHTS for name, layer in layers.items()}
+        eight_bits |= {"": True} if all(eight_bits.values()) else {}
+        return base if algos in ({W4A4}, {W4A16}) else Mixed(base, {W4A4, W4A16} <= algos, eight_bits)
 
     def _bitsandbytes(self) -> BitsAndBytes:
         for key, allowed in _BITSANDBYTES.items():
@@ -103,31 +103,32 @@ class Quantization:
 
 
 def quantization(path: Path, config: Mapping[str, Any]) -> Quantization | None:
-    """How the directory `path`, whose config.json is `config`, says it is quantised; None if it does not."""
-    said = config.get("quantization_config")
+    """The declaration of the directory `path`, whose config.json is `config`; None if it declares no quantisation."""
+    raw = config.get("quantization_config")
     older = path / HF_QUANT_CONFIG
     other: Any = read_json(older).get("quantization") if older.is_file() else None
     if older.is_file() and not isinstance(other, dict):
         raise InputError(f"{older}: has no object `quantization`; fetch the file again")
-    if said is None:
+    if raw is None:
         return None if other is None else Quantization("modelopt", other, older)
     file = path / "config.json"
-    if not isinstance(said, dict) or not isinstance(said.get("quant_method"), str):
+    if not isinstance(raw, dict) or not isinstance(raw.get("quant_method"), str):
         raise InputError(f"{file}: quantization_config has no quant_method, a text; fetch the file again")
-    if other is not None and other.get("quant_algo") != said.get("quant_algo"):
+    if other is not None and other.get("quant_algo") != raw.get("quant_algo"):
         raise InputError(
             f"{older}: quant_algo is {str(other.get('quant_algo'))[:40]!r}, but config.json says"
-            f" {str(said.get('quant_algo'))[:40]!r}; one of them is stale"
+            f" {str(raw.get('quant_algo'))[:40]!r}; one of them is stale"
         )
     if other is not None:
         _check_group_size(other, older)
-    return Quantization(said["quant_method"], said, file)
+    return Quantization(raw["quant_method"], raw, file)
 
 
-def _check_group_size(said: Mapping[str, Any], file: Path) -> None:
-    """Beside quant_algo in hf_quant_config.json, below config_groups.….weights in config.json."""
-    groups = said.get("config_groups")
-    places = [said, *(groups.values() if isinstance(groups, dict) else ())]
+def _check_group_size(raw: Mapping[str, Any], file: Path) -> None:
+    """Refuse group sizes that NVFP4 does not have. They stand beside quant_algo in hf_quant_config.json, and below
+    config_groups.….weights in config.json."""
+    groups = raw.get("config_groups")
+    places = [raw, *(groups.values() if isinstance(groups, dict) else ())]
     places += [place.get("weights") for place in places if isinstance(place, dict)]
     for place in places:
         size = place.get("group_size") if isinstance(place, dict) else None

@@ -1,8 +1,9 @@
 """A safetensors directory that may hold tied weights twice, as llm-compressor and trainers save them: the encoder's
-copies of the decoder's, and lm_head's of the embedding. One is listed; when it is read, the other is held against it,
-byte for byte. transformers' bitsandbytes saves the encoder's quant_states without weights: these are copies too.
+copies of the decoder's weights, and lm_head's copy of the embedding. One of the two is listed. When it is read, it is
+compared with the other, byte for byte. transformers' bitsandbytes saves the encoder's quant_states without the weights:
+these are copies too.
 
-input_global_scale is not compared: each side saw activations of its own. The decoder's is taken.
+input_global_scale is not compared, because encoder and decoder saw different activations. The decoder's is used.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ class TiedDir(HFDir):
         self._twins = HFDir(path, twins)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """InputError if its copy is another."""
-        found = super().tensor(name)
+        """The listed tensor. InputError if its copy differs."""
+        tensor = super().tensor(name)
         if name in self._twins.specs:
-            spec, own = self._twins.specs[name], self.specs[name]
-            same = (spec.dtype, spec.shape) == (own.dtype, own.shape)
+            copy, listed = self._twins.specs[name], self.specs[name]
+            same = (copy.dtype, copy.shape) == (listed.dtype, listed.shape)
             if not same or not torch.equal(
-                *(one.flatten().view(torch.uint8) for one in (found, self._twins.tensor(name)))
+                *(one.flatten().view(torch.uint8) for one in (tensor, self._twins.tensor(name)))
             ):
-                raise InputError(f"{spec.file}: {spec.name} is not a copy of {name}; the model ties them")
-        return found
+                raise InputError(f"{copy.file}: {copy.name} is not a copy of {name}; the model ties them")
+        return tensor
 
 
 def _original(name: str) -> str | None:

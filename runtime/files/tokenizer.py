@@ -1,4 +1,4 @@
-"""Text to ids and back, and chats to ids: the checkpoint's own tokenizer and chat template.
+"""Text to ids and back, and chats to ids, by the checkpoint's own tokenizer and chat template.
 
 Two sources give the same ids: a directory's tokenizer.json, or a .gguf's metadata, from which the tokenizer is rebuilt:
 

@@ -28,7 +28,6 @@ from dgq.runtime.shape.names import DECODER
 if TYPE_CHECKING:
     from dgq.runtime.kernels.dense import Gated, Linear, Table
 
-TABLES = ("q6_k", "q8_0")  # the schemes in which the embedding stays as ggml stores it
 
 # The name of each product below "layers.N." or "self_conditioning.", and the weights that it multiplies with.
 PRODUCTS = {
@@ -120,7 +119,7 @@ def table(weight: Packed) -> tuple[Tensor | Table, Packed]:
     """The embedding as the kernels read it, and as the reference does."""
     from dgq.runtime.kernels.dense import Table
 
-    if weight.scheme.name in TABLES:
+    if weight.scheme.gpu.embedding:
         return Table.of(weight), weight
     decoded = plain(weight)
     return decoded.parts[""], decoded

@@ -172,7 +172,7 @@ def _layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]
 
 
 def check_tensors(
-    found: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
     source: str,
     *,
@@ -182,10 +182,10 @@ def check_tensors(
     """Hold tensors (canonical name -> shape) against the expected ones: every one there, no other, right shapes.
 
     InputError names the first offender and how many there are. shown turns a canonical name into the file's own;
-    file says in which of source's files a found tensor lies, if there are several.
+    file says in which of source's files a tensor lies, if there are several.
     """
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
+    missing = [name for name in expected if name not in shapes]
+    extra = [name for name in shapes if name not in expected]
     if missing and extra:
         raise InputError(
             f"{source}: tensor {shown(missing[0])} is missing and {shown(extra[0])} is unknown; renamed, or another "
@@ -198,7 +198,7 @@ def check_tensors(
     if extra:
         raise InputError(f"{place(extra[0])}: tensor {shown(extra[0])} is not part of the model ({len(extra)} such)")
     for name, shape in expected.items():
-        if found[name] != shape:
+        if shapes[name] != shape:
             raise InputError(
-                f"{place(name)}: tensor {shown(name)} has shape {list(found[name])}, the config says {list(shape)}"
+                f"{place(name)}: tensor {shown(name)} has shape {list(shapes[name])}, the config says {list(shape)}"
             )

@@ -35,7 +35,8 @@ from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.checkpoint import open_source
 from dgq.convert.terminal.sizes import Size
 from dgq.convert.write.refine import refinable, refined
-from dgq.convert.write.slices import SEARCHED, Options, slices
+from dgq.convert.write.settings import ConversionSettings
+from dgq.convert.write.slices import slices
 
 LAYERS, FULL = 30, 5
 FORMATS = {"nvfp4-w4a16": "nvfp4", "bnb4": "bnb4", "q4_k_m": "gguf"}
@@ -107,7 +108,7 @@ def main() -> None:
             plan = make_plan(source, find_recipe(FORMATS[recipe], recipe))
             todo = [tensor for tensor in plan.tensors if refinable(tensor)]
             steps: list[tuple[str, float]] = []
-            how = Options("standard", None, 1, options.device, stats, budget=budget)
+            how = ConversionSettings("standard", None, 1, options.device, stats, budget=budget)
             needs = Needs(source, options.device, Sizes.of(used(stats.chunks)), todo)
             room = budget.room(needs, options.device, "refining")
             began = clock(options.device)
@@ -139,11 +140,11 @@ def main() -> None:
                 "projected_26b_s": round(layers + once),
                 "slowest": sorted(((round(s, 2), n) for n, s in spent.items()), reverse=True)[:4],
             }  # fmt: skip
-            if any(tensor.scheme.name in SEARCHED for tensor in todo):
+            if any(tensor.scheme.searched for tensor in todo):
                 began = clock(options.device)
                 count = 0
                 for tensor in [t for t in todo if f"layers.{options.layers - 1}." in t.name]:
-                    for piece in slices(plan, tensor, Options("fast", None, 1, options.device), None):
+                    for piece in slices(plan, tensor, ConversionSettings("fast", None, 1, options.device), None):
                         count += piece.run().numel
                 seconds = clock(options.device) - began
                 row["fast"] = {"layer_s": round(seconds, 2), "projected_26b_s": round(LAYERS * seconds)}

@@ -148,7 +148,8 @@ def run_here(artifact: str, device: str) -> None:
     marks: list[float] = []
     prompt = [opened.tokenizer.encode("In the beginning was the word") * 20]
     endless = replace(opened.generation, sampler=replace(opened.generation.sampler, confidence=0.0))
-    result = generate(model, Request(prompt, endless, opened.config.canvas, seed=1, steps=6), on_step=lambda step: marks.append(time.perf_counter()))  # fmt: skip
+    request = Request(prompt, endless, opened.config.canvas, seed=1, steps=6)
+    result = generate(model, request, on_step=lambda step: marks.append(time.perf_counter()))
     steps = [1000 * (b - a) for a, b in pairwise(marks)]
     gpu = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     print(json.dumps({

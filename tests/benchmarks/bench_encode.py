@@ -36,7 +36,7 @@ from sparse26b import write_sparse_26b
 
 from dgq.convert.cli.__main__ import main as dgq
 from dgq.convert.write.slices import SLICE
-from dgq.quant.schemes.ggml import GGMLScheme, _quantize_chunk
+from dgq.quant.schemes.ggml.blocks import GGMLScheme, _quantize_chunk
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Scheme
 
@@ -114,7 +114,7 @@ def ggml_c(scheme: GGMLScheme, weight: torch.Tensor, importance: torch.Tensor | 
     for source, target, columns_weight in each:
         pointer = None if columns_weight is None else columns_weight.data_ptr()
         rows = source.numel() // columns
-        _quantize_chunk()(scheme.type_id, source.data_ptr(), target.data_ptr(), 0, rows, columns, pointer)
+        _quantize_chunk()(scheme.ggml.id, source.data_ptr(), target.data_ptr(), 0, rows, columns, pointer)
     return {"": out}
 
 

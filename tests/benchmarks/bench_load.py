@@ -55,7 +55,8 @@ def load_here(path: str, group: str, began: str) -> None:
     first: list[float] = []
     prompt = (artifact.tokenizer.encode("In the beginning was the word. ") * CONTEXT)[:CONTEXT]
     sampler = replace(artifact.generation.sampler, steps=STEPS, confidence=0.0)
-    generate(model, Request([prompt], replace(artifact.generation, sampler=sampler), artifact.config.canvas, seed=1), on_step=lambda step: first.append(time.time()))  # fmt: skip
+    request = Request([prompt], replace(artifact.generation, sampler=sampler), artifact.config.canvas, seed=1)
+    generate(model, request, on_step=lambda step: first.append(time.time()))
     marks.append(("first step", first[0]))
     seconds = {what: round(at - float(began), 2) for what, at in marks}
     print(json.dumps({"seconds": seconds, "loading_gib": loading, "block_gib": peaks()}))

@@ -49,8 +49,9 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from dgq.convert.cli.__main__ import main as dgq
-from dgq.convert.plans.plan import PlannedTensor, make_plan
+from dgq.convert.plans.plan import make_plan
 from dgq.convert.plans.recipes import find_recipe
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.source.checkpoint import open_source
 from dgq.convert.source.models import open_model
 from dgq.quant.schemes.registry import SCHEMES

@@ -49,7 +49,7 @@ def reference(shared: Any) -> Path:
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize(("recipe", "share"), [("nvfp4-w4a16", 0.6), ("bnb4", 0.95), ("q4_k_m", 0.98)])
+@pytest.mark.parametrize(("recipe", "share"), [("nvfp4-w4a16", 0.6), ("bnb4", 0.9), ("q4_k_m", 0.98)])
 def test_from_the_model_to_the_report(
     recipe: str, share: float, converted: Callable[[str], Path], reference: Path, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from click.testing import CliRunner
 from torch.nn import functional
 
-from dgq.convert.cli.__main__ import main
 from dgq.quant.errors import InputError
 from dgq.quant.schemes.nvfp4 import NVFP4, decode, encode
 from dgq.quant.types import Packed
@@ -25,22 +24,7 @@ from dgq.runtime.model.model import LoadOptions, Model
 
 transformers: Any = pytest.importorskip("transformers")
 TINY = Path(__file__).parents[2] / "recipes" / "tiny"
-RECIPES = {
-    "nvfp4": "nvfp4",
-    "nvfp4-w4a16": "nvfp4",
-    "nvfp4-all": "nvfp4",
-    "bnb4": "bnb4",
-    "bnb4-dq": "bnb4",
-    "q4_k_m": "gguf",
-}
-
-
-def convert(recipe: str, out: Path) -> Path:
-    result = CliRunner().invoke(
-        main, ["convert", "tiny", "--to", RECIPES[recipe], "--recipe", recipe, "--effort", "stock", "-o", str(out)]
-    )
-    assert result.exit_code == 0, result.output
-    return out
+RECIPES = ("nvfp4", "nvfp4-w4a16", "nvfp4-all", "bnb4", "bnb4-dq", "q4_k_m")
 
 
 @dataclass
@@ -66,8 +50,8 @@ def bf16() -> tuple[Model, Artifact]:
 
 
 @pytest.fixture(scope="module", params=RECIPES)
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, oracle: Any) -> Both:
-    artifact = open_artifact(convert(request.param, tmp_path_factory.mktemp("artifact") / "out"))
+def both(request: pytest.FixtureRequest, converted: Callable[[str, str], Path], oracle: Any) -> Both:
+    artifact = open_artifact(converted(request.param, "stock"))
     original, changed = open_artifact(TINY).weights, 0
     for name, weight in artifact.weights.items():
         target = oracle.get_parameter(name) if "layer_scalar" not in name else oracle.get_buffer(name)
@@ -204,9 +188,9 @@ def test_w4a4_experts_by_formula() -> None:
     torch.testing.assert_close(linear(x, gate_up[1]), rounded(x, gate_up, 1) @ gate_up[1].dequantize().T)
 
 
-def test_activations_of_an_artifact(tmp_path: Path) -> None:
+def test_activations_of_an_artifact(converted: Callable[[str, str], Path]) -> None:
     """W4A4 changes the logits a little; weight-only files have no scales and say so; the decoded path rounds too."""
-    artifact = open_artifact(convert("nvfp4", tmp_path / "w4a4"))
+    artifact = open_artifact(converted("nvfp4", "stock"))
     ids = torch.arange(20, 84).unsqueeze(0)
     logits = []
     for activations, keep in ((None, 0), ("nvfp4", 0), ("nvfp4", 1 << 30)):
@@ -219,7 +203,7 @@ def test_activations_of_an_artifact(tmp_path: Path) -> None:
     torch.testing.assert_close(logits[1], logits[2], atol=1e-3, rtol=0)
     assert 1e-2 < (logits[0] - logits[1]).abs().max() < 20
     assert (logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean() > 0.5
-    plain = open_artifact(convert("nvfp4-w4a16", tmp_path / "w4a16"))
+    plain = open_artifact(converted("nvfp4-w4a16", "stock"))
     with pytest.raises(InputError, match="holds no input scales"):
         plain.load(activations="nvfp4")
 

@@ -613,7 +613,7 @@ def test_an_artifact_is_no_source(recipe: str, good: Path, tmp_path: Path) -> No
 
 def test_an_artifact_of_several_files(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It holds the same tensors as one file does; a damaged or missing shard is named."""
-    monkeypatch.setattr("dgq.convert.write.hf_artifact.shards", partial(shards, limit=200_000))
+    monkeypatch.setattr("dgq.convert.write.artifact_files.shards", partial(shards, limit=200_000))
     out = convert(good / "source", tmp_path / "out", "nvfp4-w4a16")
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 3 and len(works(out)["tensors"]) == 67

@@ -26,8 +26,9 @@ from dgq.convert.layerwise.estimate import Needs, Sizes
 from dgq.convert.layerwise.passes import Rows
 from dgq.convert.layerwise.schedule import Hessian, at_once, trips
 from dgq.convert.layerwise.stream import Stream
-from dgq.convert.plans.plan import Plan, PlannedTensor, make_plan
+from dgq.convert.plans.plan import Plan, make_plan
 from dgq.convert.plans.recipes import find_recipe
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.source.checkpoint import Source, open_source
 from dgq.convert.source.sizes import shown
 from dgq.convert.terminal.sizes import Size

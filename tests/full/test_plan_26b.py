@@ -121,7 +121,7 @@ def test_bnb4(checkpoint: Path, recipe: str, gigabytes: float) -> None:
 # GB of tensors, from the headers alone, vision included
 SIZES = {
     "nvfp4": 18.82, "nvfp4-w4a16": 18.82, "nvfp4-all": 15.73, "bnb4": 16.43, "bnb4-dq": 15.28, "q4_k_m": 17.99,
-    "q6_k": 23.83, "q8_0": 28.06,
+    "q6_k": 23.83, "q8_0": 28.06, "iq4_nl": 15.69,
 }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from test_bad_input import edit_tensors, error_of, tree
 from test_odd_input import write_imatrix
 
 import dgq.convert.resume.journal as journal
-import dgq.convert.write.hf_artifact as hf_artifact
+import dgq.convert.write.artifact_files as artifact_files
 import dgq.convert.write.pipeline as pipeline
 import dgq.convert.write.slices as slices
 from dgq.convert.cli.__main__ import main
@@ -63,7 +63,7 @@ def _every_weight_is_journalled() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal, "SYNC_SECONDS", 0.0)
         patch.setattr(os, "fsync", lambda file: None)  # no power is cut here, and syncing every weight takes its time
-        patch.setattr(hf_artifact, "shards", functools.partial(shards, limit=SHARD))
+        patch.setattr(artifact_files, "shards", functools.partial(shards, limit=SHARD))
         yield
 
 

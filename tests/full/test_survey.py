@@ -38,7 +38,7 @@ from dgq.convert.source.checkpoint import Source, open_source
 from dgq.convert.source.models import open_model
 from dgq.convert.write import pipeline, refine
 from dgq.convert.write.refine import LEAN, Hessians
-from dgq.convert.write.slices import Options
+from dgq.convert.write.settings import ConversionSettings
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import HFDir
 from dgq.quant.files.imatrix import read_imatrix
@@ -185,7 +185,7 @@ def test_the_embedding_is_a_table_too(micro: Path, monkeypatch: pytest.MonkeyPat
         if tensor.name in ("token_embd.weight", "blk.0.attn_q.weight"):
             hessian = torch.diag(torch.arange(256.0)).unsqueeze(0)
             sense: Any = SimpleNamespace(of=lambda name, part, h=hessian: (h, None))
-            list(refine._quantised(plan, tensor, slice(0, 1), sense, Options("standard"), None, None))
+            list(refine._quantised(plan, tensor, slice(0, 1), sense, ConversionSettings("standard"), None, None))
     assert torch.equal(seen["blk.0.attn_q.weight"][0].diagonal(), torch.arange(256.0))
     assert torch.equal(seen["token_embd.weight"][0].diagonal(), torch.arange(256.0) + 127.5)
 
@@ -559,8 +559,9 @@ def test_another_device_does_not_go_on(micro: Path, stats: Path) -> None:
     """Where bytes depend on it."""
     source = open_source(str(micro))
     plan, found = make_plan(source, find_recipe("bnb4")), read_stats(stats, source)
-    with_stats = [pipeline._identity(plan, Options("standard", device=one, stats=found)) for one in ("cpu", "cuda")]
-    without = [pipeline._identity(plan, Options("fast", device=one)) for one in ("cpu", "cuda")]
+    devices = ("cpu", "cuda")
+    with_stats = [pipeline._identity(plan, ConversionSettings("standard", device=one, stats=found)) for one in devices]
+    without = [pipeline._identity(plan, ConversionSettings("fast", device=one)) for one in devices]
     assert with_stats[0] != with_stats[1] and without[0] == without[1]
 
 

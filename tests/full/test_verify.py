@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 from kinds import write_kinds
 
 import dgq.convert.verification.files as checking
-import dgq.convert.write.hf_artifact as hf_artifact
+import dgq.convert.write.artifact_files as artifact_files
 from dgq.convert.cli.__main__ import main
 from dgq.convert.source.hashes import describe
 from dgq.convert.write import provenance
@@ -47,7 +47,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("verify")
     source = write_kinds(root / "kinds", ("normal", "outliers", "heavy-tailed", "ties"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_artifact, "shards", partial(shards, limit=250_000))
+        patch.setattr(artifact_files, "shards", partial(shards, limit=250_000))
         for recipe, how in RECIPES.items():
             result = CliRunner().invoke(main, ["convert", str(source), *how, "-o", str(root / recipe)])
             assert result.exit_code == 0, result.output

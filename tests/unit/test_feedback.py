@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from dgq.quant.feedback import feedback as module
-from dgq.quant.feedback.feedback import feedback, search
-from dgq.quant.feedback.grids import grid_of
+from dgq.quant.feedback.feedback import feedback, grid_of, search
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Scheme
 
-NAMES = ("nvfp4", "nf4", "q8_0", "q5_0", "q6_k", "q4_k")
+NAMES = tuple(name for name, scheme in SCHEMES.items() if scheme.grid is not None and name != "nf4_dq")
 
 
 def _case(experts: int = 3, rows: int = 24, columns: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +73,7 @@ def test_rows_make_good_what_rows_lost(name: str) -> None:
     assert float(same.float().mean()) > 0.999, "rows that are not felt together stay alone"  # float32 has near ties
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q5_0", "q6_k", "q4_k"])
+@pytest.mark.parametrize("name", ["q8_0", "q5_0", "q6_k", "q4_k", "iq4_nl"])
 def test_bytes_mean_the_same_to_gguf_py(name: str) -> None:
     weight, hessian = _case(1)
     parts = feedback(weight, hessian, SCHEMES[name])

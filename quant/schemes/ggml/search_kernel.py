@@ -1,7 +1,7 @@
-"""ggml's searches for the scale of a block (ggml_search.py), in one launch each, for error feedback (Triton).
+"""ggml's searches for the scale of a block (search.py), in one launch each, for error feedback (Triton).
 
 The same candidates are tried by the same formulas; sums go over a block in any order and products may be fused, so
-that where two candidates are nearly as good the other one may win. Where bytes must be ggml's, ggml_search.py is used.
+that where two candidates are nearly as good the other one may win. Where bytes must be ggml's, search.py is used.
 
 A program takes BLOCKS blocks, one a thread, whose positions stay in registers: tiles (positions, BLOCKS).
 """
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgq.quant.schemes.ggml_search import GROUP_MAX_EPS
+from dgq.quant.schemes.ggml.search import GROUP_MAX_EPS
 
 BLOCKS, WARPS = 32, 1
 _EPS = tl.constexpr(GROUP_MAX_EPS)
@@ -68,16 +68,16 @@ def _qx(
     extreme = tl.where(zero, 1.0, extreme)
     wv = w * v
     best = tl.zeros((BLOCKS,), tl.float32)
-    found = tl.zeros((BLOCKS,), tl.float32)
+    fitted = tl.zeros((BLOCKS,), tl.float32)
     for n in range(19):  # the middle first
         step = tl.where(n == 0, 0, tl.where(n < 10, n - 10, n - 9))
         level = _rounded(v * (-(NMAX + 0.1 * step) / extreme)[None, :], -NMAX, NMAX - 1)
         xl, l2 = tl.sum(wv * level, 0), tl.sum(w * level * level, 0)
         better = (l2 > 0) & ((n == 0) | (xl * xl > best * l2))
         candidate = xl / tl.where(l2 > 0, l2, 1.0)
-        found = tl.where(better, candidate, found)
+        fitted = tl.where(better, candidate, fitted)
         best = tl.where(better, candidate * xl, best)
-    tl.store(scale + block, tl.where(zero, 0.0, found), real)
+    tl.store(scale + block, tl.where(zero, 0.0, fitted), real)
 
 
 @triton.jit
@@ -89,8 +89,8 @@ def _error(v, w, level, scale, low):
 @triton.jit
 def _inverse(number, span):
     """number / span, 0 where that is no use."""
-    found = number / tl.where(span > 0, span, 1.0)
-    return tl.where((span > 0) & (found < float("inf")), found, 0.0)
+    quotient = number / tl.where(span > 0, span, 1.0)
+    return tl.where((span > 0) & (quotient < float("inf")), quotient, 0.0)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -105,8 +105,8 @@ def _qkx(
     high, low = tl.max(v, 0), tl.minimum(tl.min(v, 0), 0.0)
     sum_w, sum_x = tl.sum(w, 0), tl.sum(w * v, 0)
     inverse = _inverse(NMAX, high - low)
-    found = (high - low) / NMAX
-    best = _error(v, w, _rounded((v - low[None, :]) * inverse[None, :], 0, NMAX), found, low)
+    fitted = (high - low) / NMAX
+    best = _error(v, w, _rounded((v - low[None, :]) * inverse[None, :], 0, NMAX), fitted, low)
     for n in range(STEPS + 1):
         inverse = _inverse(first + delta * n, high - low)
         level = _rounded((v - low[None, :]) * inverse[None, :], 0, NMAX)
@@ -122,7 +122,7 @@ def _qkx(
         error = _error(v, w, level, new_scale, new_low)
         better = solvable & (error < best)
         best = tl.where(better, error, best)
-        found = tl.where(better, new_scale, found)
+        fitted = tl.where(better, new_scale, fitted)
         low = tl.where(better, new_low, low)
-    tl.store(scale + block, found, real)
+    tl.store(scale + block, fitted, real)
     tl.store(rest + block, -low, real)

@@ -82,7 +82,7 @@ def test_logits_are_the_references(
     schemes: dict[str, str], prompt: Sequence[int], prefill: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """count: how many of run()'s logits."""
-    monkeypatch.setattr("dgq.runtime.model.model.decodes", lambda *_: False)  # packed, as on a small card
+    monkeypatch.setattr("dgq.runtime.model.loading.decodes", lambda *_: False)  # packed, as on a small card
     config, weights = small(schemes)
     exact = run(Plain(Model(config, weights, DEVICE, torch.float32)), prompt)
     backend = fast.Fast(Model(config, weights, DEVICE, torch.bfloat16, options=LoadOptions(kernels=True)))

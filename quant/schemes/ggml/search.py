@@ -118,15 +118,6 @@ def make_qkx_quants(
     torch.mul(weight, x, out=terms[1])
     sum_w, sum_x = sum_positions(terms[:2], 1)
 
-    def levels(iscale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-        # An infinite iscale (all equal, or nearly subnormal), or 0 (the range overflowed), gives C only infinities,
-        # NaN and 0: all of them level 0. From all equal, C returns at once: scale 0 and no better fit, as here.
-        live = iscale.isfinite() & (iscale != 0)
-        value = (x - torch.where(live, low, 0.0)).mul_(torch.where(live, iscale, 0.0)).add_(_ROUND)
-        bits = value.view(torch.int32).bitwise_and_(_MANTISSA).clamp_(_ZERO, _ZERO + nmax)
-        bits.bitwise_or_(0x4B000000)  # the exponent of _ROUND again
-        return value.sub_(_ROUND)
-
     def error(scale: torch.Tensor, low: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         difference = level.mul_(scale).add_(low).sub_(x)
         return sum_positions(difference.mul_(difference).mul_(weight))
@@ -135,10 +126,10 @@ def make_qkx_quants(
     iscale = full / (high - low)
     scale = one / iscale
     used, base = iscale, low  # how the best levels were made
-    best = error(scale, low, levels(used, base))
+    best = error(scale, low, _qkx_levels(nmax, x, used, base))
     for number in numbers(np.float32(rmin) + np.float32(rdelta) * steps + np.float32(nmax), x):
         iscale = number / (high - low)
-        level = levels(iscale, low)
+        level = _qkx_levels(nmax, x, iscale, low)
         torch.mul(weight, level, out=terms[0])
         torch.mul(terms[0], level, out=terms[1])
         torch.mul(terms[0], x, out=terms[2])
@@ -153,7 +144,20 @@ def make_qkx_quants(
         best, scale = torch.where(better, new_error, best), torch.where(better, new_scale, scale)
         used, base = torch.where(better, iscale, used), torch.where(better, low, base)
         low = torch.where(better, new_low, low)
-    return scale, -low, levels(used, base)
+    return scale, -low, _qkx_levels(nmax, x, used, base)
+
+
+def _qkx_levels(nmax: int, x: torch.Tensor, iscale: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """(x - low) * iscale as the levels 0 … nmax that C makes of it, float32.
+
+    An infinite iscale (all equal, or nearly subnormal), or 0 (the range overflowed), gives C only infinities, NaN and
+    0: all of them level 0. From all equal, C returns at once: scale 0 and no better fit, as here.
+    """
+    live = iscale.isfinite() & (iscale != 0)
+    value = (x - torch.where(live, low, 0.0)).mul_(torch.where(live, iscale, 0.0)).add_(_ROUND)
+    bits = value.view(torch.int32).bitwise_and_(_MANTISSA).clamp_(_ZERO, _ZERO + nmax)
+    bits.bitwise_or_(0x4B000000)  # the exponent of _ROUND again
+    return value.sub_(_ROUND)
 
 
 def make_qp_quants(nmax: int, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter's
 LIMIT = 4e-3 if CUDA else 5e-3  # small weights: few scales were rounded, and scatter
-PACKED = ["nvfp4", "nf4", "nf4_dq", "q4_k", "q5_0", "q6_k", "q8_0"]
+PACKED = ["nvfp4", "nf4", "nf4_dq", "q4_k", "q5_0", "q6_k", "q8_0", "iq4_nl"]
 
 
 @pytest.fixture(autouse=True)

@@ -140,8 +140,7 @@ def test_levels_it_cannot_do() -> None:
 @here
 @pytest.mark.parametrize("kind", ["qx", "qkx"])
 def test_searches_find_what_ggml_finds(kind: str) -> None:
-    from dgq.quant.feedback import search_kernel
-    from dgq.quant.schemes import ggml_search
+    from dgq.quant.schemes.ggml import search, search_kernel
 
     g = torch.Generator().manual_seed(3)
     positions, blocks = (16 if kind == "qx" else 32), (100_000 if CUDA else 70)
@@ -151,7 +150,7 @@ def test_searches_find_what_ggml_finds(kind: str) -> None:
     x, weight = x.to(DEVICE), weight.to(DEVICE)
     arguments = (32, x, weight) if kind == "qx" else (15, x, weight, -0.9, 0.05, 36)
     found = getattr(search_kernel, f"make_{kind}_quants")(*arguments)
-    wanted = getattr(ggml_search, f"make_{kind}_quants")(*arguments)[: len(found)]
+    wanted = getattr(search, f"make_{kind}_quants")(*arguments)[: len(found)]
     same = torch.stack([torch.isclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, wanted, strict=True)]).all(0)
     assert bool(same[:5].all()) and float(same.float().mean()) > 0.985
 
@@ -182,8 +181,7 @@ def test_under_the_interpreter() -> None:
 @pytest.mark.parametrize("name", GRIDS)
 def test_recorded_columns_are_the_same(name: str) -> None:
     """The first weight of a shape is rounded kernel by kernel, the second recorded, the rest replayed."""
-    from dgq.quant.feedback.feedback import DAMP, _Columns
-    from dgq.quant.feedback.grids import grid_of
+    from dgq.quant.feedback.feedback import DAMP, _Columns, grid_of
     from dgq.quant.schemes.registry import SCHEMES
 
     g = torch.Generator().manual_seed(7)
