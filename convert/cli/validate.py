@@ -61,14 +61,15 @@ def validate(
     Goes on where it broke off. Without an ARTIFACT it makes the --reference alone.
     """
     from dgq.convert.terminal.console import count_bar, note, print_json
-    from dgq.convert.validation import flow
+    from dgq.convert.validation.flow import validate as validate_artifacts
+    from dgq.convert.validation.inputs import ValidateOptions
 
-    options = flow.ValidateOptions(
+    options = ValidateOptions(
         against=against, output=out, reference=reference, gate=gate, prompts=prompts, seed=seed, quick=quick,
         activations=activations, device=device, dtype=dtype, revision=revision, adapters=adapters,
     )  # fmt: skip
     with count_bar("validating") as advance:
-        result = flow.validate(artifacts, options, advance, note)
+        result = validate_artifacts(artifacts, options, advance, note)
     if result is None:
         return
     print_json(result.to_json()) if as_json else _page(result, options)

@@ -1,4 +1,4 @@
-"""What models are judged on: prompts, what follows them, and exact answers where there are any. All by a seed.
+"""What models are judged on: prompts, what follows them, and exact answers where there are any. A seed fixes the noise.
 
     {"text": …}                             the first tokens are the prompt, the next ones its canvas
     {"prompt": … | "messages": […], "answer": …}    the chat's prompt; its canvas is the answer, then padding
@@ -35,7 +35,8 @@ ROWS = 16
 
 @dataclass(frozen=True)
 class Question:
-    """prompt: ids; canvas: the clean ids behind it, None until the reference has written them; answer: exact text."""
+    """A prompt to be judged on. group: the heading that it is reported under; prompt: token ids; canvas: the clean ids
+    behind it, None until the reference has written them; answer: the exact text, None if there is none."""
 
     group: str
     prompt: tuple[int, ...]
@@ -60,20 +61,20 @@ def _plain(text: str) -> str:
 
 
 def questions(model: Artifact, asked: str, file: Path | None, each: int) -> tuple[list[Question], dict[str, Any]]:
-    """Up to `each` questions with a text and `each` others, or all of `file`'s; and the source's name and SHA-256.
+    """Up to `each` questions with a text and `each` others, or all of `file`'s; and the files' names and SHA-256.
     asked: the SRC. InputError names the line that is wrong."""
-    found: list[Question] = []
+    every: list[Question] = []
     digest = hashlib.sha256()
     names = []
     for prompts in [read_prompts(file)] if file else _shipped(asked):
         digest.update(prompts.raw)
         names.append(prompts.where)
-        found += [_question(entry, at, model) for at, entry in prompts.json_lines()]
-    if not found:
+        every += [_question(entry, at, model) for at, entry in prompts.json_lines()]
+    if not every:
         raise InputError(f"{file}: holds no prompt")
-    texts = [question for question in found if question.group == "text"]
-    others = [question for question in found if question.group != "text"]
-    chosen = found if file else texts[:each] + others[:each]
+    texts = [question for question in every if question.group == "text"]
+    others = [question for question in every if question.group != "text"]
+    chosen = every if file else texts[:each] + others[:each]
     return chosen, {"names": names, "sha256": digest.hexdigest(), "questions": len(chosen)}
 
 
@@ -112,7 +113,8 @@ def _text(text: str, group: str, at: str, model: Artifact) -> Question:
 
 
 def _canvas(ids: Sequence[int], model: Artifact) -> tuple[int, ...]:
-    """Whole: cut, or filled up; behind an end-of-sequence token there is padding only, as in generation."""
+    """A whole canvas of ids, cut or filled up. Behind an end-of-sequence token there is padding only, as in
+    generation."""
     end = next((i + 1 for i, token in enumerate(ids) if token in model.generation.eos_ids), len(ids))
     length = model.config.canvas
     return (*ids[:end], *[model.generation.pad_id] * length)[:length]
@@ -139,20 +141,21 @@ def batches(count: int, canvas: int, vocab: int) -> list[range]:
     return [range(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
-def canvases(found: Sequence[Question], rows: Sequence[int], seed: int, vocab: int) -> Tensor:
-    """(levels, rows, canvas) int64, noised; a question's noise depends on the seed and its own number only."""
+def canvases(questions: Sequence[Question], rows: Sequence[int], seed: int, vocab: int) -> Tensor:
+    """The noised canvases (levels, rows, canvas) int64. A question's noise depends on the seed and its number only."""
     each = []
     for row in rows:
-        canvas = found[row].canvas
+        canvas = questions[row].canvas
         assert canvas is not None
         number = int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:7], "little")
         each.append(noised(torch.tensor(canvas), LEVELS, number, vocab))
     return torch.stack(each, dim=1)
 
 
-def written(found: Sequence[Question], committed: Tensor, canvas: int) -> list[Question]:
-    """The questions, those without a canvas with the first that the reference committed: (questions, tokens)."""
+def written(questions: Sequence[Question], committed: Tensor, canvas: int) -> list[Question]:
+    """The questions, where those without a canvas get the first one that the reference committed, of (questions,
+    tokens) int64."""
     return [
         question if question.canvas is not None else replace(question, canvas=tuple(row[:canvas]))
-        for question, row in zip(found, committed.tolist(), strict=True)
+        for question, row in zip(questions, committed.tolist(), strict=True)
     ]

@@ -90,8 +90,8 @@ def weighted(inner: Tensor, picks: Sorted, share: Tensor, down: Tiles) -> Tensor
 
 def _product(x: Tensor, out: Tensor, picks: Sorted, share: Tensor | None, weight: Tiles) -> Tensor:
     row_tiles, column_tiles = weight.codes.shape[1:3]
-    # Measured: Tables are bound by their permute instructions. The others are bound by memory, and longer steps with fewer
-    # stages are faster for them.
+    # Measured: tables are bound by their permute instructions. The others are bound by memory, and longer steps with
+    # fewer stages are faster for them.
     unroll = 2 if column_tiles % 2 == 0 and not weight.form.startswith("table") else 1
     moe_kernels.expert_product[(row_tiles, len(picks.tile_map))](
         x, out, weight.codes, weight.scales, weight.high, weight.factors, picks.order, share, picks.tile_map,

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from test_bad_input import edit_json, error_of, rewrite, tree
 
 from dgq.convert.cli.__main__ import main
-from dgq.convert.write import pipeline
+from dgq.convert.write import artifact_files
 
 CONVERT = ("--to", "gguf", "-o")
 
@@ -238,7 +238,7 @@ def test_paths_with_brackets_are_shown_as_they_are(source: Path, tmp_path: Path)
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGHUP, signal.SIGINT))
 def test_a_signal_before_a_weight_is_done_leaves_nothing(number: signal.Signals, source: Path, tmp_path: Path) -> None:
     """The conversion is stopped while it writes its first weight, and cleans up; test_resume.py has later signals."""
-    slow = pipeline.GGUFWriter.append
+    slow = artifact_files.ArtifactFiles.append
 
     def append(*given: Any) -> None:
         print("writing", flush=True)
@@ -246,7 +246,7 @@ def test_a_signal_before_a_weight_is_done_leaves_nothing(number: signal.Signals,
         slow(*given)
 
     def work() -> None:
-        pipeline.GGUFWriter.append = append  # type: ignore[method-assign]
+        artifact_files.ArtifactFiles.append = append  # type: ignore[method-assign]
         main(["convert", str(source), "--to", "gguf", "-o", str(tmp_path / "new" / "out")])
 
     before = tree(tmp_path)
@@ -261,14 +261,14 @@ def test_a_signal_before_a_weight_is_done_leaves_nothing(number: signal.Signals,
 def test_two_conversions_into_one_directory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second to finish says so; the first one's artifact stays whole."""
     out = tmp_path / "out"
-    stock: Callable[..., Any] = pipeline.metadata
+    stock: Callable[..., Any] = artifact_files.metadata
 
     def meanwhile(*arguments: Any) -> Any:
-        monkeypatch.setattr(pipeline, "metadata", stock)
+        monkeypatch.setattr(artifact_files, "metadata", stock)
         assert CliRunner().invoke(main, ["convert", str(source), *CONVERT, str(out)]).exit_code == 0
         return stock(*arguments)
 
-    monkeypatch.setattr(pipeline, "metadata", meanwhile)
+    monkeypatch.setattr(artifact_files, "metadata", meanwhile)
     assert "out: exists already" in error_of("convert", str(source), *CONVERT, str(out))
     assert {path.name for path in tmp_path.iterdir()} == {"micro", "out"}
     assert CliRunner().invoke(main, ["inspect", str(out)]).exit_code == 0

@@ -153,6 +153,7 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 390], ids=["desk", "phone"])
 def test_a_browser_draws_it_all(report: Path, browser: Any, width: int) -> None:
     view = browser.new_page(viewport={"width": width, "height": 844})
