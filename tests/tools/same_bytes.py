@@ -61,7 +61,8 @@ class Checkout:
         self._folder, self._code = folder, (QUICK if quick else "") + MAIN
 
     def run(self, *arguments: object) -> None:
-        environment = os.environ | {"PYTHONPATH": str(self._folder), "HF_HUB_OFFLINE": "1"}
+        paths = [str(self._folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-c", self._code, *map(str, arguments)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
