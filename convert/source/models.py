@@ -39,7 +39,7 @@ def open_model(
         revision = open_source(model, revision, weights=False, adapters=adapters).where.revision
     source = open_source(model, revision, adapters=adapters)
     source.check_copies()
-    _tell(notice, [adapter.notice for adapter in source.adapters])
+    _tell(notice, source.remarks)
     return Artifact("safetensors", source.path, source.path, source.config, source.generation, source)
 
 

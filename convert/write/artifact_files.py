@@ -85,7 +85,9 @@ class GGUFFiles(ArtifactFiles):
         self._writer.close()
 
     def finish(self, path: Path, version: str) -> None:
-        """A GGUF says everything itself."""
+        """A GGUF says everything itself. config.json loses what the source's files contradict."""
+        if (config := self._plan.source.plain_config()) is not None:
+            _write(path / "config.json", config)
 
 
 class DirectoryFiles(ArtifactFiles):
@@ -105,7 +107,7 @@ class DirectoryFiles(ArtifactFiles):
     def finish(self, path: Path, version: str) -> None:
         plan = self._plan
         source, activations = plan.source, plan.recipe.activations is not None
-        config = read_json(source.path / "config.json")
+        config = source.plain_config() or read_json(source.path / "config.json")
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
             for key in part.keys() & {"dtype", "torch_dtype"}:
                 part[key] = "bfloat16"  # what is not quantised is stored so, whatever the source had
