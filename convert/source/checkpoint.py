@@ -21,14 +21,15 @@ import torch
 from dgq.convert.source.adapter import Adapter, MergedDir, open_adapter
 from dgq.convert.source.hub import Located, locate, remote_specs
 from dgq.quant.errors import InputError
-from dgq.quant.files.hf_dir import FLOATS, HFDir, read_index, read_json
+from dgq.quant.files.hf_dir import FLOATS, HFDir, read_json
 from dgq.quant.types import Packed, Spec
-from dgq.runtime.files.canonical import canonical
+from dgq.runtime.files.canonical import canonical, stored_tensors
+from dgq.runtime.files.folders import refuse_other
 from dgq.runtime.files.quantization import DECLARATIONS, quantization, stale_declaration
 from dgq.runtime.files.weights import Stored, Weights
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER, check_tensors, expected_tensors
-from dgq.runtime.shape.settings import GenerationConfig
+from dgq.runtime.shape.settings import GenerationConfig, sampler_notices
 from dgq.runtime.shape.vision import expected_vision
 
 COMPARE_BYTES = 1 << 24
@@ -198,9 +199,11 @@ def open_source(
     """
     where = locate(asked, revision, weights=weights)
     config_file = where.path / "config.json"
+    if where.repo is None or not config_file.exists():  # a Hub repository's weights may not be fetched yet
+        refuse_other(where.path)
     raw = read_json(config_file)
     remote = None if weights or where.repo is None else remote_specs(where.repo, str(where.revision))
-    stored = read_index(where.path) if remote is None else remote
+    stored = stored_tensors(where.path) if remote is None else remote
     if (packed := quantization(where.path, raw, stored)) is not None:
         raise InputError(
             f"{packed.source}: already quantised ({packed.method!r}); dgq converts from the BF16 checkpoint, and runs"
@@ -218,8 +221,9 @@ def open_source(
     check_tensors(shapes, expected, str(where.path), file=lambda name: str(specs[name].file))
     _check_dtypes(specs)
     merged = tuple(open_adapter(path, {name: specs[name].shape for name in text}) for path in adapters)
+    sampler = sampler_notices(where.path, generation)
     deviations = (*([stale] if stale else []), *named.notices)
-    notices = (*_notices(specs, copies, raw.get("text_config", {})), *deviations, *(one.notice for one in merged))
+    notices = (*_notices(specs, copies, raw.get("text_config", {})), *deviations, *sampler)
     return Source(
         where,
         config,
@@ -227,7 +231,7 @@ def open_source(
         {n: specs[n] for n in text},
         {n: specs[n] for n in vision},
         copies,
-        notices,
+        (*notices, *(adapter.notice for adapter in merged)),
         MergedDir(directory, merged) if merged else directory,
         merged,
         deviations,

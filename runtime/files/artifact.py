@@ -25,19 +25,20 @@ import torch
 
 from dgq.quant.errors import InputError
 from dgq.quant.files.gguf_file import GGUFReader, is_later_part
-from dgq.quant.files.hf_dir import HFDir, read_index, read_json
+from dgq.quant.files.hf_dir import HFDir, read_json
 from dgq.quant.formats.bnb import BitsAndBytes
 from dgq.quant.formats.bnb_experts import experts_apart
 from dgq.quant.formats.compressed_tensors import CompressedTensors
 from dgq.quant.formats.fp8_groups import Mixed
-from dgq.runtime.files.canonical import canonical
+from dgq.runtime.files.canonical import canonical, stored_tensors
+from dgq.runtime.files.folders import refuse_other
 from dgq.runtime.files.mmproj import ARCH, Mmproj, find_mmproj, is_mmproj, only_mmproj
 from dgq.runtime.files.quantization import quantization, stale_declaration
 from dgq.runtime.files.tied import TiedDir
 from dgq.runtime.files.weights import DirWeights, GGUFWeights, Weights
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import expected_tensors
-from dgq.runtime.shape.settings import GenerationConfig
+from dgq.runtime.shape.settings import GenerationConfig, sampler_notices
 from dgq.runtime.shape.vision import expected_vision
 
 if TYPE_CHECKING:
@@ -56,6 +57,11 @@ class Artifact:
     config: ModelConfig
     generation: GenerationConfig
     weights: Weights
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Lines for whoever runs it: about its weights, and about how it is sampled."""
+        return (*self.weights.remarks, *sampler_notices(self.path, self.generation))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -121,6 +127,7 @@ def open_artifact(path: Path | str) -> Artifact:
         if path.suffix != ".gguf":
             raise InputError(f"{path}: expected a directory or a .gguf file")
         return _open_gguf(path)
+    refuse_other(path)
     ggufs = sorted(file for file in path.glob("*.gguf") if not (is_mmproj(file) or is_later_part(file)))
     if len(ggufs) == 1 and not (path / "config.json").is_file():
         raise InputError(
@@ -147,7 +154,7 @@ def open_artifact(path: Path | str) -> Artifact:
 def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, DirWeights]:
     """The kind, the model's shape and the weights of a safetensors directory. raw: its config.json."""
     config = ModelConfig.from_json(raw, str(path / "config.json"))
-    stored = read_index(path)
+    stored = stored_tensors(path)
     quantised = quantization(path, raw, stored)
     layout = None if quantised is None else quantised.layout()
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from dgq.quant.files.hf_dir import read_index
 from dgq.quant.types import Spec
 from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER, VISION
 
@@ -45,6 +47,11 @@ def tied_name(name: str) -> str | None:
     if name.startswith(ENCODER) and not name.endswith("layer_scalar"):
         return DECODER + name.removeprefix(ENCODER)
     return None
+
+
+def stored_tensors(path: Path) -> dict[str, Spec]:
+    """The header entries of a directory, whose index may list tied weights that were left out of its files."""
+    return read_index(path, spare=lambda name: tied_name(name) is not None)
 
 
 def canonical(specs: Mapping[str, Spec], text: Shapes, vision: Shapes) -> Canonical:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dgq.quant.errors import InputError
-from dgq.quant.files.hf_dir import FLOATS, read_index, read_json
+from dgq.quant.files.hf_dir import FLOATS, read_json
 from dgq.quant.formats.bnb import BitsAndBytes
 from dgq.quant.formats.compressed_tensors import METHOD, CompressedTensors, layout_of, refused
 from dgq.quant.formats.fp8_groups import Mixed
@@ -31,6 +31,7 @@ from dgq.quant.formats.own_layout import layout_of as own_layout_of
 from dgq.quant.schemes.nf4 import BLOCK
 from dgq.quant.schemes.nvfp4 import BLOCK as NVFP4_BLOCK
 from dgq.quant.types import Spec
+from dgq.runtime.files.canonical import stored_tensors
 
 OPENS = "dgq opens modelopt's and compressed-tensors' NVFP4 and FP8, bitsandbytes' 4-bit and its own"
 MLX = "quantization"  # its key in config.json
@@ -126,7 +127,7 @@ def quantization(path: Path, config: Mapping[str, Any], specs: Mapping[str, Spec
     if that is stale. specs: the directory's header entries, read from its files if they are not given."""
     if config.get(MLX) is None and config.get("quantization_config") is None and not (path / HF_QUANT_CONFIG).is_file():
         return None
-    if stale_declaration(path, config, read_index(path) if specs is None else specs) is not None:
+    if stale_declaration(path, config, stored_tensors(path) if specs is None else specs) is not None:
         return None
     for raw in (config.get(MLX), config.get("quantization_config")):
         if isinstance(raw, dict) and {"group_size", "bits"} <= raw.keys() and "quant_method" not in raw:
