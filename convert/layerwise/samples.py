@@ -66,7 +66,10 @@ def documents(source: Source, file: Path | None) -> tuple[list[Document], dict[s
     kind = Path(name).suffix.lower()
     if kind not in (".jsonl", ".txt"):
         raise InputError(f"{prompts.where}: its name ends in neither .jsonl nor .txt")
+    entries: Iterator[tuple[str, dict[str, Any]]]
     entries = _entries(prompts) if kind == ".jsonl" else ((at, {"text": text}) for at, text in prompts.paragraphs())
+    if file is None and not tokenizer.chats:  # dgq's own: the texts alone
+        entries = ((at, entry) for at, entry in entries if "text" in entry)
     read = [document for at, entry in entries if (document := _document(entry, at, tokenizer, source))]
     if not read:
         raise InputError(f"{prompts.where}: holds no document of at least {SHORTEST + 1} tokens")

@@ -23,11 +23,13 @@ from dgq.convert.source.hub import Located, locate, remote_specs
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import FLOATS, HFDir, read_json
 from dgq.quant.types import Packed, Spec
-from dgq.runtime.files.quantization import quantization
+from dgq.runtime.files.canonical import canonical, stored_tensors
+from dgq.runtime.files.folders import refuse_other
+from dgq.runtime.files.quantization import DECLARATIONS, quantization, stale_declaration
 from dgq.runtime.files.weights import Stored, Weights
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER, check_tensors, expected_tensors
-from dgq.runtime.shape.settings import GenerationConfig
+from dgq.runtime.shape.settings import GenerationConfig, sampler_notices
 from dgq.runtime.shape.vision import expected_vision
 
 COMPARE_BYTES = 1 << 24
@@ -44,7 +46,8 @@ class Source(Weights):
     mapped from the file and not loaded. Vision tensors can be looked up by name and are not iterated over.
 
     text, vision: header entries; copies: name of a duplicate -> canonical name; notices: lines for the user; adapters:
-    merged into the weights as these are read.
+    merged into the weights as these are read; deviations: those notices that say how the files differ from a plain
+    checkpoint.
     """
 
     where: Located
@@ -56,6 +59,7 @@ class Source(Weights):
     notices: tuple[str, ...]
     _dir: HFDir
     adapters: tuple[Adapter, ...] = ()
+    deviations: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Packed:
         if name not in self.text and name not in self.vision:
@@ -71,6 +75,22 @@ class Source(Weights):
     @property
     def path(self) -> Path:
         return self.where.path
+
+    @property
+    def sees(self) -> bool:
+        return bool(self.vision)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return (*self.deviations, *(adapter.notice for adapter in self.adapters))
+
+    def plain_config(self) -> dict[str, Any] | None:
+        """config.json without what the files contradict: a stale declaration of quantisation, the vision_config of a
+        model without a tower. None if there is no such thing in it."""
+        config = read_json(self.path / "config.json")
+        wrong = [key for key in DECLARATIONS if config.get(key) is not None]
+        wrong += [] if self.vision or config.get("vision_config") is None else ["vision_config"]
+        return {key: value for key, value in config.items() if key not in wrong} if wrong else None
 
     def vision_tensor(self, name: str) -> torch.Tensor:
         return self._dir.tensor(name)
@@ -179,18 +199,21 @@ def open_source(
     """
     where = locate(asked, revision, weights=weights)
     config_file = where.path / "config.json"
+    if where.repo is None or not config_file.exists():  # a Hub repository's weights may not be fetched yet
+        refuse_other(where.path)
     raw = read_json(config_file)
-    if (packed := quantization(where.path, raw)) is not None:
+    remote = None if weights or where.repo is None else remote_specs(where.repo, str(where.revision))
+    stored = stored_tensors(where.path) if remote is None else remote
+    if (packed := quantization(where.path, raw, stored)) is not None:
         raise InputError(
             f"{packed.source}: already quantised ({packed.method!r}); dgq converts from the BF16 checkpoint, and runs"
             " and inspects a quantised one in a directory of its own"
         )
     config = ModelConfig.from_json(raw, str(config_file))
     generation = GenerationConfig.from_file(where.path / "generation_config.json", config)
-    remote = None if weights or where.repo is None else remote_specs(where.repo, str(where.revision))
-    directory = HFDir(where.path, remote)
-    vision = expected_vision(raw, config.hidden, str(config_file))
-    text = expected_tensors(config)
+    text, stale = expected_tensors(config), stale_declaration(where.path, raw, stored)
+    named = canonical(stored, text, expected_vision(raw, config.hidden, str(config_file)))
+    vision, directory = named.vision, HFDir(where.path, named.specs)
     copies = _copies(directory, text)
     expected = text | vision | {copy: text[original] for copy, original in copies.items()}
     specs = directory.specs
@@ -198,7 +221,9 @@ def open_source(
     check_tensors(shapes, expected, str(where.path), file=lambda name: str(specs[name].file))
     _check_dtypes(specs)
     merged = tuple(open_adapter(path, {name: specs[name].shape for name in text}) for path in adapters)
-    notices = (*_notices(specs, copies, raw.get("text_config", {})), *(adapter.notice for adapter in merged))
+    sampler = sampler_notices(where.path, generation)
+    deviations = (*([stale] if stale else []), *named.notices)
+    notices = (*_notices(specs, copies, raw.get("text_config", {})), *deviations, *sampler)
     return Source(
         where,
         config,
@@ -206,9 +231,10 @@ def open_source(
         {n: specs[n] for n in text},
         {n: specs[n] for n in vision},
         copies,
-        notices,
+        (*notices, *(adapter.notice for adapter in merged)),
         MergedDir(directory, merged) if merged else directory,
         merged,
+        deviations,
     )
 
 

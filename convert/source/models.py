@@ -15,6 +15,7 @@ from dgq.convert.source.hub import TINY, Located, fetch_artifact, is_hub_id, loc
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import read_json
 from dgq.runtime.files.artifact import Artifact, open_artifact
+from dgq.runtime.files.folders import refuse_other
 from dgq.runtime.files.quantization import quantization
 
 PROVENANCE = "dgq.json"  # the file that makes a directory an artifact of dgq; convert/write/provenance.py writes it
@@ -39,8 +40,9 @@ def open_model(
         revision = open_source(model, revision, weights=False, adapters=adapters).where.revision
     source = open_source(model, revision, adapters=adapters)
     source.check_copies()
-    _tell(notice, [adapter.notice for adapter in source.adapters])
-    return Artifact("safetensors", source.path, source.path, source.config, source.generation, source)
+    opened = Artifact("safetensors", source.path, source.path, source.config, source.generation, source)
+    _tell(notice, opened.remarks)
+    return opened
 
 
 def published(repo: str, revision: str | None) -> Located | None:
@@ -51,12 +53,13 @@ def published(repo: str, revision: str | None) -> Located | None:
 
 def is_artifact(model: str) -> bool:
     """Whether it is quantised: a file, a directory with a .gguf and no safetensors, or one whose config.json has a
-    quantization. Everything else is a source; `tiny` is the embedded one."""
+    quantization. Everything else is a source; `tiny` is the embedded one. InputError for folders that hold no model."""
     if model == TINY:
         return False
     path = Path(model)
     if path.is_file():
         return True
+    refuse_other(path)
     if not any(path.glob("*.safetensors")):
         return any(path.glob("*.gguf"))
     config = path / "config.json"
@@ -70,7 +73,7 @@ def _refuse_adapters(model: str, adapters: Sequence[Path]) -> None:
 
 def _artifact(path: str, notice: Callable[[str], None] | None) -> Artifact:
     artifact = open_artifact(path)
-    _tell(notice, artifact.weights.remarks)
+    _tell(notice, artifact.remarks)
     return artifact
 
 

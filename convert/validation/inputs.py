@@ -124,6 +124,8 @@ def open_inputs(asked: Sequence[str], options: ValidateOptions, settings: RunSet
     if adapters and against is None:
         raise InputError("--adapter: needs --against SRC, into which it is merged")
     source = open_model(against, options.revision, adapters, notice) if against else None
+    if source is not None and options.prompts is None and not source.tokenizer.chats:
+        notice(f"{against}: has no chat template: judged on texts alone, the chat tasks are left out")
     artifacts = _open_artifacts(asked, options, notice)
     kept = read_reference(file) if there and file is not None else None
     remarks = {

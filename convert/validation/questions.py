@@ -62,14 +62,18 @@ def _plain(text: str) -> str:
 
 def questions(model: Artifact, asked: str, file: Path | None, each: int) -> tuple[list[Question], dict[str, Any]]:
     """Up to `each` questions with a text and `each` others, or all of `file`'s; and the files' names and SHA-256.
-    asked: the SRC. InputError names the line that is wrong."""
+    asked: the SRC. Of dgq's own files, a model without a chat template gets the texts alone. InputError names the line
+    that is wrong."""
     every: list[Question] = []
     digest = hashlib.sha256()
     names = []
     for prompts in [read_prompts(file)] if file else _shipped(asked):
         digest.update(prompts.raw)
         names.append(prompts.where)
-        every += [_question(entry, at, model) for at, entry in prompts.json_lines()]
+        lines = prompts.json_lines()
+        if file is None and not model.tokenizer.chats:
+            lines = ((at, entry) for at, entry in lines if isinstance(entry.get("text"), str))
+        every += [_question(entry, at, model) for at, entry in lines]
     if not every:
         raise InputError(f"{file}: holds no prompt")
     texts = [question for question in every if question.group == "text"]

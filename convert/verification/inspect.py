@@ -24,6 +24,7 @@ from dgq.quant.schemes.registry import stored_bits
 from dgq.runtime.files.artifact import Artifact, open_artifact
 from dgq.runtime.files.weights import DirWeights, Weights
 from dgq.runtime.shape.names import VISION
+from dgq.runtime.shape.settings import sampler_notices
 
 
 def inspect(path: str, revision: str | None = None) -> dict[str, Any]:
@@ -80,7 +81,12 @@ def _described(path: str, opened: Artifact | Source) -> dict[str, Any]:
         "provenance": provenance_of(opened) if isinstance(opened, Artifact) else None,
         "calibration": coverage_of(opened) if isinstance(opened, Artifact) else None,
         "opens_in": ONLY_DGQ if weights.only_dgq else None,
-        "remarks": [*weights.remarks, *_transformers(opened), *template_remarks(opened)],
+        "remarks": [
+            *weights.remarks,
+            *sampler_notices(opened.path, generation),
+            *_transformers(opened),
+            *template_remarks(opened),
+        ],
         "vision": _vision(weights),
         "stored_tensors": sum(row[-1] for row in rows),
         "tensors": {row[0]: row[1] for row in rows},

@@ -4,12 +4,13 @@
     DirectoryFiles   *.safetensors, config.json, and what else the format's loaders read
 
 config.json is the source's, key for key, with `quantization_config` as its last. Everything else that a loader reads is
-copied verbatim by the pipeline.
+copied verbatim.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,28 @@ from dgq.convert.plans.gguf_metadata import metadata
 from dgq.convert.plans.mmproj import metadata as vision_metadata
 from dgq.convert.plans.plan import Plan
 from dgq.quant.files.gguf_file import GGUFWriter
-from dgq.quant.files.hf_dir import read_json
+from dgq.quant.files.hf_dir import BOM, read_json
 from dgq.quant.files.hf_writer import HFWriter, shards
 from dgq.quant.files.imatrix import Imatrix
 from dgq.quant.files.places import Places
 from dgq.quant.types import Packed
 from dgq.runtime.files import mmproj
 from dgq.runtime.shape.config import GGUF_ARCH
+
+COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "LICENSE",
+    "NOTICE",
+)
 
 
 class ArtifactFiles(ABC):
@@ -85,7 +101,9 @@ class GGUFFiles(ArtifactFiles):
         self._writer.close()
 
     def finish(self, path: Path, version: str) -> None:
-        """A GGUF says everything itself."""
+        """A GGUF says everything itself. config.json loses what the source's files contradict."""
+        if (config := self._plan.source.plain_config()) is not None:
+            _write(path / "config.json", config)
 
 
 class DirectoryFiles(ArtifactFiles):
@@ -105,7 +123,7 @@ class DirectoryFiles(ArtifactFiles):
     def finish(self, path: Path, version: str) -> None:
         plan = self._plan
         source, activations = plan.source, plan.recipe.activations is not None
-        config = read_json(source.path / "config.json")
+        config = source.plain_config() or read_json(source.path / "config.json")
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
             for key in part.keys() & {"dtype", "torch_dtype"}:
                 part[key] = "bfloat16"  # what is not quantised is stored so, whatever the source had
@@ -120,6 +138,15 @@ def artifact_files(plan: Plan, version: str, imatrix: Imatrix | None) -> GGUFFil
     if isinstance(plan.format, Directory):
         return DirectoryFiles(plan, plan.format)
     return GGUFFiles(plan, version, imatrix)
+
+
+def copy_small_files(source: Path, out: Path) -> None:
+    """Copy those of COPIED that are there. A JSON file loses the byte order mark that other loaders stumble over."""
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+            if name.endswith(".json") and (raw := (out / name).read_bytes()).startswith(BOM):
+                (out / name).write_bytes(raw.removeprefix(BOM))
 
 
 def _write(path: Path, data: dict[str, Any]) -> None:

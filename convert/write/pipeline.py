@@ -32,7 +32,7 @@ from dgq.convert.resume.journal import Journal
 from dgq.convert.resume.target import check_target
 from dgq.convert.source.hashes import describe, dgq_version, digest
 from dgq.convert.write import provenance
-from dgq.convert.write.artifact_files import ArtifactFiles, artifact_files
+from dgq.convert.write.artifact_files import COPIED, ArtifactFiles, artifact_files, copy_small_files
 from dgq.convert.write.input_scales import calibrated, given, scales_of
 from dgq.convert.write.refine import check_memory, check_scratch, refinable, refined
 from dgq.convert.write.settings import Calibrate, ConversionSettings, Given, InputScales
@@ -44,21 +44,6 @@ from dgq.quant.files.places import sync_path
 GPU_THREADS = 4  # slices on a GPU at once
 HASHERS = 4  # source files hashed at once, beside the work
 HEADER_ALLOWANCE = 64 << 20  # disk for metadata, tokenizer and the copied files
-COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "LICENSE",
-    "NOTICE",
-)
-
 Progress = Callable[[int, str], None]  # bytes of the artifact done since the last call, name of the tensor
 
 
@@ -100,9 +85,7 @@ def convert(
         with _timed(seconds, "quantising"):
             _write(_Run(plan, settings, files, log, scales), progress, partial.parent)
             files.close()
-        for name in COPIED:
-            if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, partial / name)
+        copy_small_files(source.path, partial)
         files.finish(partial, version)
         progress(0, "hashing")
         with _timed(seconds, "hashing the source"):

@@ -173,6 +173,6 @@ def load(
     if vram is not None and (device == "cpu" or dtype not in (None, torch.bfloat16)):
         raise InputError("vram: is for bfloat16 on a GPU")
     artifact = open_artifact(path)
-    for line in artifact.weights.remarks:
+    for line in artifact.remarks:
         warnings.warn(line, stacklevel=2)
     return Engine(artifact, device, dtype, vram)

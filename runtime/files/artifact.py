@@ -30,12 +30,15 @@ from dgq.quant.formats.bnb import BitsAndBytes
 from dgq.quant.formats.bnb_experts import experts_apart
 from dgq.quant.formats.compressed_tensors import CompressedTensors
 from dgq.quant.formats.fp8_groups import Mixed
+from dgq.runtime.files.canonical import canonical, stored_tensors
+from dgq.runtime.files.folders import refuse_other
 from dgq.runtime.files.mmproj import ARCH, Mmproj, find_mmproj, is_mmproj, only_mmproj
-from dgq.runtime.files.quantization import quantization
+from dgq.runtime.files.quantization import quantization, stale_declaration
 from dgq.runtime.files.tied import TiedDir
 from dgq.runtime.files.weights import DirWeights, GGUFWeights, Weights
 from dgq.runtime.shape.config import ModelConfig
-from dgq.runtime.shape.settings import GenerationConfig
+from dgq.runtime.shape.names import expected_tensors
+from dgq.runtime.shape.settings import GenerationConfig, sampler_notices
 from dgq.runtime.shape.vision import expected_vision
 
 if TYPE_CHECKING:
@@ -54,6 +57,11 @@ class Artifact:
     config: ModelConfig
     generation: GenerationConfig
     weights: Weights
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Lines for whoever runs it: about its weights, and about how it is sampled."""
+        return (*self.weights.remarks, *sampler_notices(self.path, self.generation))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -77,7 +85,7 @@ class Artifact:
         if isinstance(weights, GGUFWeights):
             mmproj = weights.mmproj or Mmproj(only_mmproj(self.file.parent, self.file), self.config.hidden)
             config, read = mmproj.config, mmproj.tensor
-        if not config:
+        if not config or not weights.sees:
             raise InputError(f"{self.path}: has no vision tower, which images need")
         return Vision(config, self.config.hidden, read, self._image_tokens(raw), folder, str(self.path))
 
@@ -119,6 +127,7 @@ def open_artifact(path: Path | str) -> Artifact:
         if path.suffix != ".gguf":
             raise InputError(f"{path}: expected a directory or a .gguf file")
         return _open_gguf(path)
+    refuse_other(path)
     ggufs = sorted(file for file in path.glob("*.gguf") if not (is_mmproj(file) or is_later_part(file)))
     if len(ggufs) == 1 and not (path / "config.json").is_file():
         raise InputError(
@@ -145,16 +154,23 @@ def open_artifact(path: Path | str) -> Artifact:
 def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, DirWeights]:
     """The kind, the model's shape and the weights of a safetensors directory. raw: its config.json."""
     config = ModelConfig.from_json(raw, str(path / "config.json"))
-    quantised = quantization(path, raw)
+    stored = stored_tensors(path)
+    quantised = quantization(path, raw, stored)
     layout = None if quantised is None else quantised.layout()
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
     base = layout.base if isinstance(layout, Mixed) else layout
     tied = base is None or isinstance(base, (CompressedTensors, BitsAndBytes))
-    directory = TiedDir(path, config.experts) if tied else HFDir(path)
+    remarks: tuple[str, ...] = ()
+    if quantised is None:
+        named = canonical(stored, expected_tensors(config), vision)
+        stale = stale_declaration(path, raw, stored)
+        stored, vision, remarks = named.specs, named.vision, (*([stale] if stale else []), *named.notices)
+    directory = TiedDir(path, stored, config.experts) if tied else HFDir(path, stored)
     apart = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
     if isinstance(apart, Mixed):
         apart = dataclasses.replace(apart, specs=directory.specs)
-    return "safetensors" if quantised is None else quantised.kind, config, DirWeights(directory, config, apart, vision)
+    kind = "safetensors" if quantised is None else quantised.kind
+    return kind, config, DirWeights(directory, config, apart, vision, remarks)
 
 
 def _mmproj(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> Mmproj | None:

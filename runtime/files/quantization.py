@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dgq.quant.errors import InputError
-from dgq.quant.files.hf_dir import read_json
+from dgq.quant.files.hf_dir import FLOATS, read_json
 from dgq.quant.formats.bnb import BitsAndBytes
 from dgq.quant.formats.compressed_tensors import METHOD, CompressedTensors, layout_of, refused
 from dgq.quant.formats.fp8_groups import Mixed
@@ -30,8 +30,17 @@ from dgq.quant.formats.own_layout import OwnLayout
 from dgq.quant.formats.own_layout import layout_of as own_layout_of
 from dgq.quant.schemes.nf4 import BLOCK
 from dgq.quant.schemes.nvfp4 import BLOCK as NVFP4_BLOCK
+from dgq.quant.types import Spec
+from dgq.runtime.files.canonical import stored_tensors
 
 OPENS = "dgq opens modelopt's and compressed-tensors' NVFP4 and FP8, bitsandbytes' 4-bit and its own"
+MLX = "quantization"  # its key in config.json
+DECLARATIONS = ("quantization_config", MLX)
+# Last words of the names of what stands beside quantised values; router.scale and per_expert_scale are weights.
+COMPANIONS = (
+    "weight_scale", "weight_scale_2", "input_scale", "_global_scale", "_amax", "zero_point", ".scales", ".biases",
+    "weight_packed", "absmax", "quant_map", "SCB", "qweight", "qzeros", "g_idx",
+)  # fmt: skip
 _SEVERAL, _EIGHTS = "MIXED_PRECISION", ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")  # modelopt's quant_algos
 _BITSANDBYTES: dict[str, tuple[Any, ...]] = {  # a key's values that dgq reads, None: the key may be absent
     "load_in_8bit": (False, None),
@@ -102,8 +111,30 @@ class Quantization:
         return BitsAndBytes(double=bool(self.raw.get("bnb_4bit_use_double_quant")))
 
 
-def quantization(path: Path, config: Mapping[str, Any]) -> Quantization | None:
-    """The declaration of the directory `path`, whose config.json is `config`; None if it declares no quantisation."""
+def stale_declaration(path: Path, config: Mapping[str, Any], specs: Mapping[str, Spec]) -> str | None:
+    """A notice for a declaration of quantisation that the tensors contradict: all of `specs`, the header entries, are
+    BF16, F16 or F32, and none is a scale or the like. None if nothing is declared, or the tensors are quantised."""
+    places = [f"config.json: {key}" for key in DECLARATIONS if config.get(key) is not None]
+    places += [HF_QUANT_CONFIG] if (path / HF_QUANT_CONFIG).is_file() else []
+    plain = all(spec.dtype in FLOATS and not name.endswith(COMPANIONS) for name, spec in specs.items())
+    if not places or not plain:
+        return None
+    return f"{', '.join(places)} declares a quantisation, but every tensor is plain: stale, it is dropped"
+
+
+def quantization(path: Path, config: Mapping[str, Any], specs: Mapping[str, Spec] | None = None) -> Quantization | None:
+    """The declaration of the directory `path`, whose config.json is `config`; None if it declares no quantisation, or
+    if that is stale. specs: the directory's header entries, read from its files if they are not given."""
+    if config.get(MLX) is None and config.get("quantization_config") is None and not (path / HF_QUANT_CONFIG).is_file():
+        return None
+    if stale_declaration(path, config, stored_tensors(path) if specs is None else specs) is not None:
+        return None
+    for raw in (config.get(MLX), config.get("quantization_config")):
+        if isinstance(raw, dict) and {"group_size", "bits"} <= raw.keys() and "quant_method" not in raw:
+            raise InputError(
+                f"{path / 'config.json'}: quantised by MLX ({raw['bits']!r} bits, groups of {raw['group_size']!r}); dgq"
+                " opens no such, take the BF16 checkpoint that it was made from"
+            )
     raw = config.get("quantization_config")
     older = path / HF_QUANT_CONFIG
     other: Any = read_json(older).get("quantization") if older.is_file() else None

@@ -8,16 +8,17 @@ input_global_scale is not compared, because encoder and decoder saw different ac
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dgq.quant.errors import InputError
-from dgq.quant.files.hf_dir import HFDir, read_index
+from dgq.quant.files.hf_dir import HFDir
 from dgq.quant.formats.compressed_tensors import unfused
 from dgq.quant.types import Spec
-from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER
+from dgq.runtime.files.canonical import tied_name
 
 OWN = ("layer_scalar", "input_global_scale")  # last words of names that the encoder has values of its own for
 
@@ -26,9 +27,10 @@ class TiedDir(HFDir):
     """See the module. Global scales without dimensions (modelopt's, converted) are listed as [1], and stacks of
     `experts` experts in compressed-tensors' layout as a tensor a module."""
 
-    def __init__(self, path: Path, experts: int) -> None:
-        specs = {name: _with_dimension(spec) for name, spec in unfused(read_index(path), experts).items()}
-        copies = {name: original for name in specs if (original := _original(name)) in specs and original is not None}
+    def __init__(self, path: Path, stored: Mapping[str, Spec], experts: int) -> None:
+        """stored: the directory's header entries."""
+        specs = {name: _with_dimension(spec) for name, spec in unfused(stored, experts).items()}
+        copies = {name: original for name in specs if (original := tied_name(name)) in specs and original is not None}
         super().__init__(path, {name: spec for name, spec in specs.items() if name not in copies})
         twins = {original: specs[copy] for copy, original in copies.items() if not copy.endswith(OWN)}
         self._twins = HFDir(path, twins)
@@ -44,14 +46,6 @@ class TiedDir(HFDir):
             ):
                 raise InputError(f"{copy.file}: {copy.name} is not a copy of {name}; the model ties them")
         return tensor
-
-
-def _original(name: str) -> str | None:
-    if name == "lm_head.weight":
-        return EMBEDDING
-    if name.startswith(ENCODER) and not name.endswith("layer_scalar"):
-        return DECODER + name.removeprefix(ENCODER)
-    return None
 
 
 def _with_dimension(spec: Spec) -> Spec:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,11 @@ class Weights(Mapping[str, Packed]):
     @abstractmethod
     def files(self) -> list[Path]:
         """The files that hold them."""
+
+    @property
+    def sees(self) -> bool:
+        """Whether the files hold a vision tower, as far as that is known before an image is given."""
+        return True
 
     @property
     def only_dgq(self) -> bool:
@@ -173,12 +178,18 @@ class DirWeights(Weights):
     """A safetensors directory's text weights. layout: how the quantised ones are stored; None if there are none."""
 
     def __init__(
-        self, directory: HFDir, config: ModelConfig, layout: Layout | None, vision: Mapping[str, tuple[int, ...]]
+        self,
+        directory: HFDir,
+        config: ModelConfig,
+        layout: Layout | None,
+        vision: Mapping[str, tuple[int, ...]],
+        remarks: Sequence[str] = (),
     ) -> None:
         """InputError naming file and tensor: missing, unknown, mis-shaped, or of another dtype than the layout's.
 
-        vision: the tensors of the vision part, which must be there too.
+        vision: the tensors of the vision part, which must be there too. remarks: what was odd about the directory.
         """
+        self._odd = tuple(remarks)
         self._dir, self._layout, self._vision = directory, layout, tuple(vision)
         self.shapes = expected_tensors(config)
         specs = directory.specs
@@ -221,7 +232,6 @@ class DirWeights(Weights):
 
     @property
     def sees(self) -> bool:
-        """Whether there is a vision tower."""
         return bool(self._vision)
 
     @property
@@ -271,7 +281,7 @@ class DirWeights(Weights):
             memory = f"{2 * numel / MIB:,.1f} MiB of memory instead of {numel / MIB:,.1f}"
             return (f"{self._dir.path.name}: {what} when loaded, {memory}",) if eights else ()
         if not isinstance(self._layout, ExpertsApart) or not self._layout.base.double:
-            return ()
+            return self._odd
         experts = sum(math.prod(self.shapes[name]) for name in self._quantised if len(self.shapes[name]) == 3)
         more = 3 * experts / BLOCK / MIB  # a byte becomes four
         what = f"absmax quantised an expert at a time become float32 when loaded, {more:,.1f} MiB more"

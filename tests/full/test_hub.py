@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hub_standin import COMMIT, Fault, dgq_forked, serve
 from huggingface_hub import constants
 from micro import micro_config, write_micro
+from safetensors.torch import load_file, save_file
 
 from dgq.convert.source.hub import Located, locate, remote_specs
 from dgq.quant.errors import InputError
@@ -115,6 +117,10 @@ def test_what_cannot_be_converted_is_refused_before_it_is_fetched(tmp_path: Path
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
         (folder / "config.json").write_text(json.dumps(config))
+        shard = next(folder.glob("*.safetensors"))
+        tensors = load_file(shard)
+        tensors[next(iter(tensors))] = torch.zeros(8, dtype=torch.uint8)
+        save_file(tensors, shard)
         (tmp_path / "other").mkdir()
         done = dgq_forked(hub.url, tmp_path / "other", "run", REPO, "hello", "--revision", COMMIT)
         assert done.returncode == 2 and "already quantised ('modelopt')" in done.stderr, done.stderr
