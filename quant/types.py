@@ -1,7 +1,8 @@
 """The few types everything else speaks in.
 
     Spec      a tensor that was announced by a file's header and not yet read
-    Scheme    how a block of weights becomes bits and back: two pure functions and a block size
+    Scheme    how a block of weights becomes bits and back, and every fact that is true of that scheme alone
+    Grid      what a scheme leaves a calibrated quantiser to choose
     Packed    a quantised weight: which scheme, which shape, which bytes
     Layout    the tensors on disk that a format makes of one quantised weight
 
@@ -18,10 +19,10 @@ the same bytes as each expert alone, and `packed[e]` is a view of one expert's b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -46,11 +47,88 @@ class Spec:
         return math.prod(self.shape)
 
 
-class Scheme(Protocol):
-    """One way to store a weight. Pure functions on tensors: no names, no state.
+@dataclass(frozen=True)
+class GGMLType:
+    """What ggml and llama.cpp call a scheme. name: of the type, as gguf.GGMLQuantizationType has it; id: its number;
+    file_type: general.file_type of a file that is mostly in it (LLAMA_FTYPE_MOSTLY_…), None if there is none; fallback:
+    the scheme that ggml takes instead for rows that the block does not divide, None if ggml refuses them."""
 
-    block: elements along the last axis that share scales; bits: stored bits per weight, scales included;
-    max_abs: the largest weight it can hold; shared: parts that belong to the whole weight and are not sliced with it.
+    name: str
+    id: int
+    file_type: int | None = None
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A scheme of 16 values: weight = scale * values[code]. group: weights that share a scale, 64 or 32;
+    codes_and_scales: parts of a weight (…, in) -> codes uint8 (…, in) and scales float32 (…, in / group)."""
+
+    values: tuple[float, ...]
+    group: int
+    codes_and_scales: Callable[[Mapping[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class GPUForm:
+    """How the runtime's kernels hold a weight of a scheme. Every scheme decides; there is no default.
+
+    tiles: a kind of tiles that runtime/kernels/repack.py makes; "bf16" decodes the weight. bits: of GPU memory that a
+    weight takes so; embedding: whether the embedding's table stays as its file has it; table: for tiles "table".
+    """
+
+    tiles: str
+    bits: float
+    embedding: bool = False
+    table: Table | None = None
+
+
+DECODED = GPUForm("bf16", bits=16.0)
+"""The decision for a scheme without a kernel: its weights are bfloat16 on the GPU."""
+
+
+class Grid(Protocol):
+    """One scheme over one weight, as error feedback sees it (quant/feedback): value = scale * levels[code] + low.
+
+    block: columns that share what open() fixes; sub: columns that share a scale; levels: ascending, float32.
+    """
+
+    block: int
+    sub: int
+    levels: torch.Tensor
+
+    def open(self, x: torch.Tensor, cost: torch.Tensor) -> Any:
+        """x (B, rows, block) -> what scales() needs of the block. cost (B, 1, block): of a squared error in each
+        column."""
+        ...
+
+    def scales(
+        self, x: torch.Tensor, cost: torch.Tensor, state: Any, number: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...]]:
+        """Candidates for columns x (B, rows, sub), the number-th of the block: scale (C, B, rows), low or None (= 0),
+        and each candidate's notes (C, B, rows), which pack() gets back."""
+        ...
+
+    def pack(self, codes: torch.Tensor, notes: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """codes uint8 (B, rows, in) and notes (B, rows, in / sub), in the row's order -> parts."""
+        ...
+
+
+class Scheme(Protocol):
+    """One way to store a weight: pure functions on tensors, no state, and the facts that are true of it alone.
+
+    name: what recipes, dgq.json and plans call it.
+    block: elements along the last axis that share scales; rows that it does not divide are refused.
+    bits: stored bits per weight, scales included.
+    max_abs: the largest weight it can hold.
+    shared: parts that belong to the whole weight and are not sliced with it.
+    whole: whether the rows of a matrix share a scale, so that a matrix must be quantised in one piece.
+    ggml: its type in a GGUF; None if dgq writes no GGUF with it.
+    gpu: how the runtime's kernels hold it.
+    grid: makes the Grid of a weight (B, rows, in) float32; None if there is nothing to choose.
+    searched: whether effort fast chooses its scales by quant/feedback's search; False where the reference's own choice
+    leaves nothing to gain without data.
+    in_mix: whether `dgq mix` tries it, in the formats that hold it.
     """
 
     @property
@@ -63,6 +141,18 @@ class Scheme(Protocol):
     def max_abs(self) -> float: ...
     @property
     def shared(self) -> frozenset[str]: ...
+    @property
+    def whole(self) -> bool: ...
+    @property
+    def ggml(self) -> GGMLType | None: ...
+    @property
+    def gpu(self) -> GPUForm: ...
+    @property
+    def grid(self) -> Callable[[torch.Tensor], Grid] | None: ...
+    @property
+    def searched(self) -> bool: ...
+    @property
+    def in_mix(self) -> bool: ...
 
     def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """weight (…, in) of any float dtype -> parts. importance (in,) or (E, in) float32 weighs the columns."""

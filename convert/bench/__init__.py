@@ -1,1 +1,2 @@
-"""How fast a model denoises, where the time goes, and how far that is from the floor."""
+"""`dgq bench`: how fast a model denoises, where the time goes, and how far that is from what bytes and operations
+allow."""

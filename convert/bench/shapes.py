@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from dgq.convert.plans.plan import Plan, PlannedTensor, make_plan
+from dgq.convert.plans.plan import Plan, make_plan
 from dgq.convert.plans.recipe import Recipe, Rule
 from dgq.convert.plans.recipes import find_recipe
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.source.checkpoint import Source
 from dgq.convert.source.hub import Located
 from dgq.quant.files.hf_dir import HFDir

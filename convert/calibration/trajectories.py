@@ -1,12 +1,12 @@
-"""Canvases of the real sampler: `dgq calibrate --trajectories`.
+"""Canvases of the real sampler, for `dgq calibrate --trajectories`.
 
     prompt | noise ─ step 1 ─ canvas, soft ─ step 2 ─ canvas, soft ─ … until stable and sure, or the steps are over
                                  └────────── one of these, any as likely as the others ──────────┘
                                                       takes the place of a noised canvas
 
 The sampler is that of a run: temperature, entropy bound, counted random tokens. All prompts take a step together, a
-layer at a time, each encoded anew: a step reads the model once. What a canvas was conditioned on, the expected
-embedding of the step before, is kept with it, since nothing that comes later could make it again.
+layer at a time, and each is encoded anew, so that a step reads the model once. What a canvas was conditioned on, the
+expected embedding of the step before, is kept with it, because nothing that comes later could make it again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from dgq.runtime.shape.settings import SamplerConfig
 
 
 class _Walk:
-    """The canvases of one chunk's prompts, one each, on their way. number: of their first in the random stream."""
+    """The canvases of one chunk's prompts, one each, on their way through the sampler's steps. number: of the first one
+    in the random stream."""
 
     def __init__(self, stream: Stream, chunk: Chunk, sampler: SamplerConfig, seed: int, number: int) -> None:
         count = len(chunk.prompts)
@@ -49,7 +50,7 @@ class _Walk:
         return bool(self._done.all())
 
     def enter(self, step: int) -> Tensor:
-        """What goes into the first layer at this step, from 1."""
+        """What goes into the first layer at this step; steps are counted from 1."""
         if self._soft is not None:
             for row in (~self._done).nonzero().flatten().tolist():
                 if self._pick.random() * (step - 1) < 1:  # the k-th is kept by chance 1/k: all are as likely
@@ -57,14 +58,14 @@ class _Walk:
         return self._stream.enter(self.chunk, self._soft)
 
     def leave(self, x: Tensor, step: int) -> None:
-        """The sampler's step, on what came out of the last layer."""
-        left, found, soft = self._sampler.steps + 1 - step, [], []
+        """Take the sampler's step with what came out of the last layer."""
+        left, pieces, soft = self._sampler.steps + 1 - step, [], []
         for part, logits in self._stream.leave(self.chunk, x):
             rows = torch.arange(len(self.chunk.canvases), device=logits.device)[part]
             new = decide(logits, left, self._sampler, partial(self._random.draw, rows=rows, block=0, step=step))
             soft.append(self._stream.soften(new.logits).bfloat16().cpu())
-            found.append((new.canvas, new.argmax, new.accepted, new.entropy))
-        canvas, argmax, accepted, entropy = (torch.cat(parts) for parts in zip(*found, strict=True))
+            pieces.append((new.canvas, new.argmax, new.accepted, new.entropy))
+        canvas, argmax, accepted, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         self._soft, self._noise = torch.cat(soft), 1 - accepted.float().mean(-1).cpu()
         self.chunk = replace(self.chunk, canvases=canvas.cpu())
         self._done = self._done | self._stopper.done(argmax, entropy)
@@ -74,8 +75,9 @@ def walked(
     stream: Stream, chunks: Sequence[Chunk], sampler: SamplerConfig, seed: int, first: int, file: BinaryIO,
     progress: Callable[[], None],
 ) -> list[Chunk]:  # fmt: skip
-    """The chunks, one canvas of each prompt taken from the sampler: the first and the last in turn, so that what stays
-    covers all noise levels. first: the number of the first prompt in the random stream; file: for hidden states."""
+    """The chunks, with one canvas of each prompt taken from the sampler. It takes the place of the prompt's first
+    canvas and of its last one in turn, so that the canvases that stay cover all noise levels. first: the number of the
+    first prompt in the random stream; file: for hidden states; progress: called after each layer."""
     walks = []
     for chunk in chunks:
         walks.append(_Walk(stream, chunk, sampler, seed, first))
@@ -99,6 +101,7 @@ def walked(
 
 
 def _taken(chunk: Chunk, walk: _Walk) -> Chunk:
+    """The chunk with the canvases that the walk kept."""
     canvases, kind, given = chunk.canvases.clone(), chunk.kind.clone(), {}
     for prompt, (canvas, soft, noise) in sorted(walk.kept.items()):
         place = chunk.owner.index(prompt) + prompt % PER_PROMPT

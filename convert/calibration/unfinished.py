@@ -1,129 +1,130 @@
-"""The folder of an unfinished `dgq calibrate`: hidden states, drafts, and a file of sums for each stage that is done.
+"""The folder of an unfinished `dgq calibrate`.
 
-    .NAME.calibration/identity.json     what is being done; another command into the same place is refused
-                      lock              held while somebody is at it
-                      STAGE.done        a stage's result: tensors by name
+    .NAME.calibration/identity.json, lock         as in every folder of unfinished work (resume/folder.py)
+                      drafts.safetensors          what the model wrote behind open documents
+                      0-walked.safetensors        round 0's chunks, with canvases of the sampler
+                      0-first.safetensors         empty: round 0's first pass is done
+                      0-STAGE.safetensors         round 0's sums of a stage: enter, a layer's number, leave
+                      states-RANK-N, walks-RANK   hidden states of one process
 
-Of several processes the first one writes what all share; each has hidden states of its own.
+Of several processes the first one writes the results, which all of them read. Each has hidden states of its own. A
+damaged result is an error: the hidden states have gone on from there, and cannot make it again.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import TracebackType
+from typing import BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from torch import distributed as dist
 
-from dgq.convert.calibration.stats import read_samples, sample_tensors
+from dgq.convert.calibration.samples_file import read_samples, sample_tensors
 from dgq.convert.layerwise.chunk import Chunk
 from dgq.convert.layerwise.samples import Document
-from dgq.convert.resume.journal import lock
-from dgq.convert.resume.work import difference
+from dgq.convert.resume import ranks
+from dgq.convert.resume.folder import Refusals, WorkFolder, folder_of
+from dgq.convert.resume.identity import Identity
 from dgq.quant.errors import InputError
 
 
-def save(tensors: dict[str, Tensor], path: Path, about: dict[str, str] | None = None) -> None:
-    try:
-        save_file(tensors, path, about)
-    except SafetensorError as error:  # a full disk, to the library
-        raise InputError(f"{path}: cannot be written ({error}); the same command goes on from there") from None
+def calibration_folder(out: Path) -> Path:
+    """Where the unfinished calibration of the STATS `out` lies."""
+    return folder_of(out, "calibration")
 
 
 class Unfinished:
-    """The folder of an unfinished survey. Of several processes the first one writes what all share."""
+    """The results of an unfinished calibration; a context that holds the folder's lock."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any], rank: int, notice: Callable[[str], None]) -> None:
-        self._folder, self._rank = folder, rank
-        self._lock: BinaryIO | None = None
-        wrong = [self._opened(identity, notice) if rank == 0 else None]
-        if dist.is_initialized():
-            dist.broadcast_object_list(wrong)
-        if wrong[0] is not None:
-            self.__exit__()
-            raise InputError(wrong[0])
+    def __init__(self, out: Path, identity: Identity, notice: Callable[[str], None]) -> None:
+        """Begin, or go on. InputError if another calibration's unfinished work lies there, or another process is at it;
+        in every process if the first one meets it."""
+        self.path = calibration_folder(out)
+        self._folder: WorkFolder | None = None
+        wrong = ranks.sent(self._open(identity, notice) if ranks.rank() == 0 else None)
+        if wrong is not None:
+            self._close()
+            raise InputError(wrong)
 
     def __enter__(self) -> Unfinished:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            self._lock.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
 
-    def _opened(self, identity: dict[str, Any], notice: Callable[[str], None]) -> str | None:
-        """Make the folder, or go on with it, and lock it. What is wrong, if it cannot be."""
-        folder, path = self._folder, self._folder / "identity.json"
-        text = json.dumps(identity, sort_keys=True)
+    def _close(self) -> None:
+        if self._folder is not None:
+            self._folder.close()
+
+    def _open(self, identity: Identity, notice: Callable[[str], None]) -> str | None:
+        """Open the folder; what is wrong, if it cannot be opened."""
+        refusals = Refusals(
+            busy=f"{self.path}: another dgq calibrate is at it",
+            other=lambda words: f"{self.path}: another calibration's unfinished work, {words}; finish it, or remove it",
+        )
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (folder / "lock").open("ab")  # as long as this process lives
-            lock(self._lock, f"{folder}: another dgq calibrate is at it")
-            count = len(list(folder.glob("*.done")))
-            there = path.read_text("utf-8", "replace") if path.is_file() else ""
-            if there != text and (there or count):
-                return (f"{folder}: another calibration's unfinished work, {difference(there, identity)}; finish it, or"
-                        " remove it")  # fmt: skip
-            if there:
-                notice(f"going on with {folder}: {count} stages are done")
-            (folder / "new").write_text(text, "utf-8")
-            (folder / "new").replace(path)
+            self._folder = WorkFolder(self.path, identity, refusals)
         except InputError as error:
             return str(error)
         except OSError as error:
-            return f"{folder}: cannot be written ({error})"
+            return f"{self.path}: cannot be written ({error})"
+        if self._folder.resumed is not None:
+            notice(f"going on with {self.path}: {self._folder.resumed} stages are done")
         return None
 
-    def file(self, name: str) -> Any:
-        path = self._folder / name
-        return path.open("r+b" if path.exists() else "x+b", buffering=0)
+    def states_file(self, name: str) -> BinaryIO:
+        """A file for hidden states, open for reading and writing, unbuffered; an earlier run's if it left one."""
+        path = self.path / name
+        return cast(BinaryIO, path.open("r+b" if path.exists() else "x+b", buffering=0))
 
     def has(self, name: str) -> bool:
-        found = (self._folder / f"{name}.done").is_file()
-        self._wait()
-        return found
+        """Whether a result is there."""
+        there = (self.path / f"{name}.safetensors").is_file()
+        ranks.wait()  # before a process that is ahead writes it
+        return there
 
-    def note(self, name: str, tensors: dict[str, Tensor]) -> None:
-        self._wait()  # until every process has its hidden states on the disk
-        if self._rank == 0:
-            save(tensors, self._folder / "new")
-            with (self._folder / "new").open("rb") as file:
-                os.fsync(file.fileno())
-            (self._folder / "new").replace(self._folder / f"{name}.done")
-        self._wait()
+    def store(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Keep a result of the first process, once every process has its hidden states on the disk."""
+        ranks.wait()
+        if self._folder is not None:
+            self._folder.store(name, tensors)
+        ranks.wait()
 
     def read(self, name: str) -> dict[str, Tensor]:
-        file = self._folder / f"{name}.done"
+        """A result. InputError if it is damaged."""
+        file = self.path / f"{name}.safetensors"
         try:
-            found: dict[str, Tensor] = load_file(file)
-        except (SafetensorError, OSError) as error:  # hidden states have gone on from there
-            raise InputError(f"{file}: damaged ({error}); remove {self._folder} and begin anew") from None
-        return found
+            tensors: dict[str, Tensor] = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: damaged ({error}); remove {self.path} and begin anew") from None
+        return tensors
 
-    def drafts(self, make: Callable[[], list[Document]], found: list[Document]) -> list[Document]:
-        if not any(document.open for document in found):
-            return found
+    def drafts(self, make: Callable[[], list[Document]], documents: list[Document]) -> list[Document]:
+        """The documents, the open ones continued; made by `make` unless they are there."""
+        if not any(document.open for document in documents):
+            return documents
         if not self.has("drafts"):
-            done = make()
-            self.note("drafts", {str(i): torch.tensor(d.ids) for i, d in enumerate(done)})
+            self.store("drafts", {str(i): torch.tensor(d.ids) for i, d in enumerate(make())})
         ids = self.read("drafts")
-        return [Document(tuple(ids[str(i)].tolist()), d.first, d.chat) for i, d in enumerate(found)]
+        return [Document(tuple(ids[str(i)].tolist()), d.first, d.chat) for i, d in enumerate(documents)]
 
-    def walked(
-        self, turn: int, new: list[Chunk], make: Callable[..., list[Chunk]], step: Callable[[], None]
-    ) -> list[Chunk]:
-        """`new` with the sampler's canvases. Every process makes all of them, each for itself."""
+    def walked(self, turn: int, make: Callable[[BinaryIO], list[Chunk]]) -> list[Chunk]:
+        """Round `turn`'s chunks with canvases of the sampler; made by `make`, which is given a file for hidden states,
+        unless they are there. Every process makes all of them, each for itself."""
         name = f"{turn}-walked"
         if not self.has(name):
-            with self.file(f"walks-{self._rank}") as file:
-                self.note(name, sample_tensors(make(file, step)))
+            with self.states_file(f"walks-{ranks.rank()}") as file:
+                self.store(name, sample_tensors(make(file)))
         return read_samples(self.read(name))
 
-    def _wait(self) -> None:
-        if dist.is_initialized():
-            dist.barrier()
+    def remove(self) -> None:
+        """Remove everything, once every process is done with it."""
+        ranks.wait()
+        if self._folder is not None:
+            self._folder.remove()

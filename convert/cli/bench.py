@@ -1,18 +1,17 @@
-"""`dgq bench` on the command line: what is measured one after the other, and the page of it."""
+"""`dgq bench`: its options, its call, its page. Nothing heavy is imported before it runs."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from dgq.convert.source.sizes import Size
-from dgq.quant.errors import InputError
+from dgq.convert.terminal.sizes import Size
 
-PEER = "transformers"
+if TYPE_CHECKING:
+    from dgq.convert.bench.bench import BenchResult
 
 
 @click.command()
@@ -39,97 +38,53 @@ def bench(
     as_json: bool,
 ) -> None:
     """Measure how fast models denoise on this GPU, by part, beside what bytes and operations allow."""
-    if not artifacts and shapes is None:
-        raise InputError("name an artifact, or --shapes 26b for random weights of the real shapes")
-    names = schemes.split(",") if shapes else []
-    if zipf:
-        names = [one for name in names for one in (name, f"{name}:zipf")]
-    names += [PEER] if peer and shapes and PEER not in names else []
-    asked = {"--context": context, "--batch": batch, "--steps": steps} | ({"--vram": f"{vram}B"} if vram else {})
+    from dgq.convert.bench import bench as benchmark
+    from dgq.convert.terminal.console import note, print_json
+
     page = _Page(as_json)
-    if len(artifacts) + len(names) == 1:
-        about, found = _measured(artifacts[0] if artifacts else None, shapes, names, context, batch, steps, vram)
-        page.add((*artifacts, *names)[0], about, found)
-    else:
-        for name in (*artifacts, *names):
-            what = [name] if name in artifacts else ["--shapes", str(shapes), "--schemes", name]
-            page.add(name, *_in_a_process(name, [*what, *(str(part) for pair in asked.items() for part in pair)]))
-    page.end()
-
-
-def _in_a_process(name: str, arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """One model alone: so its peak is its own, and its graphs' branches overlap as they do where they are used."""
-    command = [sys.executable, "-m", "dgq.convert.cli", "bench", *arguments, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)  # it has said why
-    about: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return about, about.pop("models")[name]
-
-
-def _measured(
-    artifact: str | None, shapes: str | None, names: list[str], context: int, batch: int, steps: int, vram: int | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is the same for all models, and what was found of this one."""
-    import torch
-
-    from dgq.convert.bench import bench as measure
-    from dgq.convert.bench.peer import bench_transformers
-    from dgq.convert.bench.shapes import SCHEMES
-
-    scheme, _, routing = names[0].partition(":") if names else ("", "", "")
-    if names and names[0] != PEER and (scheme not in SCHEMES or routing not in ("", "zipf")):
-        raise InputError(f"--schemes: unknown {names[0]!r}; there are {', '.join(SCHEMES)}, each also with :zipf")
-    if not torch.cuda.is_available():
-        raise InputError("bench measures a GPU, and no CUDA device is visible to torch")
-    load, ceilings = measure.Load(context, batch, steps, vram), measure.ceilings()
-    torch.cuda.empty_cache()
-    about = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "context": context, "batch": batch,
-        "steps": steps, "bandwidth": ceilings.bandwidth, "rate": ceilings.rate, "host": ceilings.host,
-    }  # fmt: skip
-    if artifact is not None:
-        return about, measure.bench_artifact(artifact, load, ceilings)
-    if scheme == PEER:
-        return about, bench_transformers(str(shapes), context, batch, steps)
-    return about, measure.bench_shapes(str(shapes), scheme, load, ceilings, routing == "zipf")
+    options = benchmark.BenchOptions(shapes, schemes.split(","), context, batch, steps, zipf, peer, vram)
+    try:
+        result = benchmark.bench(artifacts, options, page.measured, note)
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)  # that process has said why
+    page.end(result)
+    print_json(result.to_json())
 
 
 class _Page:
-    """Lines as they are measured; the JSON object at the end."""
+    """Lines for people, as models are measured."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet
-        self._about: dict[str, Any] = {}
-        self._models: dict[str, dict[str, Any]] = {}
 
-    def add(self, name: str, about: dict[str, Any], found: dict[str, Any]) -> None:
-        if not self._models:
-            self._head(about)
-        self._models[name] = found
-        gib = found["peak_reserved"] / (1 << 30)
-        if "parts_ms" not in found:
-            self._print(f"{name:18}{found['step_ms']:9.2f}{'':31}{found['tokens_per_s']:10,.0f}{gib:10.2f}")
+    def measured(self, name: str, result: BenchResult) -> None:
+        """A line or two of a model; before the first, what is the same for all."""
+        if len(result.models) == 1:
+            self._head(result.about)
+        figures = result.models[name]
+        gib = figures["peak_reserved"] / (1 << 30)
+        if "parts_ms" not in figures:
+            self._print(f"{name:18}{figures['step_ms']:9.2f}{'':31}{figures['tokens_per_s']:10,.0f}{gib:10.2f}")
             return
-        planned = f"{found['planned'] / (1 << 30):9.2f}" if "planned" in found else f"{'':9}"
+        planned = f"{figures['planned'] / (1 << 30):9.2f}" if "planned" in figures else f"{'':9}"
         self._print(
-            f"{name[-18:]:18}{found['step_ms']:9.2f}{found['floor_ms']:8.2f}{found['ratio']:7.2f}"
-            f"{found['commit_ms']:8.2f}{found['prompt_ms']:8.1f}{found['tokens_per_s']:10,.0f}{gib:10.2f}{planned}"
+            f"{name[-18:]:18}{figures['step_ms']:9.2f}{figures['floor_ms']:8.2f}{figures['ratio']:7.2f}"
+            f"{figures['commit_ms']:8.2f}{figures['prompt_ms']:8.1f}{figures['tokens_per_s']:10,.0f}{gib:10.2f}{planned}"
         )
-        parts = ", ".join(f"{part} {ms:.2f}" for part, ms in found["parts_ms"].items())
+        parts = ", ".join(f"{part} {ms:.2f}" for part, ms in figures["parts_ms"].items())
         self._print(f"{'':18}  {parts}", style="dim")
 
-    def end(self) -> None:
-        from dgq.convert.terminal.console import print_json
+    def end(self, result: BenchResult) -> None:
+        """How much faster each model's step is than transformers', if that was measured."""
+        from dgq.convert.bench.bench import PEER
 
-        if (peer := self._models.get(PEER)) is not None:
-            for name, found in self._models.items():
+        if (peer := result.models.get(PEER)) is not None:
+            for name, figures in result.models.items():
                 if name != PEER:
-                    self._print(f"{name}: {peer['step_ms'] / found['step_ms']:.1f} times as fast as transformers' step")
-        print_json(self._about | {"models": self._models})
+                    times = peer["step_ms"] / figures["step_ms"]
+                    self._print(f"{name}: {times:.1f} times as fast as transformers' step")
 
     def _head(self, about: dict[str, Any]) -> None:
-        self._about = about
         self._print(
             f"{about['device']}, torch {about['torch']}; copies {about['bandwidth'] / 1e12:.2f} TB/s, products"
             f" {about['rate'] / 1e12:.0f} TFLOP/s, from the host {about['host'] / 1e9:.0f} GB/s"

@@ -1,13 +1,12 @@
-"""`dgq calibrate`. Nothing heavy is imported before it runs."""
+"""The command `dgq calibrate`: its options, its one call, its page. Nothing heavy is imported before it runs."""
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import click
 
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM, stop
+from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
 
 
 @click.command()
@@ -56,18 +55,15 @@ def calibrate(
     as_json: bool,
 ) -> None:
     """Find out what goes through each weight of SRC, for `convert --stats`. Goes on where it broke off."""
-    from dgq.convert.calibration.survey import calibrated
-    from dgq.convert.layerwise.budget import Budget
-    from dgq.convert.source.checkpoint import open_source
-    from dgq.convert.source.device import chosen_device
-    from dgq.convert.terminal import console, show_stats
+    import dgq.convert.calibration.calibrate as calibration
+    from dgq.convert.cli import statistics_page
+    from dgq.convert.terminal import console
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+    options = calibration.CalibrateOptions(
+        prompts=prompts, seed=seed, rounds=rounds, trajectories=trajectories, imatrix=imatrix, revision=revision,
+        adapters=adapters, device=device, ram=ram, vram=vram,
+    )  # fmt: skip
     with console.count_bar("calibrating") as advance:
-        found = calibrated(
-            open_source(src, revision, adapters=adapters), out.expanduser(), prompts, seed, rounds,
-            chosen_device(device), imatrix, advance, console.note, Budget(ram, vram), trajectories,
-        )  # fmt: skip
-    if found is not None:
-        console.print_json(found) if as_json else show_stats.calibrated(src, out, found)
+        about = calibration.calibrate(src, out, options, advance, console.note)
+    if about is not None:
+        console.print_json(about) if as_json else statistics_page.calibrated(src, out, about)

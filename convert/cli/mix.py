@@ -1,23 +1,21 @@
-"""`dgq mix`. Nothing heavy is imported before it runs."""
+"""The command `dgq mix`: its options, its one call, its page. Nothing heavy is imported before it runs."""
 
 from __future__ import annotations
 
-import os
 import shlex
-import signal
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
-from dgq.convert.source.sizes import Size
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM, stop
+from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
+from dgq.convert.terminal.sizes import Size
 
 
 @click.command()
 @SOURCE
 @click.option("--to", "to", type=click.Choice(["nvfp4", "bnb4", "gguf"]), required=True, help="Format of the artifact.")
-@click.option("--bytes", "budget", type=Size(), required=True, help="Of all tensors, as `dgq plan` says it: 16.5GB.")
+@click.option("--bytes", "nbytes", type=Size(), required=True, help="Of all tensors, as `dgq plan` says it: 16.5GB.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Recipe (.toml) to create.")
 @click.option(
     "--prompts", type=click.Path(path_type=Path), help="To measure on: .jsonl of {text} or {messages}, or .txt."
@@ -39,7 +37,7 @@ from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, S
 def mix(
     src: str,
     to: Literal["nvfp4", "bnb4", "gguf"],
-    budget: int,
+    nbytes: int,
     out: Path,
     prompts: Path | None,
     seed: int,
@@ -61,37 +59,32 @@ def mix(
     bnb4 46 and 32. To gguf in 3 groups 76, in 2 groups 60, in one 44, each layer for itself 499; one chunk takes half
     the time. Hidden states take disk beside -o: 4.3 GiB a chunk.
     """
-    from dgq.convert.layerwise.budget import Budget
-    from dgq.convert.mixture import mix
-    from dgq.convert.source.checkpoint import open_source
-    from dgq.convert.source.device import chosen_device
+    import dgq.convert.mixture.mix as mixture
     from dgq.convert.terminal import console
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+    options = mixture.MixOptions(
+        nbytes=nbytes, prompts=prompts, seed=seed, groups=groups, chunks=chunks, revision=revision, adapters=adapters,
+        device=device, threads=threads, ram=ram, vram=vram,
+    )  # fmt: skip
     with console.count_bar("measuring") as advance:
-        found = mix.mix(
-            open_source(src, revision, adapters=adapters), to, budget, out.expanduser(), prompts, seed, groups, chunks,
-            chosen_device(device), threads or os.cpu_count() or 1, advance, console.note,
-            Budget(ram, vram),
-        )  # fmt: skip
-    console.print_json(found) if as_json else _show(src, to, out, found)
+        about = mixture.mix(src, to, out, options, advance, console.note)
+    console.print_json(about) if as_json else _show(src, to, out, about)
 
 
-def _show(src: str, to: str, out: Path, found: dict[str, Any]) -> None:
-    """What was chosen, part by part; what that loses; the next command."""
+def _show(src: str, to: str, out: Path, about: dict[str, Any]) -> None:
+    """Print what was chosen part by part, what that loses, and the next command."""
     from rich.table import Table
 
     from dgq.convert.terminal import console
 
     table = Table("part", "chosen", "bytes", "KL, thousandths of a nat", box=None, pad_edge=False)
-    for part in found["parts"]:
+    for part in about["parts"]:
         option = next(one for one in part["options"] if one["scheme"] == part["chosen"])
         table.add_row(part["part"], part["chosen"], f"{option['bytes']:,}", f"{1000 * option['kl']:.4f}")
     console.out.print(table)
-    kl, default = found["kl"], found["default"]
+    kl, default = about["kl"], about["default"]
     console.out.print(
-        f"{out}: {found['bytes']:,} bytes, {found['bits_per_weight']:.2f} bits a weight; KL {kl['measured']:.5f} nats a"
+        f"{out}: {about['bytes']:,} bytes, {about['bits_per_weight']:.2f} bits a weight; KL {kl['measured']:.5f} nats a"
         f" position on the canvases it was chosen by ({kl['predicted']:.5f} as the sum of its parts')"
     )
     if default:

@@ -1,20 +1,17 @@
-"""`dgq publish`. Nothing heavy is imported before it runs."""
+"""`dgq publish`: its options, its call, its page. Nothing heavy is imported before it runs."""
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from dgq.convert.terminal.options import JSON, stop
-from dgq.quant.errors import InputError
+from dgq.convert.terminal.options import JSON
 
 if TYPE_CHECKING:
-    from dgq.convert.publication.publish import Ready
+    from dgq.convert.publication.publish import Publication
 
 
 @click.command()
@@ -40,44 +37,48 @@ def publish(
 
     Run again after an interruption, it does not send again what arrived.
     """
-    from dgq.convert.publication import publish as flow
-    from dgq.convert.publication.upload import collect, upload, upstream
-    from dgq.convert.terminal import console, show_publish
-    from dgq.convert.verification.verify import total_bytes
+    from dgq.convert.publication.publish import PublishEvents, PublishOptions, publish
+    from dgq.convert.terminal import console
 
-    if len(artifacts) > 1 and not collection:
-        raise InputError(f"{len(artifacts)} artifacts: give --all to publish them as a collection")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
-    flow.check_repo(repo)
-    asked = flow.Asked(reports, licence, licence_file, os.cpu_count() or 1)
-    repos = flow.names(artifacts, repo) if collection else [repo]
-    with console.bar("verifying", sum(map(total_bytes, artifacts))) as advance:
-        several = [flow.prepare(path, name, asked, advance) for path, name in zip(artifacts, repos, strict=True)]
-    whole = not any(one.damaged for one in several)
-    if whole:
-        for one in several:
-            one.problems += [] if dry_run else upstream(one)
-        flow.finish(several)
-    stopped = not whole or (any(one.problems for one in several) and not force)
-    show_publish.problems({one.repo: one.problems for one in several}, forced=not stopped)
-    if dry_run and not as_json:
-        for one in several:
-            show_publish.listing(one.repo, one.files, one.card)
-    done = {}
-    if not (dry_run or stopped):
-        for one in several:
-            done[one.repo] = upload(one, private, revision, force, console.note)
-            if not as_json:
-                show_publish.published(one.repo, done[one.repo], f"dgq verify {one.repo} --revision {done[one.repo]}")
-        if collection:
-            done["collection"] = collect(several, repo, private)
-            if not as_json:
-                show_publish.published("collection", done["collection"])
+    options = PublishOptions(collection, reports, licence, licence_file, private, revision, dry_run, force)
+    page = _Page(listing=dry_run and not as_json, published=not as_json)
+    events = PublishEvents(console.bar, page.checked, page.published, console.note)
+    publication = publish(artifacts, repo, options, events)
     if as_json:
-        console.print_json({"ok": not stopped, "published": done, "repositories": [_said(one) for one in several]})
-    sys.exit(1 if stopped else 0)
+        console.print_json(publication.to_json())
+    sys.exit(0 if publication.ok else 1)
 
 
-def _said(ready: Ready) -> dict[str, object]:
-    return {"repo": ready.repo, "problems": ready.problems, "files": ready.files, "card": ready.card}
+class _Page:
+    """What is printed while it happens. listing: every file and the card; published: where the artifacts are."""
+
+    def __init__(self, listing: bool, published: bool) -> None:
+        self._listing, self._published = listing, published
+
+    def checked(self, publication: Publication) -> None:
+        """The checks that fail, on stderr; on a dry run every file with its SHA-256 and size, and the card."""
+        from dgq.convert.terminal.console import err, out
+
+        for one in publication.repositories:
+            for line in one.problems:
+                err.print(f"{one.repo}: {line}", style="yellow" if publication.ok else "red")
+        for one in publication.repositories if self._listing else ():
+            size = sum(entry["bytes"] for entry in one.files.values()) / 1e9
+            out.print(f"{one.repo}: {len(one.files)} files, {size:,.2f} GB")
+            for name, entry in sorted(one.files.items()):
+                out.print(f"{entry['sha256']} {entry['bytes']:>14,}  {name}")
+            out.print()
+            for line in one.card.splitlines():
+                out.print(line)
+
+    def published(self, name: str, where: str) -> None:
+        """A repository's commit, or the collection's address."""
+        from dgq.convert.publication.publish import COLLECTION
+        from dgq.convert.terminal.console import err, out
+
+        if not self._published:
+            return
+        is_collection = name == COLLECTION
+        out.print(f"{name}: {where}" if is_collection else f"{name}@{where}")
+        if not is_collection and err.is_terminal:
+            err.print(f"\nnext: dgq verify {name} --revision {where}", style="green")

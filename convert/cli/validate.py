@@ -1,14 +1,18 @@
-"""The command line's `validate`."""
+"""`dgq validate`: its options, its call, its page. Nothing heavy is imported before it runs."""
 
 from __future__ import annotations
 
-import signal
+import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, REVISION, stop
+from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, REVISION
+
+if TYPE_CHECKING:
+    from dgq.convert.validation.report.result import ArtifactResult, FreeResult, ValidationResult
 
 
 @click.command()
@@ -45,9 +49,9 @@ def validate(
     prompts: Path | None,
     seed: int | None,
     quick: bool,
-    activations: str | None,
-    device: str,
-    dtype: str,
+    activations: Literal["nvfp4"] | None,
+    device: Literal["auto", "cpu", "cuda"],
+    dtype: Literal["auto", "fp32", "bf16"],
     revision: str | None,
     adapters: tuple[Path, ...],
     as_json: bool,
@@ -56,26 +60,69 @@ def validate(
 
     Goes on where it broke off. Without an ARTIFACT it makes the --reference alone.
     """
-    import torch
-
-    from dgq.convert.source.device import chosen_device
-    from dgq.convert.terminal import show_validate
     from dgq.convert.terminal.console import count_bar, note, print_json
-    from dgq.convert.validation import flow
-    from dgq.convert.validation.gate import read_gate
-    from dgq.convert.validation.judge import Options
+    from dgq.convert.validation.flow import validate as validate_artifacts
+    from dgq.convert.validation.inputs import ValidateOptions
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
-    precision = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    options = Options(prompts, seed, quick, chosen_device(device), precision, activations)
-    limits = read_gate(gate)
+    options = ValidateOptions(
+        against=against, output=out, reference=reference, gate=gate, prompts=prompts, seed=seed, quick=quick,
+        activations=activations, device=device, dtype=dtype, revision=revision, adapters=adapters,
+    )  # fmt: skip
     with count_bar("validating") as advance:
-        report = flow.validate(
-            list(artifacts), against, out.expanduser() if out else None, reference, limits, options, advance, note,
-            revision, adapters,
-        )  # fmt: skip
-    if report is None:
+        result = validate_artifacts(artifacts, options, advance, note)
+    if result is None:
         return
-    print_json(report) if as_json else show_validate.validated(report, out, reference)
-    sys.exit(0 if report["ok"] else 1)
+    print_json(result.to_json()) if as_json else _page(result, options)
+    sys.exit(0 if result.ok else 1)
+
+
+def _page(result: ValidationResult, options: Any) -> None:
+    """One row an artifact, the limits that are broken, and where the report is."""
+    from dgq.convert.terminal.console import err, out
+
+    if not result.artifacts:
+        out.print(f"{options.reference}: what {result.reference.name} does; judge artifacts with --reference")
+        return
+    out.print(_table(result))
+    for one in result.artifacts:
+        for check in one.gate:
+            if check.ok is False:
+                out.print(f"{one.name}: {check.limit}: {check.observed}", style="red")
+        if unchecked := [check.limit for check in one.gate if check.ok is None]:
+            err.print(f"note: {one.name}: unchecked: {', '.join(unchecked)}", style="yellow")
+    if options.output is not None:
+        page = options.output.expanduser() / "report.html"
+        out.print(f"{page}  numbers in report.json and *.csv beside it")
+        if err.is_terminal:
+            err.print(f"\nnext: xdg-open {shlex.quote(str(page))}", style="green")
+
+
+def _table(result: ValidationResult) -> Any:
+    """The reference, then the artifacts, those with the smallest KL first."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("artifact")
+    for heading in ("MB", "KL, nats", "top-1", "steps", "score", "tokens/s", "gate"):
+        table.add_column(heading, justify="right")
+    reference, base = result.reference, result.reference.free
+    assert base is not None
+    table.add_row(f"{reference.name} (BF16)", f"{reference.bytes / 1e6:,.1f}", "0", "", *_free(base), "")
+    for one in sorted(result.artifacts, key=lambda one: one.fixed.mean.kl.figure):
+        table.add_row(*_row(one))
+    return table
+
+
+def _row(one: ArtifactResult) -> list[str]:
+    kl, broken = one.fixed.mean.kl, sum(check.ok is False for check in one.gate)
+    return [
+        one.name + (f" ({one.activations} activations)" if one.activations else ""), f"{one.bytes / 1e6:,.1f}",
+        f"{kl.figure:.5f} ±{(kl.high - kl.low) / 2:.5f}", f"{one.fixed.mean.top1.figure:.2%}", *_free(one.free),
+        "good" if one.ok else f"{broken} broken",
+    ]  # fmt: skip
+
+
+def _free(free: FreeResult) -> list[str]:
+    """Steps, score and tokens a second."""
+    score = f"{free.score.figure:.1%}" if free.score else ""
+    return [f"{free.steps.figure:.2f}", score, f"{free.tokens_per_second:.0f}"]

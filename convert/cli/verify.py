@@ -1,14 +1,17 @@
-"""`dgq verify`. Nothing heavy is imported before it runs."""
+"""`dgq verify`: its options, its call, its page. Nothing heavy is imported before it runs."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dgq.convert.terminal.options import ADAPTER, JSON
+
+if TYPE_CHECKING:
+    from dgq.convert.verification.verify import VerifyResult
 
 
 @click.command()
@@ -38,24 +41,26 @@ def verify(
 ) -> None:
     """Check every byte of an artifact against its dgq.json, and of a published one's other files against manifest.json.
     Exit code 1 if anything differs."""
-    from dgq.convert.source.hub import fetch_artifact, is_hub_id
     from dgq.convert.terminal import console
-    from dgq.convert.verification.verify import total_bytes, verify
+    from dgq.convert.verification.verify import VerifyOptions, verify
 
-    threads = threads or os.cpu_count() or 1
-    published = is_hub_id(artifact)
-    where = fetch_artifact(artifact, revision) if published else None
-    path = where.path if where else Path(artifact)
-    with console.bar("verifying", total_bytes(path)) as advance:
-        found = verify(path, threads, advance, links=published)
-    if where is not None:
-        found["revision"] = where.revision
-    if against is not None and found["ok"]:
-        from dgq.convert.source.checkpoint import open_source
-        from dgq.convert.verification.against import source_revision, verify_against
+    options = VerifyOptions(threads, against, sample, seed, recipe, imatrix, revision, adapters)
+    result = verify(artifact, options, console.bar)
+    console.print_json(result.to_json()) if as_json else _page(artifact, result)
+    sys.exit(0 if result.ok else 1)
 
-        pinned = source_revision(path, against) if published or revision is None else revision
-        source = open_source(against, pinned, adapters=adapters)
-        found |= verify_against(path, source, recipe, imatrix, sample, seed, threads)
-    console.print_json(found) if as_json else console.verified(artifact, found)
-    sys.exit(0 if found["ok"] else 1)
+
+def _page(artifact: str, result: VerifyResult) -> None:
+    """The problems, or what was checked."""
+    from dgq.convert.terminal.console import err, following_run, out, size
+
+    for problem in result.problems:
+        err.print(problem, style="red")
+    if not result.ok:
+        out.print(f"{artifact}: {len(result.problems)} problems")
+        return
+    out.print(f"{artifact}: {result.files} files, {size(result.bytes)}: every byte is what dgq.json says")
+    if result.compared is not None:
+        aside = "; input scales were left out" if result.left_out else ""
+        out.print(f"{len(result.compared)} weights quantised again from the source are the same bytes{aside}")
+    following_run(artifact)

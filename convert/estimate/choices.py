@@ -1,4 +1,4 @@
-"""`dgq plan SRC` without a format: what each of dgq's recipes would take, side by side, from headers alone."""
+"""The recipes of dgq side by side for one source, from its headers alone."""
 
 from __future__ import annotations
 
@@ -6,30 +6,35 @@ from typing import Any
 
 from dgq.convert.estimate.needs import CONTEXTS, Runtime
 from dgq.convert.plans.plan import make_plan
+from dgq.convert.plans.recipe import Recipe
 from dgq.convert.plans.recipes import recipes
 from dgq.convert.source.checkpoint import Source
 from dgq.quant.errors import InputError
-from dgq.quant.formats.own_layout import ONLY_DGQ
 
 
 def choices(source: Source) -> dict[str, dict[str, Any]]:
-    """recipe -> its format, bytes of tensors, bits a weight, share of the parameters in fewer than 16 bits, bytes on
-    the GPU by CONTEXTS' least, cards that hold that; or "refused": why it does not fit this model."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, recipe in recipes().items():
-        about = {"format": recipe.format, "description": recipe.description}
-        try:
-            plan = make_plan(source, recipe)
-        except InputError as error:
-            found[name] = about | {"refused": str(error)}
-            continue
-        needed = Runtime.of(plan).vram(min(CONTEXTS[0], source.config.context))
-        found[name] = about | {
-            "bytes": plan.nbytes,
-            "bits_per_weight": round(8 * plan.nbytes / plan.params, 4),
-            "quantized_share": round(plan.quantized_share, 6),
-            "opens_in": ONLY_DGQ if recipe.layout else None,
-            "vram": needed["total"],
-            "fits": needed["fits"],
-        }
-    return found
+    """Recipe name -> its figures for this source.
+
+    format, description: the recipe's. bytes: of all tensors. bits_per_weight. quantized_share: of the parameters, those
+    in fewer than 16 bits. opens_in: the programs that open the artifact, if only dgq does; else None. vram: bytes on
+    the GPU for short answers. fits: the cards that hold these. A recipe that does not fit the source has "refused", the
+    reason, in place of the figures.
+    """
+    return {name: _figures(source, recipe) for name, recipe in recipes().items()}
+
+
+def _figures(source: Source, recipe: Recipe) -> dict[str, Any]:
+    about = {"format": recipe.format, "description": recipe.description}
+    try:
+        plan = make_plan(source, recipe)
+    except InputError as error:
+        return about | {"refused": str(error)}
+    vram = Runtime.of(plan).vram(min(CONTEXTS[0], source.config.context))
+    return about | {
+        "bytes": plan.nbytes,
+        "bits_per_weight": round(8 * plan.nbytes / plan.params, 4),
+        "quantized_share": round(plan.quantized_share, 6),
+        "opens_in": recipe.writes.opens_in,
+        "vram": vram["total"],
+        "fits": vram["fits"],
+    }

@@ -16,17 +16,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dgq.convert.calibration.activations import BATCH, CHATS, DRAFTS, TEXTS
-from dgq.convert.layerwise.memory import Needs, Sizes
+from dgq.convert.calibration.input_scales import BATCH, CHATS, DRAFTS, TEXTS
+from dgq.convert.layerwise.estimate import Needs, Sizes
 from dgq.convert.layerwise.samples import TOKENS
 from dgq.convert.plans import mmproj
-from dgq.convert.plans.plan import Plan, PlannedTensor
+from dgq.convert.plans.plan import Plan
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.write.pipeline import HEADER_ALLOWANCE
+from dgq.convert.write.ram import RAM_BASE, converting_ram
 from dgq.convert.write.refine import refinable
-from dgq.convert.write.slices import rows_at_once
 from dgq.runtime.files.mmproj import POOLING
 from dgq.runtime.model import layers
-from dgq.runtime.model.loading import TABLES, decodes, layer_of
+from dgq.runtime.model.loading import decodes
 from dgq.runtime.model.memory import (
     CONTEXT,
     SHORT,
@@ -37,24 +38,15 @@ from dgq.runtime.model.memory import (
     widest,
     working_bytes,
 )
+from dgq.runtime.model.placement import PLACES, place
 from dgq.runtime.shape.config import ModelConfig
-from dgq.runtime.shape.names import EMBEDDING
+from dgq.runtime.shape.names import EMBEDDING, layer_of
 
 CONTEXTS = (4096, 32768, 131072, 262144)
 CARDS = (12, 16, 24, 32, 48, 80)  # GB as they are sold: GiB on the card
 WIDTH = 2  # bytes of an activation
 
-# Bits a weight takes for the kernels. NF4's maxima are bfloat16 where the weights were, and take two words elsewhere.
-TILED = {
-    "bf16": 16.0, "f16": 16.0, "f32": 16.0, "nvfp4": 4.5, "nf4": 4.25, "nf4_dq": 4.5, "q4_k": 5.0, "q5_0": 5.5,
-    "q6_k": 9.0, "q8_0": 8.5,
-}  # fmt: skip
 HOST_LINKS = {"PCIe 4 x16": 25e9, "PCIe 5 x16": 55e9}  # bytes a second from pinned memory: assumed, measured
-
-# Measured: Python with torch; and bytes for each element of the slices at work: as read, encoded, waiting to be written
-# (and, for ggml, in float32).
-RAM_BASE = 320 << 20
-RAM_ELEMENT = {"nvfp4": 8, "bnb4": 8, "gguf": 24}
 
 # Of a calibration over all weights: texts' prompts together, their canvas twice; each chat's prompt, and its drafts.
 PASSES = TEXTS // BATCH * 3 + CHATS // BATCH * (BATCH + DRAFTS)
@@ -121,8 +113,8 @@ class Runtime:
             if decode or "router" in str(tensor.source):
                 return WIDTH * tensor.numel
             if tensor.source == EMBEDDING:
-                return tensor.nbytes if tensor.scheme.name in TABLES else WIDTH * tensor.numel
-        return int(TILED[tensor.scheme.name] * tensor.numel) // 8
+                return tensor.nbytes if tensor.scheme.gpu.embedding else WIDTH * tensor.numel
+        return int(tensor.scheme.gpu.bits * tensor.numel) // 8
 
     def offloaded(self, budget: int) -> dict[str, Any] | None:
         """What `--vram` of so many bytes costs: layers whose experts wait in host memory, bytes that every step copies,
@@ -130,28 +122,20 @@ class Runtime:
         of the model does not fit."""
         experts: dict[int, int] = {}
         for tensor in self.text:
-            if ".experts." in str(tensor.source):
-                layer = layer_of(str(tensor.source))
+            layer = layer_of(str(tensor.source))
+            if layer is not None and ".experts." in str(tensor.source):
                 experts[layer] = experts.get(layer, 0) + self._held(tensor, decode=False)
         others = self.weights(decodes(self.config, budget)) - sum(experts.values())
         room = budget - others - CONTEXT - working_bytes(self.config, SHORT)
-        if room < 2 * max(experts.values()):
+        if room < PLACES * max(experts.values()):
             return None
-        kept = largest = 0
-        away: list[int] = []
-        for layer, size in sorted(experts.items()):
-            largest = max(largest, size)
-            if kept + size <= (room - 2 * largest) * (layer + 1) / len(experts):
-                kept += size
-            else:
-                away.append(size)
-        copied = sum(away) if len(away) > 2 else 0
+        placement = place([size for _, size in sorted(experts.items())], len(experts), room)
         return {
-            "layers": len(away),
-            "host": sum(away),
-            "on_gpu": others + kept + min(2, len(away)) * largest,
-            "copied": copied,
-            "ms": {link: 1e3 * copied / speed for link, speed in HOST_LINKS.items()},
+            "layers": len(placement.waiting),
+            "host": sum(placement.waiting),
+            "on_gpu": others + placement.on_gpu,
+            "copied": placement.copied,
+            "ms": {link: 1e3 * placement.copied / speed for link, speed in HOST_LINKS.items()},
         }
 
 
@@ -161,34 +145,24 @@ def vision(plan: Plan) -> dict[str, int] | None:
     tower = [tensor for tensor in plan.weights if tensor.vision]
     if not tower:
         return None
-    said = mmproj.described(plan.source)
-    patches = mmproj.soft_tokens(plan.source) * said.count("pooling_kernel_size", POOLING) ** 2
-    image = WIDTH * patches * (3 * said.count("intermediate_size") + 6 * said.count("hidden_size"))
+    tower_config = mmproj.described(plan.source)
+    patches = mmproj.soft_tokens(plan.source) * tower_config.count("pooling_kernel_size", POOLING) ** 2
+    image = WIDTH * patches * (3 * tower_config.count("intermediate_size") + 6 * tower_config.count("hidden_size"))
     return {"weights": sum(WIDTH * tensor.numel for tensor in tower), "image": image}
 
 
 def ram(plan: Plan, threads: int) -> dict[str, int]:
     """Peak bytes of memory while converting on the CPU. For recipes with activations, calibrating comes first: its own
     arrays, and the checkpoint mapped, which is fast only as far as it stays in memory between the passes."""
-    slices: list[int] = []
-    for tensor in plan.weights:
-        row = tensor.numel // tensor.shape[0] if tensor.shape else 1
-        size = rows_at_once(tensor, "cpu") * row
-        slices += [size] * min(threads, -(-tensor.numel // size))
-    found = {"threads": threads, "convert": RAM_BASE + RAM_ELEMENT[plan.recipe.format] * sum(sorted(slices)[-threads:])}
+    needed = {"threads": threads, "convert": converting_ram(plan, threads)}
     if plan.recipe.activations is not None:
         logits = 4 * BATCH * plan.source.config.canvas * plan.source.config.vocab
-        found |= {
+        needed |= {
             "calibrate": RAM_BASE + 2 * logits + 2 * 4 * layers.DECODE_BUDGET,
             "calibrate_mapped": sum(spec.stop - spec.start for spec in plan.source.text.values()),
             "calibrate_passes": PASSES,
         }
-    return found
-
-
-def slices_ram(plan: Plan) -> tuple[int, int]:
-    """Bytes of RAM to convert without STATS: in any case, and for each thread at most."""
-    return RAM_BASE, ram(plan, 1)["convert"] - RAM_BASE
+    return needed
 
 
 def with_stats(plan: Plan) -> dict[str, dict[str, int]]:
@@ -196,18 +170,18 @@ def with_stats(plan: Plan) -> dict[str, dict[str, int]]:
     calibrate, convert: the least; at_once: from which on a layer's Hessians are made in one go. scratch: disk for the
     time of the conversion, beside the artifact, with all the samples that are used."""
     todo = [tensor for tensor in plan.tensors if refinable(tensor)]
-    found = {}
+    needs_by_device = {}
     for device in ("cpu", "cuda") if todo else ():
         needed = Needs(plan.source, device, Sizes.most(plan.source.config), todo)
         moments = needed.moments()
         sums = {moment: sum(parts.values()) for moment, parts in moments.items()}
-        found[device] = {
+        needs_by_device[device] = {
             "scratch": TOKENS * needed.scratch,
             "calibrate": max(sums["head"], sums["layer"]),
             "convert": max(sums.values()),
             "at_once": max(sums.values()) + needed.hessians - moments["way back"]["Hessians"],
         }
-    return found
+    return needs_by_device
 
 
 def disk(plan: Plan) -> dict[str, int]:

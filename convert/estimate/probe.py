@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from dgq.convert.calibration.activations import CHATS, DRAFTS, PROMPT, TEXTS
+from dgq.convert.calibration.input_scales import CHATS, DRAFTS, PROMPT, TEXTS
 from dgq.convert.estimate.needs import PASSES
 from dgq.convert.plans.plan import Plan
 from dgq.convert.write.pipeline import HASHERS
@@ -44,7 +44,7 @@ def probe(plan: Plan, threads: int) -> dict[str, Any]:
     source = {str(file): file.stat().st_size for file in files if file.is_file()}
     largest = max(source, key=lambda file: source[file], default=None)
     nbytes = sum(stored.nbytes for stored in plan.source.everything().values())
-    if plan.recipe.format == "gguf":
+    if plan.format.one_file:
         longest = sum(tensor.nbytes for tensor in plan.text)  # a file, which one thread hashes
     else:
         longest = plan.nbytes // min(cores, math.ceil(plan.nbytes / MAX_SHARD), HASHERS)

@@ -1,4 +1,4 @@
-"""`--ram` and `--vram`: what was said, or what is free, against what convert/layerwise/memory.py counts."""
+"""`--ram` and `--vram`: what the user allows, or what is free, against what convert/layerwise/estimate.py counts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dgq.convert.layerwise.memory import Needs
+from dgq.convert.layerwise.estimate import Needs
 from dgq.convert.source.sizes import shown
 from dgq.quant.errors import InputError
 
@@ -21,14 +21,14 @@ M_MMAP_THRESHOLD = -3  # glibc's malloc.h
 
 @dataclass(frozen=True)
 class Budget:
-    """What --ram and --vram said, in bytes; None: SHARE of what is free."""
+    """The bytes that --ram and --vram allow; None: SHARE of what is free."""
 
     ram: int | None = None
     vram: int | None = None
 
     def room(self, needs: Needs, device: str, work: str) -> int:
-        """Bytes for Hessians, of which those quantised together fit. InputError that names the floor, if it is above
-        the budget. work: what is to be done, for that line."""
+        """Bytes that are left for Hessians; those that are quantised together fit. InputError, which names the least
+        that the work takes, if that is above the budget. work: what is to be done, for that line."""
         if device == "cuda":
             _fits("--ram", self.ram, free_ram(), needs.ram(), work)
         asked, free = (self.ram, free_ram()) if device == "cpu" else (self.vram, _free_vram())
@@ -42,8 +42,8 @@ class Budget:
         return room
 
     def threads(self, wanted: int, base: int, each: int, device: str) -> int:
-        """As many threads as the budget holds, up to those wanted: of `each` bytes of RAM beside `base`, and of SLICES
-        on a GPU. InputError if it holds none."""
+        """As many threads as the budget holds, up to those wanted. A thread takes `each` bytes of RAM, beside `base`
+        for all, and SLICES bytes on a GPU. InputError if the budget holds none."""
         work, slices = "converting", "slices of a thread"
         limit = _fits("--ram", self.ram, free_ram(), {"libraries": base, slices: each}, work)
         wanted = min(wanted, (limit - base) // each)
@@ -59,14 +59,14 @@ class Budget:
 
 
 def _no_holes() -> None:
-    """Let malloc ask the system for every large block and give it back: else those of up to 32 MiB lie in one heap,
-    where the holes between Hessians took 2 GiB more. It costs page faults."""
+    """Let malloc ask the system for every large block and give it back. Otherwise blocks of up to 32 MiB lie in one
+    heap, where the holes between Hessians took 2 GiB more. This costs page faults."""
     with suppress(AttributeError, OSError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def free_ram() -> int:
-    """Bytes that this process could take: what the system has available, and its control group. Shared by the
+    """Bytes that this process could take: what the system and its control group have available, shared among the
     processes of torchrun on this machine."""
     try:
         lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -88,7 +88,7 @@ def _free_vram() -> int:
 
 
 def _fits(option: str, asked: int | None, free: int, parts: dict[str, int], work: str) -> int:
-    """The limit. InputError if the parts are more."""
+    """The limit in bytes. InputError if the parts take more."""
     limit = int(SHARE * free) if asked is None else asked
     if sum(parts.values()) > limit:
         given = f"{option} {shown(asked)}" if asked is not None else f"{SHARE:.0%} of what is free, {shown(limit)}"

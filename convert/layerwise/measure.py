@@ -38,9 +38,9 @@ def compare(a: Tensor, b: Tensor, heads: tuple[Head, Head], vocab: int, temperat
     step = max(1, LOGITS // vocab)
     for left, right in zip(a.flatten(0, 1).split(step), b.flatten(0, 1).split(step), strict=True):
         pieces.append(_positions(heads[0](left), heads[1](right), temperature))
-    found = torch.cat(pieces, dim=1).view(-1, rows, canvas)
-    sure = [accept(entropy, bound).float() for entropy in found[-2:]]
-    return torch.stack((*found[:-2], *sure))
+    figures = torch.cat(pieces, dim=1).view(-1, rows, canvas)
+    sure = [accept(entropy, bound).float() for entropy in figures[-2:]]
+    return torch.stack((*figures[:-2], *sure))
 
 
 def _positions(p: Tensor, q: Tensor, temperature: Tensor) -> Tensor:
@@ -76,12 +76,12 @@ def interval(a: Tensor, b: Tensor | None = None, resamples: int = 2000) -> list[
 
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(0, len(a), (resamples, len(a)), generator=generator)
-    found = figure(picks)
-    found = found[found.isfinite()]
+    figures = figure(picks)
+    figures = figures[figures.isfinite()]
     middle = float(figure(torch.arange(len(a))))
-    if not len(found):
+    if not len(figures):
         return [middle, middle, middle]
-    low, high = found.quantile(torch.tensor([0.025, 0.975], dtype=found.dtype)).tolist()
+    low, high = figures.quantile(torch.tensor([0.025, 0.975], dtype=figures.dtype)).tolist()
     return [middle, low, high]
 
 

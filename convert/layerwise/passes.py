@@ -1,13 +1,13 @@
-"""Two passes of calibration samples through the model, layer by layer.
+"""The two passes of calibration samples through the model, layer by layer, and the way back.
 
     first    prompts, canvases                             -> what every canvas is conditioned on
-    second   prompts, canvases, canvases conditioned       -> watched
+    second   prompts, canvases, canvases conditioned       -> a ForwardHook sees every product
 
-    back     gradients, from the head to the first layer   -> told of every product (convert/layerwise/stream.py)
+    back     gradients, from the head to the first layer   -> a BackwardHook sees every product
 
-Between two layers the hidden states lie in files in turn. With two files layer i reads file i % 2 and writes the other,
-so work that broke off in a layer begins again with that layer. The way back wants all of them kept: a file a layer, and
-one more. Beside a GPU the next chunk's states are read, and the last one's written, while it computes.
+Between two layers the hidden states lie in files. With two files layer i reads file i % 2 and writes the other, so that
+work which broke off in a layer begins again with that layer. The way back needs the states before every layer: a file a
+layer, and one more. Beside a GPU the next chunk's states are read, and the last one's written, while it computes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from dgq.convert.layerwise.chunk import Chunk, Sense, States, Watch
+from dgq.convert.layerwise.chunk import Chunk, States
+from dgq.convert.layerwise.hooks import BackwardHook, ForwardHook
 from dgq.convert.layerwise.samples import LONGEST, Document, conditioned, doubled
 from dgq.convert.layerwise.stream import Stream
 from dgq.convert.source.checkpoint import Source
@@ -31,7 +32,7 @@ DRAFTS = 2  # steps in which a model writes what follows an open document
 
 
 class Rows(Mapping[str, Packed]):
-    """A source's weights, read and not mapped; some of them replaced by others."""
+    """A source's weights, read from the disk and not mapped; some of them replaced by `others`."""
 
     def __init__(self, source: Source, others: Mapping[str, Packed] | None = None) -> None:
         self._source, self._others = source, others or {}
@@ -50,14 +51,14 @@ class Rows(Mapping[str, Packed]):
         return len(self._source)
 
 
-class Passes:
-    """Both passes over `chunks`, of which this process does those numbered in `mine`."""
+class SamplePasses:
+    """Both passes over `chunks`, and the way back. This process does the chunks whose numbers are in `mine`."""
 
     def __init__(
         self, stream: Stream, chunks: Sequence[Chunk], mine: Sequence[int], soft: BinaryIO, files: Sequence[BinaryIO]
     ) -> None:
-        """files: of the hidden states, at least two; soft: of what canvases are conditioned on. All empty, or of the
-        same work broken off."""
+        """files: for the hidden states, at least two; soft: for what canvases are conditioned on. They are empty, or of
+        the same work that broke off."""
         self.stream, self._chunks, self.mine = stream, chunks, mine
         self.doubled = [doubled(chunk) for chunk in chunks]  # as the second pass takes them
         self.layers = len(stream.config.layers)
@@ -69,7 +70,7 @@ class Passes:
         self._soft = States(soft, [chunk.canvases.numel() for chunk in chunks], *kind)
 
     def first(self, progress: Callable[[], None]) -> None:
-        """The first pass; afterwards the second can begin."""
+        """The first pass, after which the second can begin. progress: called after each layer."""
         for number in self.mine:
             self._plain[0].write(number, self.stream.enter(self._chunks[number], None))
         for index in range(self.layers):
@@ -91,7 +92,7 @@ class Passes:
         self, read: Callable[[int], Any], work: Callable[[int, Any], torch.Tensor],
         write: Callable[[int, torch.Tensor], None],
     ) -> None:  # fmt: skip
-        """Write what work makes of what is read, for every chunk."""
+        """For every chunk, write what `work` makes of what `read` gives."""
         if not self.meanwhile:
             for number in self.mine:
                 write(number, work(number, read(number)))
@@ -107,36 +108,38 @@ class Passes:
                 last = writer.submit(write, number, made)
             last.result()
 
-    def enter(self, watch: Watch | None) -> None:
-        """Second pass, before the first layer: self-conditioning."""
+    def enter(self, hook: ForwardHook | None) -> None:
+        """The second pass before the first layer: embeddings and self-conditioning."""
         for number in self.mine:
-            self._states[0].write(number, self.stream.enter(self.doubled[number], self.soft(number), watch))
+            self._states[0].write(number, self.stream.enter(self.doubled[number], self.soft(number), hook))
         os.fsync(self._states[0].file.fileno())
 
-    def layer(self, index: int, watch: Watch | None) -> None:
-        """Second pass, layer `index`, after the one before it."""
-        layer = self.stream.layer(index, watch)
+    def layer(self, index: int, hook: ForwardHook | None) -> None:
+        """Layer `index` of the second pass, after the one before it."""
+        layer = self.stream.layer(index, hook)
         before, after = (self._states[i % len(self._states)] for i in (index, index + 1))
         self._each(before.read, lambda number, x: layer(self.doubled[number], x), after.write)
         os.fsync(after.file.fileno())
 
-    def leave(self, watch: Watch | None) -> None:
-        """Second pass, after the last layer: the head."""
+    def leave(self, hook: ForwardHook | None) -> None:
+        """The second pass after the last layer: the head."""
         for number in self.mine:
             x = self._states[self.layers % len(self._states)].read(number).to(self.stream.device)
-            for _ in self.stream.leave(self.doubled[number], x, watch):
+            for _ in self.stream.leave(self.doubled[number], x, hook):
                 pass
 
-    def back(self, stage: int | str, sense: Sense, again: bool = False) -> None:
-        """One stage of the way back: "leave", then each layer from the last to the first, then "enter". Gradients take
-        the place of the states they belong to, but not if the same stage comes again, for a sense that cannot hold
-        everything at once."""
+    def back(self, stage: int | str, hook: BackwardHook, again: bool = False) -> None:
+        """One stage of the way back: "leave", then each layer from the last to the first, then "enter".
+
+        Gradients take the place of the states they belong to, unless the same stage comes `again`, for a hook that
+        cannot hold everything at once. InputError if the model's hidden states are not finite.
+        """
         if isinstance(stage, int):
-            layer, own, above = self.stream.layer(stage, sense=sense), self._states[stage], self._states[stage + 1]
+            layer, here, above = self.stream.layer(stage, backward=hook), self._states[stage], self._states[stage + 1]
             self._each(
-                lambda number: (own.read(number), above.read(number)),
+                lambda number: (here.read(number), above.read(number)),
                 lambda number, read: layer.pull(self.doubled[number], *read),
-                (lambda number, found: None) if again else own.write,
+                (lambda number, gradient: None) if again else here.write,
             )
             self.stream.forget()
             return
@@ -150,28 +153,28 @@ class Passes:
                         "the model's hidden states are not numbers; the checkpoint is damaged,"
                         " and a conversion without --stats names the weight"
                     )
-                found = self.stream.pull_leave(chunk, x, number, sense)
+                gradient = self.stream.pull_leave(chunk, x, number, hook)
                 if not again:
-                    last.write(number, found)
+                    last.write(number, gradient)
             else:
-                self.stream.pull_enter(chunk, self.soft(number), self._states[0].read(number), sense)
+                self.stream.pull_enter(chunk, self.soft(number), self._states[0].read(number), hook)
         self.stream.forget()
 
     def before(self, index: int, number: int) -> torch.Tensor:
-        """A chunk's states before layer `index` in the second pass, of which a file is kept."""
+        """A chunk's states (tokens, hidden) before layer `index` of the second pass, if a file a layer was given."""
         return self._states[index].read(number)
 
     def soft(self, number: int) -> torch.Tensor:
-        """What the canvases of a chunk are conditioned on in the second pass."""
+        """What the canvases of a doubled chunk are conditioned on in the second pass, (2n, canvas, hidden)."""
         chunk = self._chunks[number]
         return conditioned(chunk, self._soft.read(number).view(*chunk.canvases.shape, -1))
 
 
-def drafted(stream: Stream, found: list[Document], seed: int, progress: Callable[[], None]) -> list[Document]:
-    """The documents, the open ones continued by the model itself: the likeliest tokens after DRAFTS steps, behind the
-    last LONGEST tokens of each."""
+def drafted(stream: Stream, read: list[Document], seed: int, progress: Callable[[], None]) -> list[Document]:
+    """The documents, the open ones continued by the model itself: by the likeliest tokens after DRAFTS steps, behind
+    the last LONGEST tokens of each. progress: called after each layer."""
     size = DRAFTED
-    wanted = [document for document in found if document.open]
+    wanted = [document for document in read if document.open]
     canvas = stream.config.canvas
     generator = torch.Generator().manual_seed(seed)
     groups = [wanted[i : i + size] for i in range(0, len(wanted), size)]
@@ -199,4 +202,4 @@ def drafted(stream: Stream, found: list[Document], seed: int, progress: Callable
             made[i] = torch.cat([ids for ids, _ in pieces])
             soft[i] = torch.cat([values for _, values in pieces])
     answers = iter([ids for group in made for ids in group.tolist()])
-    return [Document((*d.ids, *next(answers)), d.first, d.chat) if d.open else d for d in found]
+    return [Document((*d.ids, *next(answers)), d.first, d.chat) if d.open else d for d in read]

@@ -1,25 +1,22 @@
-"""What calibration runs on: documents cut into prompt | canvas, the canvas at many noise levels. All by a seed.
+"""The samples of calibration: documents cut into prompt | canvas, the canvas at many noise levels, all by a seed.
 
     text     t t t t t t|c c c c c c|…          cut anywhere
     chat     user's turn |the answer, block by block
-    open     user's turn |the model's own draft            a chat without an answer
+    open     user's turn |the draft of the model            a chat without an answer
 
     canvas   c r c c r c      a share of its tokens replaced by random ones: the share is spread evenly over 0 … 1
 
-Every canvas is run twice, plain and conditioned on its own logits, so nothing else has to be stored. A round takes
-every document once; more rounds cut and noise anew. Sequences come in chunks of up to CHUNK tokens, which are what is
-handed out to processes: whatever their number, the sums are over the same numbers.
+Every canvas is run twice, plain and conditioned on the logits of the first run, so that nothing else has to be stored.
+A round takes every document once; further rounds cut and noise anew. Sequences come in chunks of up to CHUNK tokens.
+Chunks are what is dealt out to processes: however many there are, the sums are over the same numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,8 +26,8 @@ import torch
 from dgq.convert.layerwise.chunk import Chunk
 from dgq.convert.source.checkpoint import Source
 from dgq.convert.source.hub import TINY
+from dgq.convert.source.prompts import PromptFile, is_chat, read_prompts, shipped_prompts
 from dgq.quant.errors import InputError
-from dgq.quant.files.hf_dir import read_whole
 from dgq.runtime.files.tokenizer import Tokenizer
 
 CHUNK = 1 << 13  # tokens of a chunk at most, if more than one sequence; canvases counted twice
@@ -40,13 +37,12 @@ KINDS = 1 + 2 * BINS  # the prompt; canvases by noise; conditioned canvases by n
 LONGEST = 1024  # tokens of a prompt
 SHORTEST = 8
 TOKENS = 1 << 18  # of all chunks at most: converting keeps their states on disk, 47 GB for the 26B in bfloat16
-MAX_FILE = 1 << 28
 
 
 @dataclass(frozen=True)
 class Document:
-    """ids, and where canvases begin: anywhere from `first` on (text), or there and every canvas later (a chat).
-    open: nothing follows; the model has to write it."""
+    """The ids of a text or chat, and where canvases begin: anywhere from `first` on in a text; in a chat at `first`,
+    and a whole number of canvases later."""
 
     ids: tuple[int, ...]
     first: int
@@ -54,62 +50,43 @@ class Document:
 
     @property
     def open(self) -> bool:
+        """Whether nothing follows: the model has to write the answer."""
         return self.first == len(self.ids)
 
 
 def documents(source: Source, file: Path | None) -> tuple[list[Document], dict[str, Any]]:
-    """The documents of a .jsonl of {"messages"} or {"text"}, or of a .txt with empty lines between them; without a
-    file those that ship with dgq. And their name and SHA-256. InputError names the line that is wrong."""
+    """The documents of a prompt file, by default of the one that ships with dgq, and its name, SHA-256 and count.
+
+    A .jsonl holds {"messages"} or {"text"}, a .txt texts with empty lines between them. InputError names the line that
+    is wrong; it is also raised if the source has no usable tokenizer, or no document is long enough.
+    """
     tokenizer = Tokenizer.from_dir(source.path)
-    if file is None:
-        name, raw = shipped(source)
-    else:
-        try:
-            name, raw = file.name, read_whole(file, MAX_FILE)
-        except OSError as error:
-            raise InputError(f"{file}: not readable ({error})") from None
-    where, kind = str(file or name), Path(name).suffix.lower()
+    prompts = default_prompts(source) if file is None else read_prompts(file)
+    name = prompts.where if file is None else file.name
+    kind = Path(name).suffix.lower()
     if kind not in (".jsonl", ".txt"):
-        raise InputError(f"{where}: its name ends in neither .jsonl nor .txt")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{where}: is not UTF-8 text") from None
-    items = _lines(text, where) if kind == ".jsonl" else _paragraphs(text, where)
-    found = [document for at, item in items if (document := _document(item, at, tokenizer, source))]
-    if not found:
-        raise InputError(f"{where}: holds no document of at least {SHORTEST + 1} tokens")
-    return found, {"name": name, "sha256": hashlib.sha256(raw).hexdigest(), "documents": len(found)}
+        raise InputError(f"{prompts.where}: its name ends in neither .jsonl nor .txt")
+    entries: Iterator[tuple[str, dict[str, Any]]]
+    entries = _entries(prompts) if kind == ".jsonl" else ((at, {"text": text}) for at, text in prompts.paragraphs())
+    if file is None and not tokenizer.chats:  # dgq's own: the texts alone
+        entries = ((at, entry) for at, entry in entries if "text" in entry)
+    read = [document for at, entry in entries if (document := _document(entry, at, tokenizer, source))]
+    if not read:
+        raise InputError(f"{prompts.where}: holds no document of at least {SHORTEST + 1} tokens")
+    return read, {"name": name, "sha256": hashlib.sha256(prompts.raw).hexdigest(), "documents": len(read)}
 
 
-def shipped(source: Source) -> tuple[str, bytes]:
-    """Name and content of the prompts that come with dgq: those of `tiny`, or general ones."""
-    name = "calibration.jsonl" if source.where.asked == TINY else "general.jsonl"
-    return name, files("dgq.recipes").joinpath("prompts", name).read_bytes()
+def default_prompts(source: Source) -> PromptFile:
+    """The prompts for calibration that ship with dgq: those of `tiny`, or general ones."""
+    return shipped_prompts("calibration.jsonl" if source.where.asked == TINY else "general.jsonl")
 
 
-def _lines(text: str, where: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text.split("\n"), 1):  # JSON's strings may hold what splitlines() takes for ends
-        if not line.strip():
-            continue
-        at = f"{where}, line {number}"
-        try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{at}: no JSON ({error})") from None
-        messages = item.get("messages") if isinstance(item, dict) else None
-        good = isinstance(messages, list) and messages and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )  # fmt: skip
-        if not good and not (isinstance(item, dict) and isinstance(item.get("text"), str)):
+def _entries(prompts: PromptFile) -> Iterator[tuple[str, dict[str, Any]]]:
+    for at, entry in prompts.json_lines():
+        good = isinstance(entry, dict) and (isinstance(entry.get("text"), str) or is_chat(entry.get("messages")))
+        if not good:
             raise InputError(f'{at}: expected {{"text": "…"}} or {{"messages": [{{"role", "content"}}, …]}}')
-        yield at, item
-
-
-def _paragraphs(text: str, where: str) -> Iterable[tuple[str, dict[str, Any]]]:
-    parts = (part for part in re.split(r"\r?\n\s*\n", text) if part.strip())
-    return ((f"{where}, paragraph {number}", {"text": part}) for number, part in enumerate(parts, 1))
+        yield at, entry
 
 
 def _document(item: dict[str, Any], at: str, tokenizer: Tokenizer, source: Source) -> Document | None:
@@ -135,14 +112,14 @@ def _encoded(item: dict[str, Any], tokenizer: Tokenizer) -> tuple[list[int], int
     return ids, min(len(prompt), len(ids) - 1), True
 
 
-def chunks(found: list[Document], seed: int, turn: int, source: Source) -> list[Chunk]:
-    """Round `turn` over the documents, none of them open."""
+def chunks(cut: list[Document], seed: int, turn: int, source: Source) -> list[Chunk]:
+    """The chunks of round `turn` over the documents, none of which is open."""
     config = source.config
     rng = random.Random(f"{seed} {turn}")
     generator = torch.Generator().manual_seed(rng.getrandbits(62))
     room = max(1, min(LONGEST, config.context - config.canvas))
     sequences = []
-    for document in found:
+    for document in cut:
         ids = document.ids
         if document.chat:
             start = document.first + config.canvas * rng.randrange(-(-(len(ids) - document.first) // config.canvas))
@@ -155,12 +132,12 @@ def chunks(found: list[Document], seed: int, turn: int, source: Source) -> list[
     waiting: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     size = 0
     for prompt, canvas in sequences:
-        own = len(prompt) + 2 * PER_PROMPT * config.canvas
-        if waiting and size + own > CHUNK:
+        tokens = len(prompt) + 2 * PER_PROMPT * config.canvas
+        if waiting and size + tokens > CHUNK:
             made.append(_chunk(waiting, rng, generator, config.vocab))
             waiting, size = [], 0
         waiting.append((prompt, canvas))
-        size += own
+        size += tokens
     return [*made, _chunk(waiting, rng, generator, config.vocab)] if waiting else made
 
 
@@ -180,26 +157,27 @@ def _chunk(
 
 
 def used(made: list[Chunk]) -> list[Chunk]:
-    """The first of the chunks, TOKENS of them or one chunk. They were shuffled."""
-    tokens = list(accumulate(chunk.encoded + 2 * chunk.canvases.numel() for chunk in made))
+    """The first of the chunks, up to TOKENS tokens or one chunk. Their documents were shuffled before they were cut."""
+    tokens = list(accumulate(chunk.run_tokens for chunk in made))
     return made[: max(1, sum(total <= TOKENS for total in tokens))]
 
 
 def doubled(chunk: Chunk) -> Chunk:
-    """Every canvas a second time, conditioned."""
+    """The chunk with every canvas twice: plain, and behind it to be conditioned (its kind is BINS higher)."""
     index, second = _twice(chunk)
     owner = tuple(chunk.owner[i] for i in index.tolist())
     return Chunk(chunk.prompts, chunk.canvases[index], owner, chunk.kind[index] + BINS * second)
 
 
 def conditioned(chunk: Chunk, soft: torch.Tensor) -> torch.Tensor:
-    """soft (n, canvas, hidden) of a chunk -> (2n, canvas, hidden) of it doubled: zeros for the plain canvases."""
+    """What the canvases of doubled(chunk) are conditioned on, (2n, canvas, hidden): zeros for the plain ones, `soft`
+    (n, canvas, hidden) for the others."""
     index, second = _twice(chunk)
     return soft[index] * second[:, None, None]
 
 
 def _twice(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which canvas each of the doubled ones is, and whether for the second time; (2n,)."""
+    """Which canvas each of the doubled ones is, and whether it is there for the second time; both (2n,)."""
     n = len(chunk.owner)
     order = sorted(range(2 * n), key=lambda i: (chunk.owner[i % n], i))
     return torch.tensor([i % n for i in order]), torch.tensor([i >= n for i in order])

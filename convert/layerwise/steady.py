@@ -1,10 +1,11 @@
-"""Sums on a CPU whose bits do not depend on the number of threads: torch has one, and work is shared out by shape.
+"""Sums on a CPU whose bits do not depend on the number of threads: torch gets one, and products are cut by shape.
 
-    a @ b     rows of the result, or columns if these are more, in pieces of PIECE multiplications, each by one thread
-              of a pool; the pieces are the same whatever the pool's size
+    a @ b     the rows of the result, or its columns if they are more, in pieces of PIECE multiplications, each made by
+              one thread of a pool; the pieces are the same whatever the pool's size
 
-MKL cuts products, and the inverse of a matrix, by the threads it has, and each cut rounds otherwise. All but products
-is done by the caller's thread. Another CPU may have other instructions, of which MKL takes the best: its bits differ.
+MKL cuts products, and the inverse of a matrix, by the threads that it has, and each cut rounds differently. Everything
+but products is done by the caller's thread. Another CPU may have other instructions, of which MKL takes the best, so
+that its bits differ.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ALIGNED = 64  # rows or columns: whole registers, whatever the instructions
 
 @contextmanager
 def one_thread(device: str) -> Iterator[Executor | None]:
-    """On a CPU torch has one thread meanwhile, and there is a pool of as many as it had; elsewhere None."""
+    """On a CPU: torch has one thread meanwhile, and there is a pool of as many threads as it had. Elsewhere: None."""
     if device != "cpu":
         yield None
         return
@@ -38,7 +39,7 @@ def one_thread(device: str) -> Iterator[Executor | None]:
 
 
 def shared_out(pool: Executor | None) -> AbstractContextManager[Any]:
-    """Products of matrices that this thread makes meanwhile are made by the pool, if there is one."""
+    """A context in which the pool, if there is one, makes this thread's products of matrices."""
     return nullcontext() if pool is None else _Products(pool)
 
 
@@ -48,23 +49,23 @@ class _Products(TorchDispatchMode):
         self._pool = pool
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = _KNOWN.get(func)
-        if known is not None and not kwargs and (found := known(self._pool, *args)) is not None:
-            return found
+        by_pieces = _BY_PIECES.get(func)
+        if by_pieces is not None and not kwargs and (product := by_pieces(self._pool, *args)) is not None:
+            return product
         return func(*args, **(kwargs or {}))
 
 
 def _product(pool: Executor, a: Tensor, b: Tensor) -> Tensor | None:
-    """a (…, n) @ b (n, columns); None: not one matrix, or too small to cut."""
+    """a (…, n) @ b (n, columns); None if b is not one matrix, or the product is too small to cut."""
     if a.dim() < 2 or b.dim() != 2:
         return None
     flat = a.reshape(-1, a.shape[-1])
     pieces = _pieces(flat, b)
     if len(pieces) < 2:
         return None
-    found = flat.new_empty(flat.shape[0], b.shape[1])
-    _each(pool, lambda rows, columns: torch.mm(flat[rows], b[:, columns], out=found[rows, columns]), pieces)
-    return found.view(*a.shape[:-1], b.shape[1])
+    product = flat.new_empty(flat.shape[0], b.shape[1])
+    _each(pool, lambda rows, columns: torch.mm(flat[rows], b[:, columns], out=product[rows, columns]), pieces)
+    return product.view(*a.shape[:-1], b.shape[1])
 
 
 def _linear(pool: Executor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
@@ -79,16 +80,16 @@ def _added(pool: Executor, total: Tensor, a: Tensor, b: Tensor) -> Tensor | None
     return total
 
 
-_KNOWN: dict[Any, Callable[..., Tensor | None]] = {
+_BY_PIECES: dict[Any, Callable[..., Tensor | None]] = {
     torch.ops.aten.mm.default: _product,
     torch.ops.aten.matmul.default: _product,  # in inference mode
-    torch.ops.aten.linear.default: _linear,  # too
+    torch.ops.aten.linear.default: _linear,  # in inference mode
     torch.ops.aten.addmm_.default: _added,
 }
 
 
 def _pieces(a: Tensor, b: Tensor) -> list[tuple[slice, slice]]:
-    """Rows and columns of a @ b that are made at once."""
+    """The rows and columns of a @ b that are made at once."""
     (rows, inner), columns = a.shape, b.shape[1]
     length, other = max(rows, columns), min(rows, columns)
     step = -(-PIECE // max(1, inner * other) // ALIGNED) * ALIGNED
@@ -98,7 +99,7 @@ def _pieces(a: Tensor, b: Tensor) -> list[tuple[slice, slice]]:
 
 def _each(pool: Executor, do: Callable[[slice, slice], Tensor], pieces: list[tuple[slice, slice]]) -> None:
     def work(piece: tuple[slice, slice]) -> None:
-        with torch.inference_mode():  # which is a thread's own, like all of autograd
+        with torch.inference_mode():  # each thread has a mode of its own, as in all of autograd
             do(*piece)
 
     for _ in pool.map(work, pieces):

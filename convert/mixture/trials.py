@@ -26,22 +26,23 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from dgq.convert.estimate.needs import slices_ram
 from dgq.convert.layerwise.budget import SLICES, UNSAID, Budget
 from dgq.convert.layerwise.chunk import Chunk, States
+from dgq.convert.layerwise.estimate import Moments, Needs, Sizes
 from dgq.convert.layerwise.measure import divergence
-from dgq.convert.layerwise.memory import Moments, Needs, Sizes
-from dgq.convert.layerwise.passes import Passes, Rows
+from dgq.convert.layerwise.passes import Rows, SamplePasses
 from dgq.convert.layerwise.samples import BINS, conditioned, doubled
 from dgq.convert.layerwise.stream import LayerOf, Stream
-from dgq.convert.plans.plan import Plan, PlannedTensor
-from dgq.convert.plans.recipe import layer_of
+from dgq.convert.plans.plan import Plan
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.write.pipeline import GPU_THREADS
-from dgq.convert.write.slices import SLICE, Options, ordered, slices
+from dgq.convert.write.ram import slices_ram
+from dgq.convert.write.settings import ConversionSettings
+from dgq.convert.write.slices import SLICE, ordered, slices
 from dgq.quant.errors import InputError
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed, Scheme
-from dgq.runtime.shape.names import EMBEDDING
+from dgq.runtime.shape.names import EMBEDDING, layer_of
 
 BATCH = 18  # trials that go through the model together: of a group of layers, nine matrices in two schemes
 POSITIONS = 64  # whose logits are compared at once
@@ -50,8 +51,8 @@ Trial = Mapping[str, Scheme]  # canonical name -> what it is quantised by; the r
 
 
 class TrialNeeds(Needs):
-    """Bytes while measuring: activations in float32, and a trial's weights, decoded, beside the layer's or the table's
-    own. plan: any of the source, to count slices by."""
+    """Bytes while measuring: activations in float32, and a trial's weights, decoded, beside those of the layer or the
+    table. plan: any plan of the source, by which slices are counted."""
 
     def __init__(self, plan: Plan, device: str, sizes: Sizes) -> None:
         super().__init__(plan.source, device, sizes, width=4)
@@ -65,11 +66,11 @@ class TrialNeeds(Needs):
         self.slices = slices_ram(plan)[1] if device == "cpu" else SLICES * GPU_THREADS
 
     def moments(self) -> Moments:
-        found = super().moments()
-        layer = {part: found["layer"][part] for part in ("libraries", "weights")} | {"a trial's": self._changed}
+        moments = super().moments()
+        layer = {part: moments["layer"][part] for part in ("libraries", "weights")} | {"a trial's": self._changed}
         return {
-            "head": found["head"] | {"a trial's": self._table},
-            "layer": found["layer"] | layer,
+            "head": moments["head"] | {"a trial's": self._table},
+            "layer": moments["layer"] | layer,
             "quantising": layer | {"slices of a thread": self.slices},
         }
 
@@ -78,12 +79,12 @@ class TrialNeeds(Needs):
 
 
 class Meter:
-    """Measures trials of `plan.source`'s model over `chunks`. What it finds depends on neither budget nor threads."""
+    """Measures trials of a model over `chunks`. The losses depend on neither the budget of memory nor the threads."""
 
     def __init__(
         self, plan: Plan, chunks: Sequence[Chunk], folder: Path, device: str, threads: int, budget: Budget = UNSAID
     ) -> None:
-        """plan: any of the source. folder: where hidden states lie for that time. InputError if the memory is too
+        """plan: any plan of the model. folder: where hidden states lie meanwhile. InputError if the memory is too
         small."""
         budget.enforce()
         needs = TrialNeeds(plan, device, Sizes.of(chunks))
@@ -94,7 +95,7 @@ class Meter:
         else:
             threads = min(threads, GPU_THREADS)
         self._source, self._recipe, self._folder = plan.source, plan.recipe, folder
-        self._options = Options("fast", threads=threads, device=device)
+        self._options = ConversionSettings("fast", threads=threads, device=device)
         self._stream = Stream(plan.source.config, Rows(plan.source), device, torch.float32)
         self._chunks = chunks
         self._both = [doubled(chunk) for chunk in chunks]
@@ -104,7 +105,7 @@ class Meter:
 
     @property
     def tokens(self) -> int:
-        """Of a pass."""
+        """Tokens of a pass."""
         return sum(self._sizes)
 
     def __enter__(self) -> Meter:
@@ -115,7 +116,7 @@ class Meter:
             self._files.enter_context(tempfile.TemporaryFile(dir=self._folder, buffering=0))  # noqa: SIM115
             for _ in range(self._layers + 3)
         ]
-        self._passes = Passes(self._stream, self._chunks, range(len(self._chunks)), files[0], files[2:])
+        self._passes = SamplePasses(self._stream, self._chunks, range(len(self._chunks)), files[0], files[2:])
         self._states = States(files[1], self._sizes * BATCH, self._stream.config.hidden, torch.float32)
         return self
 
@@ -125,11 +126,11 @@ class Meter:
         self._files.close()
 
     def steps(self, trials: Sequence[Trial]) -> int:
-        """What kl() counts: passes of all chunks through a layer."""
+        """How often kl() calls its step for these trials: passes of all chunks through a layer."""
         return sum(self._layers - max(0, _first(trial)) for trial in trials)
 
     def prepare(self, step: Callable[[], None]) -> None:
-        """BF16's two passes, on whose logits canvases are conditioned; before kl(). Counts two steps a layer."""
+        """Run BF16's two passes, on whose logits canvases are conditioned; before kl(). It takes two steps a layer."""
         self._passes.first(step)
         self._passes.enter(None)
         for index in range(self._layers):
@@ -138,7 +139,7 @@ class Meter:
         self._stream.forget()
 
     def kl(self, trials: Sequence[Trial], step: Callable[[], None]) -> list[float]:
-        """Of each trial, nats a position; no more than BATCH of them."""
+        """The loss of each trial, KL in nats a position. At most BATCH trials."""
         begun = [self._enter(trial, slot) for slot, trial in enumerate(trials)]
         for index in range(max(0, min(map(_first, trials))), self._layers):
             layer = self._stream.layer(index)
@@ -152,23 +153,23 @@ class Meter:
         return [self._lost(trial, slot) for slot, trial in enumerate(trials)]
 
     def _through(self, layer: LayerOf, changes: Trial, slot: int, index: int, begun: bool) -> None:
-        """All chunks of a trial through a layer; before, they are BF16's if nothing was changed yet."""
-        own = self._stream.changed(layer, self._quantised(changes)) if changes else layer
+        """Bring all chunks of a trial through a layer. They are BF16's before it, if nothing was changed yet."""
+        changed = self._stream.changed(layer, self._quantised(changes)) if changes else layer
         for number, chunk in enumerate(self._both):
             x = self._states.read(self._at(slot, number)) if begun else self._passes.before(index, number)
-            self._states.write(self._at(slot, number), own(chunk, x))
+            self._states.write(self._at(slot, number), changed(chunk, x))
 
     def _at(self, slot: int, number: int) -> int:
         return slot * len(self._both) + number
 
     def _enter(self, trial: Trial, slot: int) -> bool:
-        """Embed; whether the trial's states differ from BF16's here."""
+        """Embed the chunks; whether the trial's states differ from BF16's before the first layer."""
         if _first(trial) >= 0:
             return False
         stream = self._streamed(trial)
         for number, chunk in enumerate(self._chunks):
-            own = EMBEDDING in trial
-            soft = conditioned(chunk, self._conditions(number, stream)) if own else self._passes.soft(number)
+            table = EMBEDDING in trial
+            soft = conditioned(chunk, self._conditions(number, stream)) if table else self._passes.soft(number)
             self._states.write(self._at(slot, number), stream.enter(self._both[number], soft))
         self._stream.forget()
         return True
@@ -180,8 +181,8 @@ class Meter:
             states = self._passes.before(self._layers, number), self._states.read(self._at(slot, number))
             ours, theirs = (x.to(stream.device) for x in states)
             pieces = zip(self._stream.leave(chunk, ours), stream.leave(chunk, theirs), strict=True)
-            for (_, wanted), (_, found) in pieces:
-                total += _apart(wanted, found)
+            for (_, wanted), (_, other) in pieces:
+                total += _apart(wanted, other)
                 positions += wanted[..., 0].numel()
         if not total < float("inf"):
             raise InputError(f"{self._source.path}: its logits are no numbers; the checkpoint is damaged")
@@ -200,12 +201,12 @@ class Meter:
         """What canvases are conditioned on: BF16's own logits through the stream's table, (n, canvas, hidden)."""
         both, x = self._both[number], self._passes.before(self._layers, number).to(stream.device)
         plain = both.kind <= BINS
-        found = [stream.soften(logits[plain[rows]]).cpu() for rows, logits in self._stream.leave(both, x)]
-        return torch.cat(found)
+        pieces = [stream.soften(logits[plain[rows]]).cpu() for rows, logits in self._stream.leave(both, x)]
+        return torch.cat(pieces)
 
     def _quantised(self, trial: Trial) -> dict[str, Packed]:
-        """As `dgq convert` of effort fast does it, decoded."""
-        found = {}
+        """The trial's weights, quantised as `dgq convert` of effort fast does it, and decoded."""
+        weights = {}
         for name, scheme in trial.items():
             shape = self._source.text[name].shape
             plan = Plan(self._source, self._recipe, ())
@@ -213,8 +214,8 @@ class Meter:
             decoded = torch.empty(shape, device=self._stream.device)
             for job, piece in ordered(self._pool, jobs, 2 * self._options.threads):
                 decoded[job.part] = piece.to(decoded.device).dequantize(torch.float32)
-            found[name] = Packed(SCHEMES["f32"], shape, {"": decoded})
-        return found
+            weights[name] = Packed(SCHEMES["f32"], shape, {"": decoded})
+        return weights
 
     def _check_disk(self) -> None:
         needed = 4 * self._stream.config.hidden * self.tokens * (self._layers + 2 + BATCH)
@@ -227,16 +228,16 @@ class Meter:
 
 
 def batches(trials: Sequence[Trial]) -> list[list[int]]:
-    """The trials' numbers, those together that kl() takes best together."""
+    """The trials' numbers in the batches in which kl() takes them: those that begin with the same layer together."""
     firsts: dict[int, list[int]] = {}
     for number, trial in enumerate(trials):
         firsts.setdefault(_first(trial), []).append(number)
     return [same[i : i + BATCH] for _, same in sorted(firsts.items()) for i in range(0, len(same), BATCH)]
 
 
-def _apart(wanted: Tensor, found: Tensor) -> float:
-    """The sum of KL(wanted || found) over positions, of logits (…, vocab)."""
-    sides = (logits.flatten(0, -2).split(POSITIONS) for logits in (wanted, found))
+def _apart(wanted: Tensor, other: Tensor) -> float:
+    """The sum over positions of KL(wanted || other) in nats, of logits (…, vocab)."""
+    sides = (logits.flatten(0, -2).split(POSITIONS) for logits in (wanted, other))
     return sum(
         float(divergence(p.log_softmax(-1), q.log_softmax(-1)).double().sum()) for p, q in zip(*sides, strict=True)
     )

@@ -7,14 +7,18 @@ file itself, so that a bare .gguf can be opened without its directory.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from dgq.convert.plans.plan import Plan, rope_freqs_length
+from dgq.convert.plans.formats import rope_freqs_length
+from dgq.convert.plans.plan import Plan
 from dgq.convert.source.checkpoint import Source
 from dgq.quant.errors import InputError
 from dgq.quant.files.gguf_file import KV
-from dgq.quant.files.hf_dir import read_json
+from dgq.quant.files.hf_dir import BOM, read_json
 from dgq.quant.files.imatrix import Imatrix
 from dgq.runtime.files.tokenizer import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
 from dgq.runtime.shape.config import GGUF_ARCH
@@ -98,7 +102,7 @@ def _sampler(source: Source) -> dict[str, KV]:
     """diffusion.* keys; each eb_* only if generation_config.json says it, as the published files do."""
     keys = {"diffusion.canvas_length": KV(source.config.canvas, "uint32")}
     path = source.path / "generation_config.json"
-    said: dict[str, Any] = read_json(path) if path.is_file() else {}
+    generation: dict[str, Any] = read_json(path) if path.is_file() else {}
     sampler = source.generation.sampler
     settings = (
         ("max_denoising_steps", "eb_max_steps", KV(sampler.steps, "uint32")),
@@ -108,7 +112,7 @@ def _sampler(source: Source) -> dict[str, KV]:
         ("stability_threshold", "eb_stability_threshold", KV(sampler.stability, "uint32")),
         ("confidence_threshold", "eb_confidence_threshold", KV(sampler.confidence, "float32")),
     )
-    return keys | {f"diffusion.{key}": kv for json_key, key, kv in settings if said.get(json_key) is not None}
+    return keys | {f"diffusion.{key}": kv for json_key, key, kv in settings if generation.get(json_key) is not None}
 
 
 def _tokenizer(source: Source) -> dict[str, KV]:
@@ -118,11 +122,12 @@ def _tokenizer(source: Source) -> dict[str, KV]:
     raw = read_json(path)
     read_json(source.path / "tokenizer_config.json")  # without it, nothing says which tokens are control tokens
     tokens = _tokens(raw, source.config.vocab, str(path))
-    control = _all_special_ids(source)
-    try:
-        special = gguf.SpecialVocab(source.path, load_merges=True)
-    except Exception as error:  # whatever a broken tokenizer leads the package into
-        raise _unreadable(source, error) from None
+    with _unmarked(source.path) as folder:
+        control = _all_special_ids(source, folder)
+        try:
+            special = gguf.SpecialVocab(folder, load_merges=True)
+        except Exception as error:  # whatever a broken tokenizer leads the package into
+            raise _unreadable(source, error) from None
     keys = {
         "tokenizer.ggml.model": KV("gemma4", "string"),
         "tokenizer.ggml.tokens": KV([token or f"[PAD{i}]" for i, token in enumerate(tokens)], "[string]"),
@@ -167,14 +172,29 @@ def _token_type(number: int, token: str | None, control: frozenset[int]) -> int:
     return USER_DEFINED if token in VISIBLE else NORMAL
 
 
-def _all_special_ids(source: Source) -> frozenset[int]:
+@contextmanager
+def _unmarked(path: Path) -> Iterator[Path]:
+    """The folder, if none of its JSON files begins with a byte order mark, over which both libraries stumble; else a
+    copy of its small files without such marks."""
+    files = [file for pattern in ("*.json", "*.jinja", "tokenizer.model") for file in path.glob(pattern)]
+    if not any(file.suffix == ".json" and file.read_bytes().startswith(BOM) for file in files):
+        yield path
+        return
+    with TemporaryDirectory() as name:
+        copy = Path(name)
+        for file in files:
+            (copy / file.name).write_bytes(file.read_bytes().removeprefix(BOM))
+        yield copy
+
+
+def _all_special_ids(source: Source, folder: Path) -> frozenset[int]:
     """transformers' `all_special_ids`, which is how llama.cpp's converter tells control tokens."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     try:
-        return frozenset(AutoTokenizer.from_pretrained(str(source.path), local_files_only=True).all_special_ids)
+        return frozenset(AutoTokenizer.from_pretrained(str(folder), local_files_only=True).all_special_ids)
     except Exception as error:  # whatever a broken tokenizer leads the library into
         raise _unreadable(source, error) from None
 

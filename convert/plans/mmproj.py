@@ -19,6 +19,7 @@ from dgq.quant.types import Scheme
 from dgq.runtime.files.images import SETTINGS
 from dgq.runtime.files.mmproj import KEYS, POOLING, PROJECTOR, SOFT_TOKENS, THETA, mmproj_name, stored_shape
 from dgq.runtime.shape.fields import Fields
+from dgq.runtime.shape.names import layer_of
 
 BF16_FILE = 32  # general.file_type, LLAMA_FTYPE_MOSTLY_BF16
 ACTIVATION = "gelu_pytorch_tanh"
@@ -32,18 +33,19 @@ def planned(source: Source) -> dict[str, tuple[str, tuple[int, ...], Scheme]]:
     if not source.vision:
         return {}
     _check(source)
-    found = {}
+    tensors = {}
     for name in sorted(source.vision, key=_order):
-        own, shape = mmproj_name(name), stored_shape(name, source.vision[name].shape)
+        stored, shape = mmproj_name(name), stored_shape(name, source.vision[name].shape)
         matrix = len(shape) == 2
-        found[own] = (name, shape, SCHEMES["bf16" if matrix else "f32"])
-    return found
+        tensors[stored] = (name, shape, SCHEMES["bf16" if matrix else "f32"])
+    return tensors
 
 
 def _order(name: str) -> tuple[int, str]:
     """As the text file's: outside the layers alphabetically, then layer by layer."""
-    own = mmproj_name(name)
-    return (int(own.split(".")[2]) if own.startswith("v.blk.") else -1), own
+    stored = mmproj_name(name)
+    layer = layer_of(stored)
+    return (-1 if layer is None else layer), stored
 
 
 def metadata(source: Source, version: str) -> dict[str, KV]:
@@ -99,9 +101,9 @@ def _processor(source: Source) -> Fields:
     """The image processor's settings, none if the checkpoint has none."""
     for name in SETTINGS:
         if (path := source.path / name).is_file():
-            said = read_json(path)
-            inner = said.get("image_processor")
-            return Fields(inner if isinstance(inner, dict) else said, str(path))
+            config = read_json(path)
+            inner = config.get("image_processor")
+            return Fields(inner if isinstance(inner, dict) else config, str(path))
     return Fields({}, str(source.path))
 
 
@@ -109,14 +111,14 @@ def _check(source: Source) -> None:
     vision = described(source)
     heads = vision.count("num_attention_heads")
     rope = vision.section("rope_parameters", {})
-    told = {
+    fixed_values = {
         "num_key_value_heads": (vision.count("num_key_value_heads"), heads),
         "head_dim": (vision.count("head_dim") * heads, vision.count("hidden_size")),
         "hidden_activation": (vision.get("hidden_activation", str, ACTIVATION), ACTIVATION),
         "attention_bias": (vision.get("attention_bias", bool, False), False),
         "rope_parameters.rope_theta": (rope.positive("rope_theta", THETA), THETA),
     }
-    for key, (found, fixed) in told.items():
+    for key, (found, fixed) in fixed_values.items():
         if found != fixed:
             raise InputError(
                 f"{vision.source}: vision_config.{key} is not what a GGUF vision tower (mmproj, Gemma 4) can say;"

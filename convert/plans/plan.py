@@ -9,83 +9,21 @@ tensors outside the layers alphabetically, then layer by layer alphabetically; t
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from dgq.convert.plans import mmproj
-from dgq.convert.plans.recipe import Recipe, layer_of
+from torch import Tensor
+
+from dgq.convert.plans.formats import Directory, Format
+from dgq.convert.plans.recipe import Recipe
+from dgq.convert.plans.tensors import PlannedTensor, tally
 from dgq.convert.source.checkpoint import Source
 from dgq.quant.errors import InputError
-from dgq.quant.files.hf_writer import entry_bytes
-from dgq.quant.formats.bnb import BitsAndBytes
-from dgq.quant.formats.modelopt import Modelopt
-from dgq.quant.formats.own_layout import ONLY_DGQ, OwnLayout
-from dgq.quant.schemes.ggml import Q8_0
-from dgq.quant.schemes.nvfp4 import NVFP4
-from dgq.quant.types import Entry, Layout, Scheme
-from dgq.runtime.shape.config import ModelConfig
-from dgq.runtime.shape.names import ROPE_FREQS, VISION, gguf_name
+from dgq.quant.types import Layout, Packed, Scheme
 
 MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """One weight of the artifact. source: its canonical name; None for what dgq generates (rope_freqs.weight).
-    entries: the tensors it becomes in a safetensors directory; empty for a .gguf, where it is one."""
-
-    name: str
-    source: str | None
-    shape: tuple[int, ...]
-    scheme: Scheme
-    entries: Mapping[str, Entry] = field(default_factory=dict)
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(map(entry_bytes, self.entries.values())) if self.entries else self.scheme.nbytes(self.shape)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether its rows share a scale, so that they are quantised together."""
-        return self.scheme is NVFP4 and len(self.shape) == 2
-
-    @property
-    def vision(self) -> bool:
-        """Whether it is the vision part's; in a GGUF, the mmproj file's."""
-        return self.source is not None and self.source.startswith(VISION)
-
-    @property
-    def part(self) -> str:
-        """Which part of the model the tensor belongs to, for tables."""
-        if self.vision:
-            return "vision"
-        known = gguf_name(self.name) or self.name
-        return next((part for pattern, part in PARTS if pattern in known), "norms and scalars")
-
-
-PARTS = (
-    ("_exps.weight", "routed experts"),
-    ("attn_q.weight", "attention"),
-    ("attn_k.weight", "attention"),
-    ("attn_v.weight", "attention"),
-    ("attn_output.weight", "attention"),
-    ("token_embd", "embedding and head"),
-    ("self_cond_gate", "self-conditioning"),
-    ("self_cond_up", "self-conditioning"),
-    ("self_cond_down", "self-conditioning"),
-    ("ffn_gate_inp", "router"),
-    ("ffn_gate.weight", "dense MLP"),
-    ("ffn_up.weight", "dense MLP"),
-    ("ffn_down.weight", "dense MLP"),
-)
 
 
 @dataclass(frozen=True)
@@ -95,6 +33,10 @@ class Plan:
     source: Source
     recipe: Recipe
     tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def format(self) -> Format:
+        return self.recipe.writes
 
     @property
     def nbytes(self) -> int:
@@ -111,9 +53,8 @@ class Plan:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Of a GGUF: the text model's file, and its vision tower's if it has one."""
-        name = self.source.where.name
-        return (f"{name}-{self.recipe.label}.gguf", *([f"mmproj-{name}-BF16.gguf"] if self.mmproj else []))
+        """Of a GGUF: the text model's file, and its vision tower's if it has one; () for a directory."""
+        return self.format.file_names(self.source.where.name, self.recipe.label, bool(self.mmproj))
 
     @property
     def quantized_params(self) -> int:
@@ -125,9 +66,23 @@ class Plan:
         return self.quantized_params / self.params
 
     @cached_property
-    def layout(self) -> Layout:
-        """How the recipe's format stores quantised weights; for safetensors formats."""
-        return layout_of(self.recipe, {tensor.name: tensor.scheme for tensor in self.tensors})
+    def layout(self) -> Layout | None:
+        """How a directory stores quantised weights; None for a GGUF, where each is one tensor."""
+        if not isinstance(self.format, Directory):
+            return None
+        schemes = {tensor.name: tensor.scheme for tensor in self.tensors}
+        return self.format.layout(schemes, self.recipe.activations is not None)
+
+    def slice_scheme(self, tensor: PlannedTensor) -> Scheme:
+        """What slices of a weight are quantised with: split() completes what belongs to the whole of it."""
+        return self.layout.slices if self.layout and len(tensor.entries) > 1 else tensor.scheme
+
+    def split(self, tensor: PlannedTensor, piece: Packed, start: int) -> Iterator[tuple[str, Tensor]]:
+        """The next bytes of the tensors that a weight becomes: piece is its slice from `start`, in order."""
+        if self.layout and len(tensor.entries) > 1:
+            yield from self.layout.split(tensor.name, tensor.shape, piece, start)
+        else:
+            yield tensor.name, piece.parts[""]
 
     @property
     def stored(self) -> int:
@@ -142,22 +97,18 @@ class Plan:
     @property
     def mmproj(self) -> list[PlannedTensor]:
         """Of a GGUF, the vision tower's file; [] if there is none."""
-        return [tensor for tensor in self.tensors if tensor.vision] if self.recipe.format == "gguf" else []
+        return [tensor for tensor in self.tensors if tensor.vision] if self.format.one_file else []
 
     @property
     def notices(self) -> tuple[str, ...]:
         """What the user should know: of the source, and of what the artifact makes of it."""
         kept = {tensor.name: tensor.source for tensor in self.weights if tensor.scheme.name == "bf16"}
         rounded = [name for name, source in kept.items() if source and self.source.dtype(source) != "BF16"]
-        only = [f"{self.recipe.label} opens in {ONLY_DGQ}"] if self.recipe.layout else []
+        only = [f"{self.recipe.label} opens in {self.format.opens_in}"] if self.format.opens_in else []
         lines = [*only, *self.source.notices]
         if rounded:
             lines.append(f"{len(rounded)} of them are stored as BF16, rounded ({rounded[0]}, …)")
-        if self.recipe.format == "nvfp4" and not only and (unsaid := self.source.unsaid):
-            lines.append(
-                f"not said by the source: {', '.join(unsaid)}; dgq takes the released model's, vLLM does not start; add"
-                " them to the source first"
-            )
+        lines += self.format.notices(self.source)
         return tuple(lines)
 
     def by_scheme(self) -> dict[str, dict[str, int]]:
@@ -173,7 +124,7 @@ class Plan:
             "revision": self.source.where.revision,
             "recipe": self.recipe.name,
             "format": self.recipe.format,
-            "opens_in": ONLY_DGQ if self.recipe.layout else None,
+            "opens_in": self.format.opens_in,
             "bytes": self.nbytes,
             "mib": round(self.nbytes / MIB, 1),
             "params": self.params,
@@ -195,16 +146,6 @@ class Plan:
         }
 
 
-def tally(rows: Iterable[tuple[str, int, int]]) -> dict[str, dict[str, int]]:
-    """(group, elements, bytes) of each tensor -> group -> its tensors, params and bytes; most bytes first."""
-    tensors, params, nbytes = Counter[str](), Counter[str](), Counter[str]()
-    for group, numel, size in rows:
-        tensors[group] += 1
-        params[group] += numel
-        nbytes[group] += size
-    return {g: {"tensors": tensors[g], "params": params[g], "bytes": n} for g, n in nbytes.most_common()}
-
-
 def make_plan(source: Source, recipe: Recipe) -> Plan:
     """Assign every tensor its scheme. InputError if the recipe does not fit the model or leaves too much in 16 bit."""
     config = source.config
@@ -213,17 +154,12 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             f"{source.path}: recipe {recipe.name} does not cover models with exactly {config.experts} experts"
             " (llama-quantize treats them as Mixtral)"
         )
-    tensors = _gguf_tensors(source, recipe) if recipe.format == "gguf" else _directory_tensors(source, recipe)
-    if (
-        recipe.format == "nvfp4"
-        and recipe.layout is None
-        and (plain := [t.name for t in tensors if ".experts." in t.name and t.scheme.bits >= 16])
-    ):
-        raise InputError(f"recipe {recipe.name}: leaves {plain[0]} in 16 bit; the layout's configs promise all experts")
+    names = recipe.writes.names(source)
+    schemes = recipe.assign({name: shape for name, (_, shape) in names.items()}, len(config.layers))
+    tensors = recipe.writes.planned(recipe.name, source, schemes, recipe.activations is not None)
+    recipe.writes.check(recipe.name, tensors)
     plan = Plan(source, recipe, tensors)
-    if recipe.format != "gguf" and not plan.quantized_params:
-        raise InputError(f"recipe {recipe.name}: quantises nothing; its {recipe.format} directory would open nowhere")
-    asked = [t for t in plan.weights if not (t.vision and recipe.format == "gguf")]  # no recipe decides mmproj's
+    asked = [t for t in plan.weights if not (t.vision and plan.format.one_file)]  # no recipe decides on a tower apart
     wide = [t for t in asked if t.scheme.bits >= 16]
     if (share := sum(t.numel for t in wide) / sum(t.numel for t in asked)) > recipe.max_16bit_share:
         worst = max(wide, key=lambda t: t.numel)
@@ -232,51 +168,3 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             f" 16 bits or more ({worst.name} the largest), and allows {recipe.max_16bit_share:.1%}"
         )
     return plan
-
-
-def _gguf_tensors(source: Source, recipe: Recipe) -> tuple[PlannedTensor, ...]:
-    config = source.config
-    sources: dict[str, str | None] = {name: hf for hf in source.text if (name := gguf_name(hf)) is not None}
-    shapes = {name: source.text[hf].shape for name, hf in sources.items() if hf is not None}
-    sources[ROPE_FREQS] = None
-    shapes[ROPE_FREQS] = (rope_freqs_length(config),)
-    ordered = sorted(sources, key=lambda name: (-1 if (layer := layer_of(name)) is None else layer, name))
-    schemes = recipe.assign({name: shapes[name] for name in ordered}, len(config.layers))
-    text = (PlannedTensor(name, sources[name], shapes[name], schemes[name]) for name in ordered)
-    return (*text, *(PlannedTensor(name, *one) for name, one in mmproj.planned(source).items()))
-
-
-def _directory_tensors(source: Source, recipe: Recipe) -> tuple[PlannedTensor, ...]:
-    shapes = {name: spec.shape for name, spec in (source.text | source.vision).items()}
-    schemes = recipe.assign(shapes, len(source.config.layers))
-    layout = layout_of(recipe, schemes)
-    tensors = []
-    for name, shape in shapes.items():
-        quantised = schemes[name].bits < 16
-        held = name in source.text and layout.holds(name, shape) and layout.scheme_of(name) is schemes[name]
-        if quantised and not (held and (recipe.layout or recipe.format != "nvfp4" or ".experts." in name)):
-            as_what = f"{name} {list(shape)} as {schemes[name].name}"
-            raise InputError(f"recipe {recipe.name}: {recipe.format} has no place for {as_what}{_elsewhere(recipe)}")
-        entries = layout.entries(name, shape) if quantised else {name: ("BF16", shape)}
-        tensors.append(PlannedTensor(name, name, shape, schemes[name], entries))
-    return tuple(tensors)
-
-
-def _elsewhere(recipe: Recipe) -> str:
-    if recipe.format == "nvfp4" and recipe.layout is None:
-        return '; layout = "dgq" has for matrices of the text model, and opens in dgq only'
-    return ""
-
-
-def layout_of(recipe: Recipe, schemes: Mapping[str, Scheme]) -> Layout:
-    """schemes: of the weights, by name."""
-    if recipe.layout == "dgq":
-        return OwnLayout(frozenset(name for name, scheme in schemes.items() if scheme is Q8_0))
-    if recipe.format == "nvfp4":
-        return Modelopt(activations=recipe.activations is not None)
-    return BitsAndBytes(double="nf4_dq" in recipe.schemes)
-
-
-def rope_freqs_length(config: ModelConfig) -> int:
-    """One factor per RoPE angle of a full layer's head."""
-    return next(layer.head_dim for layer in config.layers if not layer.is_sliding) // 2

@@ -9,26 +9,19 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dgq.convert.plans.formats import FORMATS, Format, format_of
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import read_whole
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Scheme
+from dgq.runtime.shape.names import layer_of
 
 MAX_RECIPE = 1 << 20  # bytes
-
-# What each format can store. 16 bits is BF16 where transformers reads it.
-FORMAT_SCHEMES = {
-    "gguf": {"bf16", "f16", "f32", "q4_k", "q5_0", "q6_k", "q8_0"},
-    "nvfp4": {"bf16", "nvfp4"},
-    "nvfp4 in dgq's own layout": {"bf16", "nvfp4", "q8_0"},
-    "bnb4": {"bf16", "nf4", "nf4_dq"},
-}
 
 
 class _Strict(BaseModel):
@@ -72,19 +65,25 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _schemes_of_the_format(self) -> Recipe:
-        named = self.schemes
-        if self.layout and self.format != "nvfp4":
-            raise ValueError(f"{self.format} has no layout {self.layout!r}, nvfp4 has")
-        where = "nvfp4 in dgq's own layout" if self.layout else self.format
-        if wrong := sorted(named - FORMAT_SCHEMES[where]):
-            has = f"it has {', '.join(sorted(FORMAT_SCHEMES[where]))}"
-            more = '; layout = "dgq" has, which opens in dgq only' if where == "nvfp4" and wrong == ["q8_0"] else ""
-            raise ValueError(f"{where} has no scheme {wrong[0]!r} ({has}){more}")
-        if {"nf4", "nf4_dq"} <= named:
-            raise ValueError("an artifact is either nf4 or nf4_dq throughout: its config.json says which, once")
-        if self.activations and (self.format != "nvfp4" or self.layout):
-            raise ValueError(f"{where} has no place for activations {self.activations!r}")
+        form = format_of(self.format, self.layout)
+        if form is None:
+            others = " and ".join(sorted({each.name for each in FORMATS if each.variant == self.layout}))
+            raise ValueError(f"{self.format} has no layout {self.layout!r}, {others} has")
+        if wrong := sorted(self.schemes - form.schemes):
+            has = f"it has {', '.join(sorted(form.schemes))}"
+            raise ValueError(f"{form.title} has no scheme {wrong[0]!r} ({has}){_other_layout(form, wrong)}")
+        if refusal := form.refusal(self.schemes):
+            raise ValueError(refusal)
+        if self.activations and not form.has_input_scales:
+            raise ValueError(f"{form.title} has no place for activations {self.activations!r}")
         return self
+
+    @property
+    def writes(self) -> Format:
+        """The format of the artifact, as an object."""
+        form = format_of(self.format, self.layout)
+        assert form is not None
+        return form
 
     @property
     def schemes(self) -> set[str]:
@@ -126,19 +125,16 @@ class Recipe(_Strict):
         raise InputError(f"recipe {self.name}: rows of {shape[-1]} in {name} are no multiple of {block}{more}")
 
 
+def _other_layout(form: Format, wrong: list[str]) -> str:
+    """Which other layout of the format has the schemes that this one lacks, for an error; "" if none has."""
+    others = [each for each in FORMATS if each.name == form.name and set(wrong) <= each.schemes]
+    return "".join(f'; layout = "{each.variant}" has, which opens in {each.variant} only' for each in others)
+
+
 def use_more_bits(index: int, count: int) -> bool:
     """llama.cpp's choice of the layers that deserve more bits: first and last eighth, every third in between."""
     eighth = count // 8
     return index < eighth or index >= 7 * count // 8 or (index - eighth) % 3 == 2
-
-
-def layer_of(name: str) -> int | None:
-    """The N of blk.N. or layers.N. in a tensor's name."""
-    parts = name.split(".")
-    for before, part in pairwise(parts):
-        if before in ("blk", "layers") and part.isdigit():
-            return int(part)
-    return None
 
 
 def load_recipe(path: Path) -> Recipe:

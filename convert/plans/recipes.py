@@ -5,10 +5,11 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+from dgq.convert.plans.formats import FORMATS
 from dgq.convert.plans.recipe import Recipe, load_recipe
 from dgq.quant.errors import InputError
 
-DEFAULTS = {"gguf": "q4_k_m", "nvfp4": "nvfp4", "bnb4": "bnb4"}
+DEFAULTS = {each.name: each.default_recipe for each in FORMATS if each.variant is None}  # of --to without --recipe
 
 
 def recipes() -> dict[str, Recipe]:

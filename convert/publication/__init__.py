@@ -1,1 +1,1 @@
-"""An artifact on the Hub: checks, the card, the upload."""
+"""`dgq publish`: an artifact on the Hub. The checks before it, the card, and the upload."""

@@ -14,19 +14,23 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from dgq.convert.calibration.stats import FLOOR
 from dgq.convert.estimate.needs import Runtime
-from dgq.convert.plans.plan import PlannedTensor
-from dgq.convert.validation.report import triple
+from dgq.convert.plans.tensors import PlannedTensor
+from dgq.convert.publication.judgement import Judgement
+from dgq.convert.validation.report.render import triple
+from dgq.convert.validation.report.result import Interval, as_json
 from dgq.quant.errors import printable
 from dgq.quant.formats.own_layout import ONLY_DGQ
 from dgq.quant.schemes.registry import SCHEMES, stored_bits
 from dgq.runtime.files.artifact import Artifact
-from dgq.runtime.shape.names import VISION, expected_tensors
+from dgq.runtime.shape.names import expected_tensors, part_of
 
 Json = dict[str, Any]
 CONTEXTS = (4096, 32768, 131072, 262144)
@@ -43,18 +47,29 @@ LIMITS = {
 }  # fmt: skip
 
 
-def card_data(
-    artifact: Artifact, document: Json, judged: Json | None, repo: str, licence: str | None, licence_file: str | None,
-    problems: list[str],
-) -> Json:  # fmt: skip
-    """What the card says. document: dgq.json; judged: validation.json, None without one; licence: by the Hub's name;
-    problems: the checks that failed and were overruled."""
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is made of. document: dgq.json; judgement: None without a report; repo: USER/NAME; licence: by the
+    Hub's name; licence_file: its text's file in the repository."""
+
+    artifact: Artifact
+    document: Json
+    judgement: Judgement | None
+    repo: str
+    licence: str | None
+    licence_file: str | None
+
+
+def card_data(facts: CardFacts, problems: Sequence[str]) -> Json:
+    """What the card says, as JSON. problems: the checks that failed and were overruled."""
+    artifact, document, repo = facts.artifact, facts.document, facts.repo
     stored = artifact.weights.everything()
     size = sum(weight.nbytes for weight in stored.values())
     rules = document.get("recipe_rules") or {}
     source, calibration = document["source"], document["calibration"]
     return {
-        "repo": repo, "dgq": document["dgq"], "problems": problems, "license": licence, "license_file": licence_file,
+        "repo": repo, "dgq": document["dgq"], "problems": list(problems), "license": facts.licence,
+        "license_file": facts.licence_file,
         "base": {key: source[key] for key in ("name", "repository", "revision")},
         "format": document["format"], "effort": document["effort"], "made_on": document.get("made_on"),
         "recipe": {"name": document["recipe"], "description": rules.get("description", document["format"])},
@@ -65,7 +80,7 @@ def card_data(
         "parts": _parts(artifact), "notices": document["notices"],
         "calibration": None if calibration is None else _calibration(calibration),
         "imatrix": document["imatrix"], "input_scales": _input_scales(document["input_scales"]),
-        "validation": None if judged is None else _validation(judged),
+        "validation": None if facts.judgement is None else _validation(facts.judgement),
         "vram": _vram(artifact), "openers": _openers(artifact, document, repo),
         "limits": [_first_limit(artifact, document["format"]), *_limits(document)],
         "provable": calibration is None, "proof": _proof(repo, document),
@@ -114,13 +129,12 @@ def _base(base: Json) -> str:
 
 def _parts(artifact: Artifact) -> list[Json]:
     """Part and scheme -> parameters and megabytes, most first."""
-    found: dict[tuple[str, str], list[int]] = {}
+    totals: dict[tuple[str, str], list[int]] = {}
     for name, stored in artifact.weights.everything().items():
-        part = "vision" if name.startswith(VISION) else PlannedTensor(name, name, (), SCHEMES["bf16"]).part
-        sums = found.setdefault((part, stored.scheme), [0, 0])
+        sums = totals.setdefault((part_of(name), stored.scheme), [0, 0])
         sums[0] += stored.numel
         sums[1] += stored.nbytes
-    rows = sorted(found.items(), key=lambda item: (-item[1][1], item[0]))
+    rows = sorted(totals.items(), key=lambda item: (-item[1][1], item[0]))
     return [{"part": part, "scheme": scheme, "params": params, "megabytes": round(size / 1e6, 2)}
             for (part, scheme), (params, size) in rows]  # fmt: skip
 
@@ -138,50 +152,52 @@ def _vram(artifact: Artifact) -> list[Json]:
     return rows
 
 
-def _calibration(said: Json) -> Json:
-    data = said["data"]
+def _calibration(entry: Json) -> Json:
+    data = entry["data"]
     return {
-        "data": data["name"], "documents": data["documents"], "data_sha256": data["sha256"], "tokens": said["tokens"],
-        "rounds": said["rounds"], "sha256": said["sha256"], "coverage": said.get("coverage") or {},
-        "starved": said["starved"], "floor": FLOOR,
+        "data": data["name"], "documents": data["documents"], "data_sha256": data["sha256"], "tokens": entry["tokens"],
+        "rounds": entry["rounds"], "sha256": entry["sha256"], "coverage": entry.get("coverage") or {},
+        "starved": entry["starved"], "floor": FLOOR,
     }  # fmt: skip
 
 
-def _input_scales(said: Json | None) -> str | None:
-    if said is None:
+def _input_scales(entry: Json | None) -> str | None:
+    if entry is None:
         return None
-    if said["method"] != "calibrated":
-        return f"{said['value']:.6g} everywhere, by hand"
-    amax = ", ".join(f"{side} activations up to {max(values.values()):.4g}" for side, values in said["amax"].items())
+    if entry["method"] != "calibrated":
+        return f"{entry['value']:.6g} everywhere, by hand"
+    amax = ", ".join(f"{side} activations up to {max(values.values()):.4g}" for side, values in entry["amax"].items())
     return (
-        f"calibrated on {said['texts']} texts and {said['chats']} chats that ship with dgq ({amax})"
-        if "texts" in said
+        f"calibrated on {entry['texts']} texts and {entry['chats']} chats that ship with dgq ({amax})"
+        if "texts" in entry
         else amax
     )
 
 
-def _validation(judged: Json) -> Json:
-    one, base = judged["artifact"], judged["reference"]
-    mean, free, theirs = one["fixed"]["mean"], one["free"], base["free"]
-    rows = [_row("KL(BF16 ‖ this), nats a position", mean["kl"])]
-    rows += [_row(f"the same at noise {level}", row["both"]["kl"]) for level, row in one["fixed"]["by_level"].items()]
+def _validation(judgement: Judgement) -> Json:
+    whole, one, base = judgement.result, judgement.artifact, judgement.result.reference.free
+    assert base is not None
+    mean, free = one.fixed.mean, one.free
+    rows = [_row("KL(BF16 ‖ this), nats a position", mean.kl)]
+    rows += [_row(f"the same at noise {level}", row.both.kl) for level, row in one.fixed.by_level.items()]
     rows += [
-        _row("best token as BF16's", mean["top1"], scale=100, unit=" %"),
-        _row("among BF16's five best", mean["top5"], scale=100, unit=" %"),
-        _row("exact answers", free["score"], theirs["score"], 100, " %"),
-        _row("denoising steps a canvas", free["steps"], theirs["steps"]),
-        _row("the same over BF16's", free["steps_ratio"]),
-        _row("canvases that stop early", free["early"], theirs["early"], 100, " %"),
+        _row("best token as BF16's", mean.top1, scale=100, unit=" %"),
+        _row("among BF16's five best", mean.top5, scale=100, unit=" %"),
+        _row("exact answers", free.score, base.score, 100, " %"),
+        _row("denoising steps a canvas", free.steps, base.steps),
+        _row("the same over BF16's", free.steps_ratio),
+        _row("canvases that stop early", free.early, base.early, 100, " %"),
     ]
     return {
-        "dgq": judged["dgq"], "device": judged["device"], "quick": judged["quick"], "seed": judged["seed"],
-        "activations": one["activations"], "questions": judged["questions"]["questions"], "confidence": CONFIDENCE,
-        "ok": one["ok"], "rows": rows, "plots": judged["plots"],
-        "gate": [{key: line[key] for key in ("limit", "ok", "said")} for line in one["gate"]],
+        "dgq": whole.dgq, "device": whole.device, "quick": whole.quick, "seed": whole.seed, "activations":
+        one.activations, "questions": whole.questions.questions, "confidence": CONFIDENCE, "ok": one.ok, "rows": rows,
+        "plots": judgement.document["plots"], "gate": [as_json(check) for check in one.gate],
     }  # fmt: skip
 
 
-def _row(label: str, values: Any, reference: Any = None, scale: float = 1.0, unit: str = "") -> Json:
+def _row(
+    label: str, values: Interval | None, reference: Interval | None = None, scale: float = 1.0, unit: str = ""
+) -> Json:
     figure, bounds = triple(values, scale, unit)
     return {
         "label": label,
@@ -223,8 +239,9 @@ def _proof(repo: str, document: Json) -> str:
     return f"dgq verify {repo} --against {where} --seed SEED{imatrix}{adapters}"
 
 
-def _listed(said: Json) -> list[Json]:
-    return [{"name": name, **entry} for name, entry in sorted(said.items())]
+def _listed(files: Json) -> list[Json]:
+    """A mapping of files as a list by name."""
+    return [{"name": name, **entry} for name, entry in sorted(files.items())]
 
 
 def sibling(data: Json) -> Json:

@@ -1,163 +1,114 @@
 """`dgq publish`: artifacts on the Hub that anyone can check.
 
-    DIR, report.json  ->  checks  ->  validation.json, plot-*.png, LICENSE, README.md, manifest.json
-                             |                                |
-                  a line each, or --force                  Ready.contents  ->  convert/publication/upload.py: one commit
-
-    manifest.json     {"dgq", "problems", "card": every number of README.md, "files": SHA-256 of all others, "sha256"}
-
-DIR is only read. Several artifacts become a collection: every card then has the table of all.
+DIR, …  ── prepare.py: checks, card, manifest ── the Hub's word on the source ──> problems: stop, unless forced
+                                                                      └──> upload.py: one commit each, a collection
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dgq.convert.publication.card import PLOTS, card, card_data, licence_text, sibling
-from dgq.convert.publication.checks import LICENSE, judgement, licence_of, problems
-from dgq.convert.source.hashes import describe, dgq_version, digest
-from dgq.convert.verification.verify import MANIFEST, Progress, verify
-from dgq.convert.write import provenance
-from dgq.quant.errors import InputError, printable
-from dgq.quant.files.hf_dir import read_json, read_whole
-from dgq.runtime.files.artifact import open_artifact
+from dgq.convert.publication.prepare import CardOptions, Ready, check_repo, collection_names, finish, prepare
+from dgq.convert.publication.upload import collect, upload, upstream
+from dgq.convert.verification.files import total_bytes
+from dgq.convert.verification.verify import Bar, no_bar
+from dgq.quant.errors import InputError
 
-Json = dict[str, Any]
-VALIDATION = "validation.json"
-MAX_LICENSE = 1 << 20  # bytes
-
-
-@dataclass
-class Ready:
-    """One artifact on its way. contents: name in the repository -> file, or bytes; files: of each its size and SHA-256;
-    data: what the card says; problems: checks that fail; damaged: it is not what its dgq.json says, which nothing
-    overrules."""
-
-    path: Path
-    repo: str
-    problems: list[str]
-    damaged: bool
-    document: Json
-    data: Json
-    contents: dict[str, Path | bytes]
-    files: Json
-
-    @property
-    def card(self) -> str:
-        found = self.contents.get("README.md", b"")
-        assert isinstance(found, bytes)
-        return found.decode()
+COLLECTION = "collection"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the command line says of all artifacts: reports of dgq validate, the licence's name and text, threads."""
+class PublishOptions:
+    """What `dgq publish` can be asked for.
 
+    collection: several artifacts become USER/NAME-FORMAT each, in a collection, with one table. reports: report.json
+    files of dgq validate. licence: of the source, by the Hub's name, None for what is known of it; licence_file: its
+    text. private: make the repositories private. revision: the branch to commit to, None for main. dry_run: nothing
+    goes to the network. force: publish although a check fails, which the card then says; what is damaged is never
+    published.
+    """
+
+    collection: bool = False
     reports: Sequence[Path] = ()
     licence: str | None = None
     licence_file: Path | None = None
-    threads: int = 1
+    private: bool = False
+    revision: str | None = None
+    dry_run: bool = False
+    force: bool = False
 
 
-def prepare(path: Path, repo: str, asked: Asked, progress: Progress) -> Ready:
-    """Check one artifact and write its card. InputError for a bad --repo, a report of something else."""
+@dataclass
+class Publication:
+    """What came of it. ok: no check stopped it; repositories: each with its problems, files and card; published:
+    repository -> commit, and "collection" -> its address on the Hub."""
+
+    ok: bool
+    repositories: Sequence[Ready]
+    published: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What --json prints."""
+        repositories = [
+            {"repo": one.repo, "problems": one.problems, "files": one.files, "card": one.card}
+            for one in self.repositories
+        ]
+        return {"ok": self.ok, "published": self.published, "repositories": repositories}
+
+
+@dataclass(frozen=True)
+class PublishEvents:
+    """Whom to tell while it happens. bar: of the bytes that are checked; checked: everything is, and nothing was sent
+    yet; published: name and commit of a repository, or "collection" and its address; notice: a line for the user."""
+
+    bar: Bar = no_bar
+    checked: Callable[[Publication], None] = lambda publication: None
+    published: Callable[[str, str], None] = lambda name, where: None
+    notice: Callable[[str], None] = lambda line: None
+
+
+def publish(
+    artifacts: Sequence[Path], repo: str, options: PublishOptions | None = None, events: PublishEvents | None = None
+) -> Publication:
+    """Check artifacts, write their cards, and put them on the Hub as `repo`, USER/NAME.
+
+    Nothing is sent where a check fails, unless forced, nor in a dry run. Called again after an interruption, it does
+    not send again what arrived. InputError, one line, for bad names and reports and for what the Hub or the network
+    says.
+    """
+    options, events = options or PublishOptions(), events or PublishEvents()
+    if len(artifacts) > 1 and not options.collection:
+        raise InputError(f"{len(artifacts)} artifacts: give --all to publish them as a collection")
     check_repo(repo)
-    checked = verify(path, asked.threads, progress)
-    if not checked["ok"]:
-        return Ready(path, repo, checked["problems"], True, {}, {}, {}, {})
-    document = read_json(path / provenance.FILE)
-    with _told(path / provenance.FILE):
-        judged = judgement(asked.reports, path, document)
-        contents: dict[str, Path | bytes] = {name: path / name for name in (*document["files"], provenance.FILE)}
-        licence = licence_of(document, asked.licence)
-        contents |= _licence(document, asked, licence)
-        if judged is not None:
-            contents |= _validation(judged)
-        artifact = open_artifact(path)
-        file = LICENSE if LICENSE in contents else None
-        found = [printable(line) for line in problems(artifact, document, judged, licence, file)]
-        data = card_data(artifact, document, judged, repo, licence, file, found)
-    files = document["files"] | {provenance.FILE: describe(path / provenance.FILE)}
-    ready = Ready(path, repo, found, False, document, data, contents, files)
-    finish([ready])
-    return ready
+    publication = _checked(artifacts, repo, options, events.bar)
+    events.checked(publication)
+    if options.dry_run or not publication.ok:
+        return publication
+    for one in publication.repositories:
+        commit = upload(one, options.private, options.revision, options.force, events.notice)
+        publication.published[one.repo] = commit
+        events.published(one.repo, commit)
+    if options.collection:
+        address = collect(publication.repositories, repo, options.private)
+        publication.published[COLLECTION] = address
+        events.published(COLLECTION, address)
+    return publication
 
 
-def finish(several: Sequence[Ready]) -> None:
-    """Write cards and manifests anew, with the problems that are known now and the table of all."""
-    rows = [sibling(one.data) for one in several] if len(several) > 1 else []
-    for one in several:
-        one.data |= {"problems": one.problems, "siblings": rows}
-        one.contents["README.md"] = card(one.data).encode()
-        written = {name: data for name, data in one.contents.items() if isinstance(data, bytes) and name != MANIFEST}
-        one.files |= {name: {"bytes": len(data), "sha256": digest(data)} for name, data in written.items()}
-        others = {name: said for name, said in sorted(one.files.items()) if name != MANIFEST}
-        manifest = {"dgq": dgq_version(), "problems": one.problems, "card": one.data, "files": others}
-        text = provenance.text(provenance.sealed(manifest)).encode()
-        one.contents[MANIFEST] = text
-        one.files[MANIFEST] = {"bytes": len(text), "sha256": digest(text)}
-
-
-def check_repo(repo: str) -> None:
-    """InputError if it is no USER/NAME."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        repo = repo.replace("/", "")
-    if repo.count("/") != 1:
-        raise InputError(f"--repo {printable(repo)}: is no USER/NAME")
-
-
-def names(paths: Sequence[Path], repo: str) -> list[str]:
-    """Repositories of a collection: USER/NAME and each recipe's label."""
-    found = []
-    for path in paths:
-        rules = read_json(path / provenance.FILE).get("recipe_rules")
-        if not (isinstance(rules, dict) and isinstance(rules.get("label"), str)):
-            raise InputError(f"{path / provenance.FILE}: does not hold its recipe's rules; convert again with this dgq")
-        found.append(f"{repo}-{rules['label']}")
-    if twice := next((name for name in found if found.count(name) > 1), None):
-        raise InputError(f"--all: two artifacts would be {twice}; publish one of them alone")
-    return found
-
-
-@contextmanager
-def _told(file: Path) -> Iterator[None]:
-    """A dgq.json that somebody else wrote, and sealed, may lack anything."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise InputError(f"{file}: is not as this dgq writes it ({error!r}); convert again") from None
-
-
-def _licence(document: Json, asked: Asked, licence: str | None) -> dict[str, Path | bytes]:
-    """Its text: the artifact's own, the one given, or dgq's copy."""
-    if asked.licence_file is not None:
-        if LICENSE in document["files"]:
-            raise InputError(
-                f"--license-file {asked.licence_file}: the artifact has a {LICENSE} from its source; keep that"
-            )
-        try:
-            return {LICENSE: read_whole(asked.licence_file, MAX_LICENSE)}
-        except (OSError, ValueError) as error:
-            raise InputError(f"--license-file {asked.licence_file}: not readable ({error})") from None
-    text = None if LICENSE in document["files"] else licence_text(licence)
-    return {} if text is None else {LICENSE: text.encode()}
-
-
-def _validation(judged: Json) -> dict[str, Path | bytes]:
-    """validation.json and the card's pictures; `judged` is told of these."""
-    from dgq.convert.validation.plots import pictures  # brings matplotlib
-
-    drawn = pictures(judged | {"artifacts": [judged["artifact"]]}, PLOTS)
-    judged["plots"] = [{"title": title, "file": f"plot-{key}.png"} for key, (title, _) in drawn.items()]
-    text = json.dumps(judged, indent=1, ensure_ascii=False) + "\n"
-    return {VALIDATION: text.encode(), **{f"plot-{key}.png": image for key, (_, image) in drawn.items()}}
+def _checked(artifacts: Sequence[Path], repo: str, options: PublishOptions, bar: Bar) -> Publication:
+    """Everything ready to be sent, and whether it may be. The Hub is asked about the source, but not in a dry run."""
+    cards = CardOptions(options.reports, options.licence, options.licence_file, os.cpu_count() or 1)
+    names = collection_names(artifacts, repo) if options.collection else [repo]
+    with bar("verifying", sum(map(total_bytes, artifacts))) as progress:
+        several = [prepare(path, name, cards, progress) for path, name in zip(artifacts, names, strict=True)]
+    if any(one.damaged for one in several):
+        return Publication(False, several)
+    if not options.dry_run:
+        for one in several:
+            one.problems += upstream(one)
+    finish(several)
+    return Publication(options.force or not any(one.problems for one in several), several)

@@ -1,11 +1,11 @@
-"""To the Hub, through its own client: one commit of everything, large files one by one before it.
+"""Sends what is ready to the Hub, through its own client: large files one by one, then everything in one commit.
 
     create repository, branch  ->  what is there  ->  large file, large file, …  ->  one commit  ->  its pinned id
 
-Nothing is visible before the commit. A large file that arrived whole is known to the Hub by its SHA-256: when the
-command is run again after an interruption it is not sent again. The client sends through Xet where hf_xet is installed,
+Nothing is visible before the commit. The Hub knows a large file that arrived whole by its SHA-256, so that it is not
+sent again when the command is run again after an interruption. The client sends through Xet where hf_xet is installed,
 as the Hub itself wants it (chunks that arrived are not sent again either); HF_HUB_DISABLE_XET=1 makes it plain LFS, for
-hubs of one's own. The token is the client's affair: dgq never reads it.
+other hubs. The client finds the token; dgq never reads it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dgq.convert.publication.publish import Ready
+from dgq.convert.publication.prepare import Ready
 from dgq.convert.source.hub import is_commit, refuse, tame
-from dgq.convert.verification.verify import MANIFEST
+from dgq.convert.verification.files import MANIFEST
 from dgq.quant.errors import InputError, printable
 from dgq.quant.files.hf_dir import read_json
 
@@ -30,8 +30,9 @@ COPIED = ("generation_config.json", "chat_template.jinja", "tokenizer.json", "to
 
 
 def upstream(ready: Ready) -> list[str]:
-    """What the Hub says of the source otherwise than dgq.json: SHA-256 of its shards at its commit, and the files that
-    were copied verbatim, by the git hash of their bytes. Sources that are not on the Hub are not asked for."""
+    """A line for each thing that the Hub knows of the source and that is not as dgq.json says: the SHA-256 of its
+    shards at its commit, and the files that were copied verbatim, by the git hash of their bytes. Sources that are not
+    on the Hub are not asked for."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -50,11 +51,11 @@ def upstream(ready: Ready) -> list[str]:
 
 
 def _shards(mine: Json, there: dict[str, Any], repo: str) -> Iterator[str]:
-    for name, said in mine.items():
+    for name, entry in mine.items():
         theirs = there.get(name)
         if theirs is None or theirs.lfs is None:
             yield f"source: {repo} has no large file {name}, from which the artifact says it was made"
-        elif theirs.lfs.sha256 != said["sha256"]:
+        elif theirs.lfs.sha256 != entry["sha256"]:
             yield f"source: {name} of {repo} is another file than the one that the artifact was made from"
 
 
@@ -75,8 +76,9 @@ def _copies(ready: Ready, there: dict[str, Any], repo: str) -> Iterator[str]:
 def upload(
     ready: Ready, private: bool, revision: str | None, force: bool, notice: Callable[[str], None]
 ) -> str:  # fmt: skip
-    """Everything in one commit; its id. InputError, one line, for whatever the Hub or the network says. Files that an
-    earlier `dgq publish` left and that are no longer part of it go; those of others stop it, unless forced."""
+    """Send everything in one commit, and return its id. revision: the branch, None for main; notice is called with a
+    line for each large file. Files that an earlier `dgq publish` left and that are no longer part of it are deleted;
+    those of others stop it, unless forced. InputError, one line, for whatever the Hub or the network says."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     if is_commit(revision):
@@ -112,7 +114,7 @@ def upload(
 
 
 def _stale(api: Any, info: Any, repo: str, mine: set[str], force: bool) -> list[str]:
-    """Files of the repository's last publication that this one has not. InputError if there are a stranger's."""
+    """The files of the repository's last publication that this one has not. InputError if there are somebody else's."""
     there = {file.rfilename for file in info.siblings or ()} - mine - set(HUBS)
     listed: set[str] = set()
     if there and MANIFEST in {file.rfilename for file in info.siblings}:
@@ -127,7 +129,7 @@ def _stale(api: Any, info: Any, repo: str, mine: set[str], force: bool) -> list[
 
 
 def collect(several: Sequence[Ready], repo: str, private: bool) -> str:
-    """A collection of the published repositories, made or completed; its address on the Hub."""
+    """Make or complete a collection of the published repositories, and return its address on the Hub."""
     from huggingface_hub import HfApi
 
     api = HfApi(library_name="dgq")
@@ -142,7 +144,7 @@ def collect(several: Sequence[Ready], repo: str, private: bool) -> str:
 
 @contextmanager
 def _one_line(repo: str) -> Iterator[None]:
-    """Failures of the Hub, of the network and of the client's own threads, as a line."""
+    """InputError, one line, for failures of the Hub, of the network and of the client's own threads."""
     try:
         yield
     except InputError:
@@ -153,8 +155,8 @@ def _one_line(repo: str) -> Iterator[None]:
             error = cause
         try:
             refuse(repo, error)
-        except InputError as told:
-            raise InputError(f"{told}; what arrived whole is not sent again") from None
+        except InputError as line:
+            raise InputError(f"{line}; what arrived whole is not sent again") from None
         except Exception as error:  # hf_xet's, mostly
-            said = printable(str(error))[:300] or type(error).__name__
-            raise InputError(f"{repo}: not published ({said}); run the command again") from None
+            reason = printable(str(error))[:300] or type(error).__name__
+            raise InputError(f"{repo}: not published ({reason}); run the command again") from None

@@ -1,21 +1,20 @@
-"""What an unfinished conversion has done: enough to go on after any end, even the machine's.
+"""The journal of an unfinished conversion: enough to go on after any end, even that of the machine.
 
     .NAME.partial/          the artifact so far; every file has its final size, tensors have their final places
     .NAME.journal           one line a fact, each with a checksum:
         5d41402a {"identity": {…}}                      what is being converted, into what, by which version
         7d793037 {"scales": {…}}                        input scales, if they were calibrated
         0cc175b9 {"done": ["model.decoder.…", …],       weights whose bytes were on the disk before this line was
-                  "files": {"model.safetensors": …}}    and the files that hold them, with their sizes
+                  "files": {"model.safetensors": …}}    written, and the files that hold them, with their sizes
 
 The next run of the same command takes the lines up to the first broken one (a power cut may lose the end of a file)
-and does the rest, or everything anew if one of the files is not what it was; any other command into the same directory
-is refused, and told why. While a conversion runs it holds a lock on the journal. At the end the directory gets its name
-in one rename, and the journal is removed.
+and does the rest. It does everything anew if one of the files is not what it was. Any other command into the same
+directory is refused, with the reason. While a conversion runs it holds a lock on the journal. At the end the directory
+gets its name in one rename, and the journal is removed.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -26,6 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dgq.convert.resume.identity import Identity, difference
+from dgq.convert.resume.lock import lock
 from dgq.quant.errors import InputError
 
 SYNC_SECONDS = 5.0  # at most this much work is done again after a power cut; a killed process loses less
@@ -33,9 +34,10 @@ NAME_BYTES = 240  # of a file name's 255
 
 
 class Journal:
-    """An open, locked journal. done: weights that an earlier run finished; scales: its input scales."""
+    """An open, locked journal. done: weights that an earlier run finished; scales: its input scales; worth_keeping:
+    whether it holds a fact besides the identity."""
 
-    def __init__(self, file: BinaryIO, partial: Path, identity: dict[str, Any], facts: list[dict[str, Any]]) -> None:
+    def __init__(self, file: BinaryIO, partial: Path, identity: Identity, facts: list[dict[str, Any]]) -> None:
         self._file, self._partial, self.identity = file, partial, identity
         self.worth_keeping = bool(facts)
         self.done = {name for fact in facts for name in fact.get("done", ())}
@@ -44,7 +46,7 @@ class Journal:
         self._synced = time.monotonic()
 
     def note(self, fact: dict[str, Any]) -> None:
-        """Append a line (before the first, the identity), and wait until it is on the disk."""
+        """Append a line, and before the first one the identity, and wait until it is on the disk."""
         for each in (fact,) if self.worth_keeping else ({"identity": self.identity}, fact):
             text = json.dumps(each).encode()
             self._file.write(f"{zlib.crc32(text):08x} ".encode() + text + b"\n")
@@ -53,12 +55,12 @@ class Journal:
         self.worth_keeping = True
 
     def finish(self, weight: str) -> bool:
-        """A weight's bytes were written. True when it is time to sync the files and call flush()."""
+        """Note that a weight's bytes were written. True when it is time to sync the files and call flush()."""
         self._waiting.append(weight)
         return time.monotonic() - self._synced > SYNC_SECONDS
 
     def flush(self) -> None:
-        """The bytes of all finished weights are on the disk."""
+        """Append the finished weights, whose bytes the caller has brought to the disk."""
         if self._waiting:
             self.note({"done": self._waiting, "files": _sizes(self._partial)})
         self._waiting = []
@@ -72,16 +74,16 @@ def paths(out: Path) -> tuple[Path, Path]:
 
 
 @contextmanager
-def opened(out: Path, identity: dict[str, Any]) -> Iterator[Journal]:
+def opened(out: Path, identity: Identity) -> Iterator[Journal]:
     """The journal of `out`, locked: a new one, or that of the same conversion broken off. The partial directory exists.
 
-    identity: what must be the same for the work to go on. InputError if another process is at it, or if what lies
-    there is another conversion's.
+    identity: what must be the same for the work to go on. InputError if another process writes the artifact, or if
+    another conversion's unfinished work lies there.
     """
     partial, path = paths(out)
     with _locked(out, path) as file:
         facts, good = _read(file)
-        if len(facts) > 1 and partial.is_dir() and (why := _difference(facts[0]["identity"], identity)) is not None:
+        if len(facts) > 1 and partial.is_dir() and (why := difference(facts[0]["identity"], identity)) is not None:
             raise InputError(
                 f"{out}: an unfinished conversion lies in {partial}, and {why}; repeat its command to finish it, or"
                 f" remove that directory"
@@ -94,17 +96,10 @@ def opened(out: Path, identity: dict[str, Any]) -> Iterator[Journal]:
         yield Journal(file, partial, identity, facts)
 
 
-def lock(file: BinaryIO, busy: str, process: bool = False) -> None:
-    """As long as the file is open; process: for all of this process. InputError saying what is busy if it is taken."""
-    try:
-        (fcntl.lockf if process else fcntl.flock)(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{busy}; wait for it, or choose another -o") from None
-
-
 @contextmanager
 def _locked(out: Path, path: Path) -> Iterator[BinaryIO]:
-    """The journal's file, locked. Tried again if its owner ended, and removed it, just before the lock was got."""
+    """The journal's file, locked. If another process ended and removed the file between our opening and our locking it,
+    the lock is worth nothing, and a new file is opened."""
     while True:
         with path.open("a+b") as file:
             lock(file, f"{out}: another dgq convert is writing it")
@@ -114,7 +109,7 @@ def _locked(out: Path, path: Path) -> Iterator[BinaryIO]:
 
 
 def _make_anew(partial: Path, path: Path) -> None:
-    """An empty partial directory; if there cannot be one, no journal either."""
+    """Make an empty partial directory; if there cannot be one, the journal is removed as well."""
     try:
         if os.path.lexists(partial):
             shutil.rmtree(partial)
@@ -125,7 +120,7 @@ def _make_anew(partial: Path, path: Path) -> None:
 
 
 def _as_it_was(partial: Path, facts: list[dict[str, Any]]) -> bool:
-    """Are the files there that finished weights lie in? Whatever else lies there is removed."""
+    """Whether the files that finished weights lie in are there, of their sizes. Whatever else lies there is removed."""
     if not partial.is_dir():
         return False
     files: dict[str, int] = next((fact["files"] for fact in reversed(facts) if "files" in fact), {})
@@ -149,26 +144,3 @@ def _read(file: BinaryIO) -> tuple[list[dict[str, Any]], int]:
         facts.append(json.loads(text))
         good += len(line)
     return (facts, good) if facts and "identity" in facts[0] else ([], 0)
-
-
-def _difference(there: dict[str, Any], here: dict[str, Any]) -> str | None:
-    """The first thing in which two identities differ, in words."""
-    for key in here | there:
-        if (was := there.get(key)) != (now := here.get(key)):
-            if key == "files" and isinstance(was, dict) and isinstance(now, dict):
-                file = next(name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name))
-                return f"{file} has changed since"
-            return f"its {key} was {str(was)[:60]}, not {str(now)[:60]}"
-    return None
-
-
-def check_target(out: Path) -> None:
-    """InputError if `out` exists (dgq never writes into, or over, somebody's directory), or cannot: its name is too
-    long, a parent is a file."""
-    try:
-        out.lstat()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error})") from None
-    raise InputError(f"{out}: exists already; choose another -o or remove it")

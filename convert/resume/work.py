@@ -1,140 +1,114 @@
-"""Work of many hours in units: each one's result is a file as soon as it is done, and is not computed twice.
+"""Work of many hours in units: each unit's result is kept as soon as it is there, and is not computed twice.
 
-    .NAME.WHAT/identity.json             what is being done; another command into the same place is refused
-    .NAME.WHAT/STAGE-00003.safetensors   a unit's result: tensors by name
-    .NAME.WHAT/lock                      held while somebody is at it
+    .NAME.WHAT/STAGE-00003.safetensors   the result of unit 3 of a stage, in a folder of unfinished work (folder.py)
 
-WHAT is "validation" or "mix".
-
-Under torchrun units are dealt out to the processes, each of which keeps a folder of its own, and every one of them has
-all results in the end: what comes after is the same everywhere.
+WHAT is "validation" or "mix". Under torchrun units are dealt out to the processes. Each process keeps a folder of its
+own, .NAME.WHAT-RANK, and gets the other processes' results at the end of a stage, so that what comes after is the same
+everywhere.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
-from torch import distributed as dist
 
-from dgq.convert.resume.journal import lock
-from dgq.quant.errors import InputError
+from dgq.convert.resume import ranks
+from dgq.convert.resume.folder import Refusals, WorkFolder, folder_of, replace
+from dgq.convert.resume.identity import Identity
 
-Found = dict[str, Tensor]
-Results = Callable[[int], Found]  # a unit's number -> its result, read from its file
-
-
-def rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+UnitResult = dict[str, Tensor]
+UnitResults = Callable[[int], UnitResult]  # a unit's number -> its result, read from its file
 
 
 class Work:
-    """The folder of one command. advance(units done, units in all) is called as they are done. what: "validation", or
-    whose work it is."""
+    """The units of one command. As a context it removes its folder when everything went well; otherwise it keeps the
+    results that there are, and leaves nothing behind if there are none."""
 
     def __init__(
         self,
         out: Path,
-        identity: dict[str, object],
+        identity: Identity,
         advance: Callable[[int, int], None],
         notice: Callable[[str], None],
         what: str = "validation",
     ) -> None:
-        """InputError if another command's unfinished work lies there, or another process is at it."""
-        self.rank, self.world = rank_and_world()
-        name = f".{out.name[:200]}.{what}" + (f"-{self.rank}" if self.world > 1 else "")
-        self.folder = out.absolute().parent / name
-        self._advance, self._done, self.total = advance, 0, 0
-        file = self.folder / "identity.json"
-        text = json.dumps(identity, sort_keys=True, default=str)
-        if file.is_file() and (there := file.read_text()) != text:
-            differ = difference(there, identity)
-            raise InputError(
-                f"{out}: an unfinished {what} lies in {self.folder}, and {differ}; repeat its command to finish"
+        """advance: called with units done and units in all. what: whose work it is. InputError if another command's
+        unfinished work lies there, or another process is at it."""
+        self.rank, self.world = ranks.rank(), ranks.world()
+        path = folder_of(out, what + (f"-{self.rank}" if self.world > 1 else ""))
+        refusals = Refusals(
+            busy=f"{path}: another dgq is at it",
+            other=lambda words: (
+                f"{out}: an unfinished {what} lies in {path}, and {words}; repeat its command to finish"
                 " it, or remove that directory"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("ab")
-        # the process's, as this object may be there still when a command has failed and is called again
-        lock(self._lock, f"{self.folder}: another dgq is at it", process=True)
-        if file.is_file():
-            count = sum(1 for _ in self.folder.glob("*.safetensors"))
-            notice(f"going on with an unfinished {what}: {count} results are there")
-        _write(file, text.encode())
+            ),
+        )
+        self._folder = WorkFolder(path, identity, refusals)
+        self._advance, self._done, self.total = advance, 0, 0
+        if self._folder.resumed is not None:
+            notice(f"going on with an unfinished {what}: {self._folder.resumed} results are there")
 
-    def each(self, stage: str, count: int, do: Callable[[int], Found]) -> Results:
-        """Do all units of a stage; those whose file is there are done. Every process has all results afterwards."""
+    @property
+    def path(self) -> Path:
+        """The folder, for files that are worth nothing without the results."""
+        return self._folder.path
+
+    def __enter__(self) -> Work:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            ranks.wait()  # another process may have to read its results yet
+        if error is None or not self._folder.results():
+            self._folder.remove()
+        self._folder.close()
+
+    def each(self, stage: str, count: int, do: Callable[[int], UnitResult]) -> UnitResults:
+        """Do all units of a stage but those whose result is there. Every process has all results afterwards."""
         for unit in range(self.rank, count, self.world):
             if not self.has(stage, unit):
-                found = {name: tensor.contiguous().cpu() for name, tensor in do(unit).items()}
-                _write(self._file(stage, unit), save(found))
+                tensors = {name: tensor.contiguous().cpu() for name, tensor in do(unit).items()}
+                self._folder.store(_name(stage, unit), tensors)
             self._tick()
         if self.world > 1:
             self._share(stage, count)
         return lambda unit: load(self._file(stage, unit).read_bytes())
 
-    def holds(self, stage: str, count: int) -> bool:
-        """Whether this process has nothing left to do in a stage."""
-        return all(self.has(stage, unit) for unit in range(self.rank, count, self.world))
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder)
-
-    def remove_if_empty(self) -> None:
-        """After bad input: nothing is left behind, unless it is worth going on with."""
-        if not any(self.folder.glob("*.safetensors")):
-            self.remove()
+    def has(self, stage: str, unit: int) -> bool:
+        """Whether a unit's result is there, and whole."""
+        try:
+            load(self._file(stage, unit).read_bytes())
+        except (SafetensorError, OSError):
+            return False
+        return True
 
     def _share(self, stage: str, count: int) -> None:
         for unit in range(count):
-            owner = unit % self.world
-            parcel = [self._file(stage, unit).read_bytes() if owner == self.rank else b""]
-            dist.broadcast_object_list(parcel, src=owner)
+            file, owner = self._file(stage, unit), unit % self.world
+            parcel = ranks.sent(file.read_bytes() if owner == self.rank else b"", owner)
             if owner != self.rank:
-                _write(self._file(stage, unit), parcel[0])
+                replace(file, parcel)
 
     def _tick(self) -> None:
         self._done += self.world
         self._advance(min(self._done, self.total), self.total)
 
-    def has(self, stage: str, unit: int) -> bool:
-        """Whether a unit's result is there."""
-        file = self._file(stage, unit)
-        if not file.is_file():
-            return False
-        try:
-            load(file.read_bytes())
-        except (SafetensorError, OSError):
-            return False
-        return True
-
     def _file(self, stage: str, unit: int) -> Path:
-        return self.folder / f"{stage}-{unit:05d}.safetensors"
+        return self._folder.file(_name(stage, unit))
 
 
-def _write(file: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(data)
-    partial.replace(file)
+def _name(stage: str, unit: int) -> str:
+    return f"{stage}-{unit:05d}"
 
 
-def difference(there: str, here: dict[str, object]) -> str:
-    try:
-        was = json.loads(there)
-        now = json.loads(json.dumps(here, default=str))
-        key = next(key for key in now | was if was.get(key) != now.get(key))
-        return f"its {key} was {str(was.get(key))[:60]}, not {str(now.get(key))[:60]}"
-    except (ValueError, AttributeError, StopIteration):
-        return "it is damaged"
-
-
-def numbers(**values: float) -> Found:
+def numbers(**values: float) -> UnitResult:
     """Plain numbers as a result."""
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}

@@ -5,9 +5,9 @@
     …experts[.base_layer].lora_A.weight       (E r, in)    expert e: A's rows from e r on, B's columns e, e + E, …
                           lora_B.weight       (out, r E)
 
-<module> is counted from the model, or from what peft was given of it: model, decoder, the encoder's language model. The
-sum is taken in float64 and rounded to the weight's dtype once, so that neither slices nor threads change a bit. What
-peft's format says and this does not do is refused by name.
+<module> is counted from the whole model, or from the part of it that peft was given: model, decoder, the encoder's
+language model. The sum is taken in float64 and rounded to the weight's dtype once, so that neither slices nor threads
+change a bit. Settings of peft that dgq does not merge are refused by name.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import FLOATS, HFDir, read_header, read_json
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
-from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER
+from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER, layer_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -46,19 +46,19 @@ PIECE = 1 << 24  # elements of a whole weight merged at once
 
 @dataclass(frozen=True)
 class Delta:
-    """What an adapter does to one weight. a, b: names of its tensors; transposed: as peft before 0.18 had experts, with
-    in and out the other way round."""
+    """What an adapter adds to one weight. a, b, magnitude: names of its tensors; experts: how many the weight has, 0
+    for a matrix; transposed: in and out are the other way round, as peft before 0.18 had them for experts."""
 
     reader: HFDir
     a: str
     b: str
     scale: float
-    experts: int = 0  # 0: the weight is a matrix
+    experts: int = 0
     transposed: bool = False
     magnitude: str | None = None
 
     def merged(self, values: Tensor, start: int) -> Tensor:
-        """values float64: rows, or experts, of the weight from `start` on, changed."""
+        """Change values float64, which are rows (of experts: whole experts) of the weight from `start` on."""
         part = slice(start, start + len(values))
         a, b = self.reader.tensor(self.a), self.reader.tensor(self.b)
         if not self.experts:
@@ -74,7 +74,7 @@ class Delta:
         return values + self.scale * (change.transpose(1, 2) if self.transposed else change)
 
     def same(self, other: Delta) -> bool:
-        """Whether it is the same numbers."""
+        """Whether the other one adds the same numbers."""
         names = [(self.a, other.a), (self.b, other.b)]
         if self.magnitude and other.magnitude:
             names.append((self.magnitude, other.magnitude))
@@ -84,12 +84,13 @@ class Delta:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An opened adapter. deltas: canonical weight name -> what it does; about: for dgq.json."""
+    """An opened adapter. deltas: canonical weight name -> what is added; about: what dgq.json holds of it; sides: of
+    encoder and decoder, on which its layers were trained."""
 
     path: Path
     deltas: dict[str, Delta]
     about: dict[str, Any]
-    sides: frozenset[str] = field(default_factory=frozenset)  # of encoder and decoder, which its layers were trained on
+    sides: frozenset[str] = field(default_factory=frozenset)
 
     @property
     def notice(self) -> str:
@@ -100,7 +101,7 @@ class Adapter:
 
 
 class MergedDir(HFDir):
-    """A checkpoint's tensors with adapters merged in, one after the other."""
+    """The tensors of a checkpoint, with adapters merged in one after the other as they are read."""
 
     def __init__(self, directory: HFDir, adapters: Sequence[Adapter]) -> None:
         super().__init__(directory.path, directory.specs)
@@ -148,11 +149,11 @@ def open_adapter(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
     deltas: dict[str, Delta] = {}
     sides = set()
     for module, tensors in parts.items():
-        delta, name, own = _delta(reader, settings, file, place, module, tensors, shapes)
+        delta, name, trained = _delta(reader, settings, file, place, module, tensors, shapes)
         if name == EMBEDDING:
             raise InputError(f"{file}: changes {module}, the embedding, which is the head as well; dgq merges no such")
-        if ".layers." in name:
-            sides.add("encoder" if own.startswith(ENCODER) else "decoder")
+        if layer_of(name) is not None:
+            sides.add("encoder" if trained.startswith(ENCODER) else "decoder")
         if name in deltas and not delta.same(deltas[name]):
             raise InputError(
                 f"{file}: {module} has other numbers than the same weight of the other side; encoder and decoder share"
@@ -185,12 +186,12 @@ def _parts(reader: HFDir, file: Path) -> dict[str, dict[str, str]]:
     """Module, counted from what peft was given -> "A", "B", "magnitude_vector" -> tensor."""
     parts: dict[str, dict[str, str]] = {}
     for name, spec in reader.specs.items():
-        found = _PART.fullmatch(name.removeprefix(PREFIX))
-        if not name.startswith(PREFIX) or found is None:
+        match = _PART.fullmatch(name.removeprefix(PREFIX))
+        if not name.startswith(PREFIX) or match is None:
             raise InputError(f"{file}: {name} is no tensor of a LoRA layer that dgq merges")
         if spec.dtype not in FLOATS or not bool(reader.tensor(name).isfinite().all()):
             raise InputError(f"{file}: {name} is {spec.dtype}, or holds values that are not finite")
-        parts.setdefault(found[1], {})[found[2] or found[3]] = name
+        parts.setdefault(match[1], {})[match[2] or match[3]] = name
     if not parts:
         raise InputError(f"{file}: holds no LoRA layer")
     for module, tensors in parts.items():
@@ -211,8 +212,8 @@ def _place(parts: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]], f
 def _candidates(module: str, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Canonical names of the weights that a module of the whole model may have."""
     module = re.sub(r"(\.base_layer)+$", "", module)
-    own = DECODER + module.removeprefix(ENCODER) if module.startswith(ENCODER) else module
-    names = [own + ".weight", own + ".gate_up_proj", own + ".down_proj"]
+    canonical = DECODER + module.removeprefix(ENCODER) if module.startswith(ENCODER) else module
+    names = [canonical + ".weight", canonical + ".gate_up_proj", canonical + ".down_proj"]
     return [name for name in names if len(shapes.get(name, ())) > 1]
 
 
@@ -253,9 +254,9 @@ def _setting(settings: dict[str, Any], key: str, patterns: str, module: str) -> 
     """Of a module, as peft finds it: the first pattern that its name ends in."""
     for pattern, value in (settings.get(patterns) or {}).items():
         try:
-            found = re.match(rf"(.*\.)?({pattern})$", module)
+            match = re.match(rf"(.*\.)?({pattern})$", module)
         except re.error as error:
             raise InputError(f"{CONFIG}: {patterns} has {pattern!r}, no regular expression ({error})") from None
-        if found:
+        if match:
             return float(value)
     return float(settings[key])

@@ -23,11 +23,13 @@ from dgq.convert.source.hub import Located, locate, remote_specs
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import FLOATS, HFDir, read_json
 from dgq.quant.types import Packed, Spec
-from dgq.runtime.files.quantization import quantization
+from dgq.runtime.files.canonical import canonical, stored_tensors
+from dgq.runtime.files.folders import refuse_other
+from dgq.runtime.files.quantization import DECLARATIONS, quantization, stale_declaration
 from dgq.runtime.files.weights import Stored, Weights
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER, check_tensors, expected_tensors
-from dgq.runtime.shape.settings import GenerationConfig
+from dgq.runtime.shape.settings import GenerationConfig, sampler_notices
 from dgq.runtime.shape.vision import expected_vision
 
 COMPARE_BYTES = 1 << 24
@@ -40,10 +42,12 @@ SAMPLER_KEYS = ("t_min", "t_max", "stability_threshold", "confidence_threshold",
 
 @dataclass(frozen=True)
 class Source(Weights):
-    """A checked checkpoint: a mapping canonical text tensor name -> Packed (mapped, not loaded). Vision tensors can be
-    asked for by name and are not iterated over.
+    """A checked BF16 checkpoint: a mapping from the canonical name of a tensor of the text model to a Packed, which is
+    mapped from the file and not loaded. Vision tensors can be looked up by name and are not iterated over.
 
-    text, vision: header entries; copies: name of a duplicate -> canonical name; notices: lines to show the user.
+    text, vision: header entries; copies: name of a duplicate -> canonical name; notices: lines for the user; adapters:
+    merged into the weights as these are read; deviations: those notices that say how the files differ from a plain
+    checkpoint.
     """
 
     where: Located
@@ -55,6 +59,7 @@ class Source(Weights):
     notices: tuple[str, ...]
     _dir: HFDir
     adapters: tuple[Adapter, ...] = ()
+    deviations: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Packed:
         if name not in self.text and name not in self.vision:
@@ -70,6 +75,22 @@ class Source(Weights):
     @property
     def path(self) -> Path:
         return self.where.path
+
+    @property
+    def sees(self) -> bool:
+        return bool(self.vision)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return (*self.deviations, *(adapter.notice for adapter in self.adapters))
+
+    def plain_config(self) -> dict[str, Any] | None:
+        """config.json without what the files contradict: a stale declaration of quantisation, the vision_config of a
+        model without a tower. None if there is no such thing in it."""
+        config = read_json(self.path / "config.json")
+        wrong = [key for key in DECLARATIONS if config.get(key) is not None]
+        wrong += [] if self.vision or config.get("vision_config") is None else ["vision_config"]
+        return {key: value for key, value in config.items() if key not in wrong} if wrong else None
 
     def vision_tensor(self, name: str) -> torch.Tensor:
         return self._dir.tensor(name)
@@ -90,19 +111,19 @@ class Source(Weights):
         return self._dir.row(name, *at)
 
     def digest(self) -> str:
-        """SHA-256 of ROWS rows of every matrix, one row of each expert's (not the same one), and all vectors: a
-        fine-tune changes some of them, and so do experts that are exchanged, left out or made anew. What changes single
-        rows may not."""
+        """The SHA-256 of a sample of the weights, by which two models are told apart: ROWS rows of every matrix, one
+        row of each expert's (not the same one), and all vectors. A fine-tune changes some of them, and so do experts
+        that are exchanged, left out or made anew; a change of single rows may go unnoticed."""
         digest = hashlib.sha256()
         for name, spec in self.text.items():
             *lead, rows = spec.shape[:-1] or (1,)
             if len(spec.shape) < 2:
-                found = [self.rows(name, 0, spec.shape[0] if spec.shape else 1)]
+                parts = [self.rows(name, 0, spec.shape[0] if spec.shape else 1)]
             elif lead:
-                found = [self.row(name, expert, expert * STRIDE % rows) for expert in range(lead[0])]
+                parts = [self.row(name, expert, expert * STRIDE % rows) for expert in range(lead[0])]
             else:
-                found = [self.row(name, i * rows // ROWS) for i in range(min(ROWS, rows))]
-            for part in found:
+                parts = [self.row(name, i * rows // ROWS) for i in range(min(ROWS, rows))]
+            for part in parts:
                 digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
@@ -130,7 +151,7 @@ class Source(Weights):
 
     def check_vocabulary(self) -> None:
         """InputError if tokenizer.json, which may be another model's, has a token that the embedding has no row for. A
-        row without a token is no fault: embeddings are padded."""
+        row without a token is allowed, since embeddings are padded."""
         file = self.path / "tokenizer.json"
         if not file.is_file():
             return
@@ -146,7 +167,7 @@ class Source(Weights):
                 )
 
     def _pieces(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor's bytes, some rows at a time, read and not mapped."""
+        """Yield a tensor's bytes, some rows at a time, read and not mapped."""
         spec = self._dir.specs[name]
         count = spec.shape[0] if spec.shape else 1
         step = max(1, COMPARE_BYTES * count // max(1, spec.stop - spec.start))
@@ -156,47 +177,53 @@ class Source(Weights):
 
     @property
     def unsaid(self) -> list[str]:
-        """What config.json does not say of the architecture and generation_config.json of the sampler, and vLLM has no
-        default for."""
+        """The settings that vLLM has no default for and that the source lacks: of the architecture in config.json, of
+        the sampler in generation_config.json."""
         file = self.path / "generation_config.json"
-        said = read_json(file) if file.is_file() else {}
-        sampler = said.get("sampler_config") or {}
-        said |= {f"sampler_config.{key}": value for key, value in sampler.items()}
+        settings = read_json(file) if file.is_file() else {}
+        sampler = settings.get("sampler_config") or {}
+        settings |= {f"sampler_config.{key}": value for key, value in sampler.items()}
         named = ARCHITECTURE in str(read_json(self.path / "config.json").get("architectures"))
-        missing = [f"{file.name}: {key}" for key in SAMPLER_KEYS if said.get(key) is None]
+        missing = [f"{file.name}: {key}" for key in SAMPLER_KEYS if settings.get(key) is None]
         return missing if named else [f"config.json: architectures [{ARCHITECTURE}]", *missing]
 
 
 def open_source(
     asked: str, revision: str | None = None, *, weights: bool = True, adapters: Sequence[Path] = ()
 ) -> Source:
-    """Locate and check SRC; reads headers only. InputError for anything that is wrong with it.
+    """Locate SRC and check it, from headers alone. InputError for anything that is wrong with it.
 
-    weights=False: of a Hub id, fetch only small files and headers. The result can be planned, not converted. adapters:
-    directories of LoRA adapters, merged into the weights as these are read.
+    asked: a directory, a Hub id (at `revision`) or `tiny`. weights=False: of a Hub id, fetch only small files and
+    headers; the result can be planned, but not converted. adapters: directories of LoRA adapters, merged into the
+    weights as these are read.
     """
     where = locate(asked, revision, weights=weights)
     config_file = where.path / "config.json"
+    if where.repo is None or not config_file.exists():  # a Hub repository's weights may not be fetched yet
+        refuse_other(where.path)
     raw = read_json(config_file)
-    if (said := quantization(where.path, raw)) is not None:
+    remote = None if weights or where.repo is None else remote_specs(where.repo, str(where.revision))
+    stored = stored_tensors(where.path) if remote is None else remote
+    if (packed := quantization(where.path, raw, stored)) is not None:
         raise InputError(
-            f"{said.source}: already quantised ({said.method!r}); dgq converts from the BF16 checkpoint, and runs and"
-            " inspects a quantised one in a directory of its own"
+            f"{packed.source}: already quantised ({packed.method!r}); dgq converts from the BF16 checkpoint, and runs"
+            " and inspects a quantised one in a directory of its own"
         )
     config = ModelConfig.from_json(raw, str(config_file))
     generation = GenerationConfig.from_file(where.path / "generation_config.json", config)
-    remote = None if weights or where.repo is None else remote_specs(where.repo, str(where.revision))
-    directory = HFDir(where.path, remote)
-    vision = expected_vision(raw, config.hidden, str(config_file))
-    text = expected_tensors(config)
+    text, stale = expected_tensors(config), stale_declaration(where.path, raw, stored)
+    named = canonical(stored, text, expected_vision(raw, config.hidden, str(config_file)))
+    vision, directory = named.vision, HFDir(where.path, named.specs)
     copies = _copies(directory, text)
     expected = text | vision | {copy: text[original] for copy, original in copies.items()}
     specs = directory.specs
     shapes = {name: spec.shape for name, spec in specs.items()}
     check_tensors(shapes, expected, str(where.path), file=lambda name: str(specs[name].file))
     _check_dtypes(specs)
-    found = tuple(open_adapter(path, {name: specs[name].shape for name in text}) for path in adapters)
-    notices = (*_notices(specs, copies, raw.get("text_config", {})), *(adapter.notice for adapter in found))
+    merged = tuple(open_adapter(path, {name: specs[name].shape for name in text}) for path in adapters)
+    sampler = sampler_notices(where.path, generation)
+    deviations = (*([stale] if stale else []), *named.notices)
+    notices = (*_notices(specs, copies, raw.get("text_config", {})), *deviations, *sampler)
     return Source(
         where,
         config,
@@ -204,9 +231,10 @@ def open_source(
         {n: specs[n] for n in text},
         {n: specs[n] for n in vision},
         copies,
-        notices,
-        MergedDir(directory, found) if found else directory,
-        found,
+        (*notices, *(adapter.notice for adapter in merged)),
+        MergedDir(directory, merged) if merged else directory,
+        merged,
+        deviations,
     )
 
 

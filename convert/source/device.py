@@ -1,4 +1,4 @@
-"""Which device a command computes on."""
+"""Which device a command computes on: the one asked for, or a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from dgq.quant.errors import InputError
 
 
 def chosen_device(asked: str) -> str:
-    """ "cpu" or "cuda" for the --device option; auto takes a GPU where torch sees one. InputError if there is none."""
+    """Return "cpu" or "cuda" for the --device option; auto takes a GPU if torch sees one. InputError for "cuda" without
+    one."""
     import torch
 
     visible = torch.cuda.is_available()

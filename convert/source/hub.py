@@ -6,7 +6,8 @@ A Hub id is pinned to the commit it resolved to; that commit goes into every art
     large files      into the Hub's cache as HASH.incomplete, continued where an earlier run broke off, then checked
     the rest         snapshot_download, which finds the large ones in the cache
 
-The library alone starts a broken file over, and waits for as long as the Hub tells it to: both are ours here.
+huggingface_hub alone would start a broken file over, and wait for as long as the Hub asks. dgq continues the file, and
+reports a long wait in place of waiting.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 from urllib.parse import unquote
 
 from dgq.quant.errors import InputError
@@ -29,12 +30,12 @@ TINY = "tiny"
 SMALL = ("*.json", "*.jinja", "tokenizer.model", "LICENSE", "NOTICE")
 WANTED = (*SMALL, "*.safetensors")
 TIMEOUT = 10  # seconds of silence; model_info has no limit of its own
-PATIENCE = 10  # seconds; who is told to wait longer is told so, at once
+PATIENCE = 10  # seconds; if the Hub wants a longer wait, dgq does not wait and says so
 
 
 @dataclass(frozen=True)
 class Located:
-    """asked: what the user wrote. repo and revision (a commit hash) are set for Hub sources only."""
+    """Where a SRC lies. asked: what the user wrote; repo, revision (a commit hash): of a Hub source only."""
 
     asked: str
     path: Path
@@ -43,16 +44,18 @@ class Located:
 
     @property
     def name(self) -> str:
-        """What to call the model: the repository's, directory's or embedded model's name."""
+        """The model's name: the repository's, the directory's or the embedded model's."""
         return self.repo.split("/")[-1] if self.repo else self.asked if self.asked == TINY else self.path.resolve().name
 
 
 def is_hub_id(asked: str) -> bool:
+    """Whether it has the form USER/NAME and is no path that exists."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", asked) is not None and not Path(asked).exists()
 
 
 def locate(asked: str, revision: str | None = None, *, weights: bool = True) -> Located:
-    """Find or fetch SRC. weights=False fetches only the small files of a Hub id (enough for a plan)."""
+    """Find or fetch SRC. weights=False: of a Hub id fetch only the small files, which are enough for a plan.
+    InputError, one line, for what is not there and for whatever the Hub or the network says."""
     if asked == TINY:
         path = Path(str(files("dgq.recipes").joinpath("tiny")))
         return Located(asked, path)
@@ -69,7 +72,7 @@ def locate(asked: str, revision: str | None = None, *, weights: bool = True) -> 
 
 
 def fetch_artifact(repo: str, revision: str | None = None) -> Located:
-    """Every file of an artifact's repository, in the Hub's cache, where they are links to its blobs."""
+    """Fetch every file of an artifact's repository into the Hub's cache, where they are links to its blobs."""
     return _fetch(repo, revision, ("*",))
 
 
@@ -103,18 +106,16 @@ def _fetch(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Locate
 
 def _fetch_large(repo: str, commit: str, file: Any) -> None:
     """Put one LFS file among the cache's blobs, where snapshot_download looks before it downloads."""
-    from huggingface_hub import constants, errors, hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+    from huggingface_hub import constants
+    from huggingface_hub.utils import WeakFileLock
 
-    name, size = file.rfilename, file.size
     cache, folder = Path(constants.HF_HUB_CACHE), f"models--{repo.replace('/', '--')}"
     blob = cache / folder / "blobs" / file.lfs.sha256
     part = blob.with_name(f"{blob.name}.incomplete")
     lock = cache / ".locks" / folder / f"{blob.name}.lock"  # the library's own
-    if blob.exists() or (cache / folder / "snapshots" / commit / name).exists():
+    if blob.exists() or (cache / folder / "snapshots" / commit / file.rfilename).exists():
         return
-    if size > constants.MAX_HTTP_DOWNLOAD_SIZE:
+    if file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
         return  # the Hub serves such files by Xet only; the library speaks that, and starts over if it breaks
     for path in (blob, lock):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,28 +123,38 @@ def _fetch_large(repo: str, commit: str, file: Any) -> None:
         if blob.exists():  # another process was faster
             part.unlink()
             return
-        try:
-            if out.tell() < size:
-                url = hf_hub_url(repo, name, revision=commit)
-                http_get(url, out, resume_size=out.tell(), headers=build_hf_headers(), displayed_filename=name)
-        except errors.HTTPError as error:
-            if hasattr(error, "response"):  # the Hub's word, not the wire's
-                refuse(repo, error, name)
-            out.flush()
-            raise InputError(
-                f"{repo}: the download of {name} broke off at {part.stat().st_size} of {size} bytes"
-                f" ({_reason(error)}); run the command again to continue it"
-            ) from None
-        out.flush()
+        _download(repo, commit, file, out)
         with part.open("rb") as done:
             right = hashlib.file_digest(done, "sha256").hexdigest() == blob.name
         if not right:
             part.unlink()
             raise InputError(
-                f"{repo}: {name} arrived damaged ({out.tell()} of {size} bytes, its SHA-256 is not the Hub's);"
-                " run the command again to fetch it anew"
+                f"{repo}: {file.rfilename} arrived damaged ({out.tell()} of {file.size} bytes, its SHA-256 is not the"
+                " Hub's); run the command again to fetch it anew"
             )
         part.replace(blob)
+
+
+def _download(repo: str, commit: str, file: Any, out: BinaryIO) -> None:
+    """Append to `out` what it lacks of a file. InputError if the Hub refuses, or the download breaks off."""
+    from huggingface_hub import errors, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    name, size = file.rfilename, file.size
+    try:
+        if out.tell() < size:
+            url = hf_hub_url(repo, name, revision=commit)
+            http_get(url, out, resume_size=out.tell(), headers=build_hf_headers(), displayed_filename=name)
+    except errors.HTTPError as error:
+        if hasattr(error, "response"):  # an answer of the Hub, not a broken connection
+            refuse(repo, error, name)
+        out.flush()
+        raise InputError(
+            f"{repo}: the download of {name} broke off at {Path(out.name).stat().st_size} of {size} bytes"
+            f" ({_reason(error)}); run the command again to continue it"
+        ) from None
+    out.flush()
 
 
 def _cached(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
@@ -167,7 +178,8 @@ def _cached(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
 
 
 def remote_specs(repo: str, commit: str) -> dict[str, Spec]:
-    """Every tensor's header entry of a Hub repository, by ranged requests: no other byte of the weights is fetched."""
+    """The header entry of every tensor of a Hub repository. Headers are fetched by ranged requests, and no other byte
+    of the weights."""
     import huggingface_hub
 
     if huggingface_hub.is_offline_mode():
@@ -184,12 +196,13 @@ def remote_specs(repo: str, commit: str) -> dict[str, Spec]:
 
 
 def is_commit(revision: str | None) -> bool:
+    """Whether it is a whole commit hash."""
     return re.fullmatch(r"[0-9a-f]{40}", revision or "") is not None
 
 
 def tame(silence: float = TIMEOUT) -> None:
-    """Errors are told by us, in one line: no log of the library's retries, none of its long waits, no bars in a log.
-    silence: seconds that an answer may take."""
+    """Make huggingface_hub quiet, since dgq reports errors itself, in one line: no log of its retries, none of its long
+    waits, no progress bars in a log file. silence: seconds that an answer may take."""
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars, hf_raise_for_status
 
@@ -208,8 +221,8 @@ def tame(silence: float = TIMEOUT) -> None:
 def _wait(response: Any) -> int | None:
     """Seconds until the Hub wants to be asked again, if it says so."""
     spent = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", response.headers.get("RateLimit", ""))
-    told = spent or re.fullmatch(r"\s*(\d+)\s*", response.headers.get("Retry-After", ""))
-    return int(told[1]) if told else None
+    match = spent or re.fullmatch(r"\s*(\d+)\s*", response.headers.get("Retry-After", ""))
+    return int(match[1]) if match else None
 
 
 def _reason(error: Exception) -> str:
@@ -217,14 +230,14 @@ def _reason(error: Exception) -> str:
 
 
 def _words(error: Any) -> str:
-    """What the Hub says of an error, without a token, should it repeat one."""
+    """The Hub's message about an error; a token in it is made unreadable."""
     return re.sub(r"hf_\w+", "hf_…", error.server_message or "")
 
 
 def refuse(repo: str, error: Exception, file: str | None = None) -> NoReturn:
-    """Turn an exception of huggingface_hub or its transport into an InputError; re-raise what is none of theirs.
+    """Turn an exception of huggingface_hub or of its transport into an InputError, and raise any other again.
 
-    file: the one that was asked for, where the address may not say (large files lie elsewhere).
+    file: the one that was asked for, where the address may not name it (large files lie elsewhere).
     """
     from huggingface_hub import constants, errors
 

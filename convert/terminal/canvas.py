@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,22 @@ from dgq.quant.errors import shown
 
 if TYPE_CHECKING:
     from dgq.runtime.engine.engine import Step
+    from dgq.runtime.files.artifact import Artifact
     from dgq.runtime.files.tokenizer import Tokenizer
 
 
+@contextmanager
+def drawing(artifact: Artifact, draw: bool) -> Iterator[Callable[[Step], None] | None]:
+    """The engine's callback that draws each step, and takes the picture away at the end; None without `draw`."""
+    if not draw:
+        yield None
+        return
+    with CanvasView(artifact.tokenizer, artifact.generation.eos_ids) as view:
+        yield view.step
+
+
 class CanvasView:
-    """Draws every step of the first row; leaves nothing on the screen when it is done."""
+    """Draws every step of the first row from the first one on; leaves nothing on the screen when it is done."""
 
     def __init__(self, tokenizer: Tokenizer, eos: Sequence[int], console: Console | None = None) -> None:
         self._tokenizer, self._eos = tokenizer, set(eos)
@@ -28,7 +40,6 @@ class CanvasView:
         self._live = Live(console=console or Console(), transient=True, refresh_per_second=20)
 
     def __enter__(self) -> CanvasView:
-        self._live.start()
         return self
 
     def __exit__(
@@ -37,11 +48,12 @@ class CanvasView:
         self._live.stop()
 
     def step(self, step: Step) -> None:
-        """Callback for the engine."""
+        """The engine's callback."""
         if step.block != self._block:
             self._committed += self._last
             self._block = step.block
         self._last = step.canvas[0].tolist()
+        self._live.start()  # Only its first call does anything.
         self._live.update(self.picture(step))
 
     def picture(self, step: Step) -> Text:
@@ -55,8 +67,8 @@ class CanvasView:
                 stop += 1
             piece = self._last[start:stop]
             ended = next((i for i, token in enumerate(piece) if token in self._eos), None)
-            said = self._tokenizer.decode(piece if ended is None else piece[:ended])
-            text.append(shown(said), style="bold" if accepted[start] else "dim cyan")
+            words = self._tokenizer.decode(piece if ended is None else piece[:ended])
+            text.append(shown(words), style="bold" if accepted[start] else "dim cyan")
             if ended is not None:
                 break
             start = stop

@@ -1,15 +1,17 @@
-"""Options that several commands have. Nothing heavy is imported here."""
+"""Arguments and options that several commands have in common. Nothing heavy is imported here."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
 
-from dgq.convert.source.sizes import Size
+from dgq.convert.terminal.sizes import Size
 
 SOURCE = click.argument("src")
+FORMATS = click.Choice(["nvfp4", "bnb4", "gguf"])
+TO = click.option("--to", "to", type=FORMATS, required=True, help="Format of the artifact.")
+RECIPE = click.option("--recipe", help="Recipe name or .toml file. [default: nvfp4, bnb4, q4_k_m]")
 REVISION = click.option("--revision", help="Branch, tag or commit of a Hub source. [default: its main branch]")
 DEVICE = click.option(
     "--device",
@@ -17,6 +19,9 @@ DEVICE = click.option(
     default="auto",
     show_default=True,
     help="[auto: a GPU if any]",
+)
+DTYPE = click.option(
+    "--dtype", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", help="Of activations. [auto: bf16 on CUDA]"
 )
 ADAPTER = click.option(
     "--adapter",
@@ -30,8 +35,3 @@ RAM = click.option(
 )
 VRAM = click.option("--vram", type=Size(), help="The same for the GPU's memory.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, and nothing for people.")
-
-
-def stop(number: int, frame: object) -> None:
-    """SIGTERM and SIGHUP unwind the program, so that a partial artifact is removed."""
-    sys.exit(128 + number)

@@ -1,1 +1,2 @@
-"""What an artifact lost beside the model it was made of: questions, measurements, the gate, the report."""
+"""What an artifact lost beside the model that it was made of: the questions, the measurements, the order of the work.
+What came of it, and the files that are written, are in the room report."""

@@ -1,4 +1,7 @@
-"""What a model costs to run: load time, memory, milliseconds a step: of one prompt alone, as a user sees it."""
+"""What a model costs to run, measured on one prompt alone, as a user sees it: seconds, memory, milliseconds of a step.
+
+memory now ── load ── STEPS + 2 denoising steps, the last STEPS of them timed ── memory at the peak
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from dgq.convert.resume.work import Found, numbers
-from dgq.runtime.engine.engine import Step, generate
+from dgq.convert.resume.work import UnitResult, numbers
+from dgq.runtime.engine.engine import Request, Step, generate
 from dgq.runtime.model.model import Model
 from dgq.runtime.shape.settings import GenerationConfig
 
@@ -23,9 +26,9 @@ STATUS = Path("/proc/self/status")
 
 def cost(
     load: Callable[[], Model], prompt: Sequence[int], generation: GenerationConfig, device: str
-) -> tuple[Model, Found]:
-    """Load a model and time it: the model, and load_s, step_ms, bytes of its weights in memory, and peak_bytes: on a
-    GPU what torch allocated at its peak, elsewhere by how much the process grew at its peak."""
+) -> tuple[Model, UnitResult]:
+    """Load a model and time it: the model, and the fields of result.Cost as float64 scalars. On a GPU the peak is what
+    torch allocated, elsewhere by how much the process grew."""
     before = _watermark(device)
     began = time.perf_counter()
     model = load()
@@ -38,7 +41,7 @@ def cost(
         _wait(device)
         at.append(time.perf_counter())
 
-    generate(model, [prompt], replace(generation, sampler=endless), model.config.canvas, 0, on_step=on_step)
+    generate(model, Request([prompt], replace(generation, sampler=endless), model.config.canvas, 0), on_step=on_step)
     gaps = [1000 * (b - a) for a, b in pairwise(at[1:])]
     peak = _peak(device) - before
     return model, numbers(
@@ -52,7 +55,7 @@ def _wait(device: str) -> None:
 
 
 def _watermark(device: str) -> int:
-    """Memory in use now; the peak is counted from here on."""
+    """Bytes of memory in use now; the peak is counted from here on."""
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -67,7 +70,7 @@ def _peak(device: str) -> int:
 
 
 def _status(key: str) -> int:
-    """Bytes, of Linux's account of this process; 0 elsewhere."""
+    """Bytes, from Linux's account of this process; 0 on other systems."""
     if not STATUS.is_file():
         return 0
     lines = (line.split() for line in STATUS.read_text().splitlines())

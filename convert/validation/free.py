@@ -1,4 +1,7 @@
-"""Free running: the same prompts and random numbers, each model with its own sampler settings, from noise to text."""
+"""Free running: the same prompts and random numbers, each model with its own sampler's settings, from noise to text.
+
+questions ── free_batches ──> rows of a batch ── run ──> canvases, steps, seconds ── scores.free ──> FreeResult
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgq.convert.resume.work import Found
+from dgq.convert.resume.work import UnitResult
 from dgq.convert.validation.questions import BATCH_LOGITS, Question
-from dgq.runtime.engine.engine import generate
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.model.model import Model
 from dgq.runtime.shape.settings import GenerationConfig
 
@@ -18,8 +21,8 @@ ROWS = 8  # of a batch, which waits for its slowest row
 
 
 def free_batches(questions: Sequence[Question], texts: int, canvas: int, vocab: int) -> list[list[int]]:
-    """The questions of each batch: the first `texts` texts to be continued, and all others. Kinds are not mixed, since
-    a batch waits for its slowest row."""
+    """The numbers of the questions of each batch: the first `texts` texts to be continued, and all others. The two
+    kinds are not mixed, since a batch waits for its slowest row."""
     rows = max(1, min(ROWS, BATCH_LOGITS // (canvas * vocab)))
     continued = [i for i, question in enumerate(questions) if question.group == "text"][:texts]
     others = [i for i, question in enumerate(questions) if question.group != "text"]
@@ -29,15 +32,16 @@ def free_batches(questions: Sequence[Question], texts: int, canvas: int, vocab: 
 def run(
     model: Model, generation: GenerationConfig, questions: Sequence[Question], rows: Sequence[int], seed: int,
     blocks: int,
-) -> Found:  # fmt: skip
-    """Answer a batch. rows: the questions' numbers, and their random streams'.
+) -> UnitResult:  # fmt: skip
+    """Answer a batch with `blocks` canvases a question. rows: the numbers of the questions and of their random streams.
 
-    canvases (rows, tokens) int64 as committed, steps (rows, blocks) int64, -1 where the answer had ended; seconds.
+    "canvases" int64 (rows, tokens) as committed; "steps" int64 (rows, blocks), -1 where the answer had ended;
+    "seconds".
     """
     prompts = [questions[row].prompt for row in rows]
     tokens = blocks * model.config.canvas
     began = time.perf_counter()
-    result = generate(model, prompts, generation, tokens, seed, rows=rows)
+    result = generate(model, Request(prompts, generation, tokens, seed, rows=rows))
     seconds = time.perf_counter() - began
     steps = torch.full((len(rows), blocks), -1)
     for row, took in enumerate(result.steps):
@@ -48,15 +52,15 @@ def run(
 
 
 def agreement(a: Tensor, b: Tensor, pad: int) -> Tensor:
-    """Share (n,) of equal tokens of canvases (n, tokens) where not both have ended."""
+    """The share (n,) of equal tokens in two canvases (n, tokens), where not both have ended; 1 where both are empty."""
     counted = (a != pad) | (b != pad)
     return ((a == b) & counted).sum(-1) / counted.sum(-1).clamp(min=1) + (~counted.any(-1)).float()
 
 
 def tokens_of(canvases: Tensor, generation: GenerationConfig) -> list[list[int]]:
-    """What was said: up to the first end-of-sequence token."""
-    said = []
+    """The tokens of each row of canvases (n, tokens) up to the first end-of-sequence token."""
+    answers = []
     for row in canvases.tolist():
         end = next((i for i, token in enumerate(row) if token in generation.eos_ids), len(row))
-        said.append(row[:end])
-    return said
+        answers.append(row[:end])
+    return answers

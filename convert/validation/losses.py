@@ -1,11 +1,11 @@
-"""Where the loss comes from: each tensor's weights, and each layer's output on the reference's own activations.
+"""Where the loss comes from: the error of each tensor, and of each layer's output on the reference's own activations.
 
-weights   ‖Q - W‖ / ‖W‖ of a tensor, and of its worst expert; each block's gain <Q, W> / <W, W>, near 1 unless its
-          scale is wrong (blocks of little weight in their tensor are not asked)
+weights   ‖Q - W‖ / ‖W‖ of a tensor, and of its worst expert; the gain <Q, W> / <W, W> of each block, which is near 1
+          unless the block's scale is wrong (blocks with little energy for their tensor are left out)
 
 layer     x ─┬─ reference's layer ─┬─ attention │ dense MLP, experts, router on the reference's residual │ output
              └─ artifact's layer ──┴─ the same parts, compared one by one: no part answers for another
-          and beside it the artifact's own way through all layers: how errors add up
+          Beside it the artifact's layers follow each other from its own input: this shows how errors add up.
 """
 
 from __future__ import annotations
@@ -17,36 +17,37 @@ from torch import Tensor
 
 from dgq.convert.layerwise.chunk import Chunk
 from dgq.convert.layerwise.stream import LayerOf, Stream
-from dgq.convert.resume.work import Found
+from dgq.convert.resume.work import UnitResult
 from dgq.convert.validation.questions import LEVELS, Question, canvases
 from dgq.quant.types import Packed
 from dgq.runtime.files.artifact import Artifact
 from dgq.runtime.files.weights import Weights
 from dgq.runtime.model.layers import DECODE_BUDGET
-from dgq.runtime.shape.names import DECODER, ENCODER
+from dgq.runtime.shape.names import layer_of
 
 PARTS = ("attention", "dense MLP", "experts", "output", "accumulated")
 GAIN_BLOCK = 32  # weights at most that share a gain
-ASKED = 0.05  # of the mean energy of the tensor's blocks: less, and a block's gain is not asked
+LEAST_ENERGY = 0.05  # of the mean of a tensor's blocks: the gain of a block with less is not looked at
 
 
 def stages(names: Sequence[str], layers: int) -> list[list[str]]:
-    """Tensors that are compared in one unit: those outside the layers, then those of each layer, both sides."""
-    of_layers = [(f"{DECODER}layers.{i}.", f"{ENCODER}layers.{i}.") for i in range(layers)]
-    outside = [name for name in names if ".layers." not in name]
-    return [outside, *([name for name in names if name.startswith(prefixes)] for prefixes in of_layers)]
+    """Tensors that are compared in one unit: those outside of the layers, then those of each layer, the decoder's and
+    the encoder's."""
+    return [[name for name in names if layer_of(name) == layer] for layer in (None, *range(layers))]
 
 
 def weight_errors(
     source: Mapping[str, Packed], other: Mapping[str, Packed], names: Sequence[str], device: str
-) -> Found:
-    """Of each tensor: "NAME" float64 (4,): relative error, that of the worst expert, that expert, the same without its
-    magnitude; "NAME.gain" (2,): the least and the largest gain of a block."""
-    found = {}
+) -> UnitResult:
+    """Compare tensors by name, on `device`. For each of them "NAME" float64 (4,): the relative error, the worst
+    expert's, that expert's number, the median expert's; and "NAME.gain" float64 (2,): the least and the largest gain of
+    a block.
+    """
+    errors = {}
     for name in names:
         a, b = source[name], other[name]
-        found[name], found[name + ".gain"] = _weight(a, b, device)
-    return found
+        errors[name], errors[name + ".gain"] = _weight(a, b, device)
+    return errors
 
 
 def _weight(a: Packed, b: Packed, device: str) -> tuple[Tensor, Tensor]:
@@ -72,17 +73,17 @@ def _weight(a: Packed, b: Packed, device: str) -> tuple[Tensor, Tensor]:
 
 
 def _gains(w: Tensor, q: Tensor) -> tuple[float, float]:
-    """w, q (blocks, block) -> least and largest gain among blocks with enough weight."""
+    """w, q (blocks, block) float32 -> the least and the largest gain among blocks with enough energy."""
     energy = w.square().sum(1)
-    asked = energy > ASKED * energy.mean()
-    if not bool(asked.any()):
+    enough = energy > LEAST_ENERGY * energy.mean()
+    if not bool(enough.any()):
         return 1.0, 1.0
-    gain = ((w * q).sum(1) / energy)[asked]
+    gain = ((w * q).sum(1) / energy)[enough]
     return float(gain.min()), float(gain.max())
 
 
 def _pieces(shape: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Slices along the first axis, of DECODE_BUDGET elements at most."""
+    """Start and stop of slices along the first axis, of at most DECODE_BUDGET elements each."""
     row = 1
     for size in shape[1:]:
         row *= size
@@ -91,7 +92,7 @@ def _pieces(shape: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 class Unscaled(Mapping[str, Packed]):
-    """Weights without their input scales: activations are not rounded."""
+    """Weights without their input scales, so that activations are not rounded."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -108,7 +109,7 @@ class Unscaled(Mapping[str, Packed]):
 
 
 def layer_chunk(questions: Sequence[Question], rows: range, seed: int, vocab: int) -> Chunk:
-    """Some questions with their canvases at every noise level."""
+    """The questions with these numbers as a chunk, each with its canvas at every noise level."""
     noised = canvases(questions, rows, seed, vocab).transpose(0, 1)  # (rows, levels, canvas)
     owner = tuple(i for i in range(len(rows)) for _ in LEVELS)
     prompts = tuple(questions[row].prompt for row in rows)
@@ -118,15 +119,18 @@ def layer_chunk(questions: Sequence[Question], rows: range, seed: int, vocab: in
 @torch.inference_mode()
 def layer_errors(
     source: Artifact, other: Artifact, chunk: Chunk, device: str, dtype: torch.dtype, activations: str | None
-) -> Found:
-    """Sums over a chunk's tokens, float64: "wrong" and "whole" (layers, parts), squares; "overlap" (layers, 3): chosen
-    experts in common, on the reference's residual and each on its own, and in all; "chosen" (2, layers, experts):
-    tokens of each expert, the reference's and the other's, on their own residuals."""
+) -> UnitResult:
+    """Compare the layers of two models on a chunk. All results are sums over its tokens, float64.
+
+    "wrong", "whole" (layers, parts): squares of the difference and of the reference's output, by PARTS; "overlap"
+    (layers, 3): chosen experts in common on the reference's residual, in common when each has its own, and chosen in
+    all; "chosen" (2, layers, experts): tokens of each expert in the reference and in the other, on their own residuals.
+    """
     ours = Stream(source.config, source.weights, device, dtype)
     weights = other.weights if activations else Unscaled(other.weights)
     theirs = Stream(other.config, weights, device, dtype)
     layers, experts = len(source.config.layers), source.config.experts
-    found = {
+    sums = {
         "wrong": torch.zeros(layers, len(PARTS), dtype=torch.float64),
         "whole": torch.zeros(layers, len(PARTS), dtype=torch.float64),
         "overlap": torch.zeros(layers, 3, dtype=torch.float64),
@@ -138,20 +142,20 @@ def layer_errors(
         mixed = a.mixed(chunk, x)
         pairs = [(mixed - x, b.mixed(chunk, x) - x), (a.layer.dense(mixed), b.layer.dense(mixed)),
                  (a.layer.routed(mixed), b.layer.routed(mixed))]  # fmt: skip
-        _router(a, b, mixed, b.mixed(chunk, drifted), found, index)
+        _router(a, b, mixed, b.mixed(chunk, drifted), sums, index)
         out, drifted = a(chunk, x), b(chunk, drifted)
         pairs += [(out, b(chunk, x)), (out, drifted)]
         for part, (right, given) in enumerate(pairs):
-            found["wrong"][index, part] = (given - right).double().square().sum().cpu()
-            found["whole"][index, part] = right.double().square().sum().cpu()
+            sums["wrong"][index, part] = (given - right).double().square().sum().cpu()
+            sums["whole"][index, part] = right.double().square().sum().cpu()
         x = out
-    return found
+    return sums
 
 
-def _router(a: LayerOf, b: LayerOf, mixed: Tensor, drifted: Tensor, found: Found, index: int) -> None:
-    right, given, own = a.layer.route(mixed)[0], b.layer.route(mixed)[0], b.layer.route(drifted)[0]
-    common = [float((right.unsqueeze(-1) == side.unsqueeze(-2)).sum()) for side in (given, own)]
-    found["overlap"][index] = torch.tensor([*common, float(right.numel())], dtype=torch.float64)
-    for side, picks in enumerate((right, own)):
-        experts = found["chosen"].shape[-1]
-        found["chosen"][side, index] = torch.bincount(picks.flatten(), minlength=experts).double().cpu()
+def _router(a: LayerOf, b: LayerOf, mixed: Tensor, drifted: Tensor, sums: UnitResult, index: int) -> None:
+    right, given, alone = a.layer.route(mixed)[0], b.layer.route(mixed)[0], b.layer.route(drifted)[0]
+    common = [float((right.unsqueeze(-1) == side.unsqueeze(-2)).sum()) for side in (given, alone)]
+    sums["overlap"][index] = torch.tensor([*common, float(right.numel())], dtype=torch.float64)
+    for side, picks in enumerate((right, alone)):
+        experts = sums["chosen"].shape[-1]
+        sums["chosen"][side, index] = torch.bincount(picks.flatten(), minlength=experts).double().cpu()

@@ -1,4 +1,4 @@
-"""What models are judged on: prompts, what follows them, and exact answers where there are any. All by a seed.
+"""What models are judged on: prompts, what follows them, and exact answers where there are any. A seed fixes the noise.
 
     {"text": …}                             the first tokens are the prompt, the next ones its canvas
     {"prompt": … | "messages": […], "answer": …}    the chat's prompt; its canvas is the answer, then padding
@@ -11,11 +11,9 @@ on which it was neither trained nor calibrated; every other model gets prompts/v
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +22,11 @@ from torch import Tensor
 
 from dgq.convert.layerwise.measure import noised
 from dgq.convert.source.hub import TINY
+from dgq.convert.source.prompts import PromptFile, is_chat, read_prompts, shipped_prompts
 from dgq.quant.errors import InputError
-from dgq.quant.files.hf_dir import read_whole
 from dgq.runtime.files.artifact import Artifact
 
 LEVELS = (0.25, 0.5, 0.75, 1.0)  # share of a canvas's tokens replaced by random ones
-MAX_FILE = 1 << 28
 LONGEST = 1024  # tokens of a text's prompt
 SHORTEST = 8
 BATCH_LOGITS = 1 << 26  # rows * canvas * vocab of a batch at most, if it has more rows than one
@@ -38,7 +35,8 @@ ROWS = 16
 
 @dataclass(frozen=True)
 class Question:
-    """prompt: ids; canvas: the clean ids behind it, None until the reference has written them; answer: exact text."""
+    """A prompt to be judged on. group: the heading that it is reported under; prompt: token ids; canvas: the clean ids
+    behind it, None until the reference has written them; answer: the exact text, None if there is none."""
 
     group: str
     prompt: tuple[int, ...]
@@ -63,50 +61,33 @@ def _plain(text: str) -> str:
 
 
 def questions(model: Artifact, asked: str, file: Path | None, each: int) -> tuple[list[Question], dict[str, Any]]:
-    """Up to `each` questions with a text and `each` others, or all of `file`'s; and the source's name and SHA-256.
-    asked: the SRC. InputError names the line that is wrong."""
-    found: list[Question] = []
+    """Up to `each` questions with a text and `each` others, or all of `file`'s; and the files' names and SHA-256.
+    asked: the SRC. Of dgq's own files, a model without a chat template gets the texts alone. InputError names the line
+    that is wrong."""
+    every: list[Question] = []
     digest = hashlib.sha256()
     names = []
-    for name, raw in [_read(file)] if file else _shipped(asked):
-        digest.update(raw)
-        names.append(name)
-        found += _parsed(raw, name, model)
-    if not found:
+    for prompts in [read_prompts(file)] if file else _shipped(asked):
+        digest.update(prompts.raw)
+        names.append(prompts.where)
+        lines = prompts.json_lines()
+        if file is None and not model.tokenizer.chats:
+            lines = ((at, entry) for at, entry in lines if isinstance(entry.get("text"), str))
+        every += [_question(entry, at, model) for at, entry in lines]
+    if not every:
         raise InputError(f"{file}: holds no prompt")
-    texts = [question for question in found if question.group == "text"]
-    others = [question for question in found if question.group != "text"]
-    chosen = found if file else texts[:each] + others[:each]
+    texts = [question for question in every if question.group == "text"]
+    others = [question for question in every if question.group != "text"]
+    chosen = every if file else texts[:each] + others[:each]
     return chosen, {"names": names, "sha256": digest.hexdigest(), "questions": len(chosen)}
 
 
-def _shipped(asked: str) -> list[tuple[str, bytes]]:
+def _shipped(asked: str) -> list[PromptFile]:
     names = ("heldout_text.jsonl", "heldout_tasks.jsonl") if asked == TINY else ("validation.jsonl",)
-    return [(name, files("dgq.recipes").joinpath("prompts", name).read_bytes()) for name in names]
+    return [shipped_prompts(name) for name in names]
 
 
-def _read(file: Path) -> tuple[str, bytes]:
-    try:
-        return str(file), read_whole(file, MAX_FILE)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not readable ({error})") from None
-
-
-def _parsed(raw: bytes, name: str, model: Artifact) -> Iterable[Question]:
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{name}: is not UTF-8 text") from None
-    for number, line in enumerate(text.split("\n"), 1):  # JSON's strings may hold what splitlines() takes for ends
-        if line.strip():
-            yield _question(line, f"{name}, line {number}", model)
-
-
-def _question(line: str, at: str, model: Artifact) -> Question:
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{at}: no JSON ({error})") from None
+def _question(item: Any, at: str, model: Artifact) -> Question:
     if not isinstance(item, dict):
         raise InputError(f"{at}: holds a {type(item).__name__}, expected a JSON object")
     group, answer = item.get("group", item.get("task")), item.get("answer")
@@ -115,10 +96,7 @@ def _question(line: str, at: str, model: Artifact) -> Question:
     if isinstance(item.get("text"), str):
         return _text(item["text"], group or "text", at, model)
     messages = [{"role": "user", "content": item["prompt"]}] if "prompt" in item else item.get("messages")
-    good = isinstance(messages, list) and messages and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )  # fmt: skip
-    if not good or not isinstance(messages, list):
+    if not isinstance(messages, list) or not is_chat(messages):
         raise InputError(f'{at}: expected {{"prompt", "answer"}}, {{"messages", "answer"}} or {{"text"}}')
     prompt = _checked(model.tokenizer.chat(messages), at, model)
     canvas = None
@@ -139,7 +117,8 @@ def _text(text: str, group: str, at: str, model: Artifact) -> Question:
 
 
 def _canvas(ids: Sequence[int], model: Artifact) -> tuple[int, ...]:
-    """Whole: cut, or filled up; behind an end-of-sequence token there is padding only, as in generation."""
+    """A whole canvas of ids, cut or filled up. Behind an end-of-sequence token there is padding only, as in
+    generation."""
     end = next((i + 1 for i, token in enumerate(ids) if token in model.generation.eos_ids), len(ids))
     length = model.config.canvas
     return (*ids[:end], *[model.generation.pad_id] * length)[:length]
@@ -166,20 +145,21 @@ def batches(count: int, canvas: int, vocab: int) -> list[range]:
     return [range(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
-def canvases(found: Sequence[Question], rows: Sequence[int], seed: int, vocab: int) -> Tensor:
-    """(levels, rows, canvas) int64, noised; a question's noise depends on the seed and its own number only."""
+def canvases(questions: Sequence[Question], rows: Sequence[int], seed: int, vocab: int) -> Tensor:
+    """The noised canvases (levels, rows, canvas) int64. A question's noise depends on the seed and its number only."""
     each = []
     for row in rows:
-        canvas = found[row].canvas
+        canvas = questions[row].canvas
         assert canvas is not None
         number = int.from_bytes(hashlib.sha256(f"{seed} {row}".encode()).digest()[:7], "little")
         each.append(noised(torch.tensor(canvas), LEVELS, number, vocab))
     return torch.stack(each, dim=1)
 
 
-def written(found: Sequence[Question], committed: Tensor, canvas: int) -> list[Question]:
-    """The questions, those without a canvas with the first that the reference committed: (questions, tokens)."""
+def written(questions: Sequence[Question], committed: Tensor, canvas: int) -> list[Question]:
+    """The questions, where those without a canvas get the first one that the reference committed, of (questions,
+    tokens) int64."""
     return [
         question if question.canvas is not None else replace(question, canvas=tuple(row[:canvas]))
-        for question, row in zip(found, committed.tolist(), strict=True)
+        for question, row in zip(questions, committed.tolist(), strict=True)
     ]

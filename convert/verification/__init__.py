@@ -1,1 +1,2 @@
-"""Is an artifact what it says it is? Every byte, a sample quantised anew, and what an artifact holds."""
+"""Whether an artifact is what its dgq.json says it is: every byte of its files, and a sample of its weights quantised
+again. And `dgq inspect`, which describes what an artifact holds."""

@@ -1,73 +1,98 @@
-"""Is an artifact what its dgq.json says it was made from? Whole tensors, quantised again from the source, byte by byte.
+"""Whether an artifact is what its dgq.json says it was made from: whole tensors, quantised again and compared by bytes.
 
     dgq.json (recipe, effort, imatrix)  +  SRC  ->  the plan  ->  a sample of weights  ==  the artifact's bytes?
 
-Files that agree with their own hashes prove nothing of where they came from; this does, for the weights drawn. What
-STATS made cannot be made again without them. Input scales come from calibration or a number, and are not compared.
+Files that agree with their own hashes do not prove where they came from; this does, for the weights drawn. What was
+made with STATS cannot be made again without them. Input scales come from calibration or a number, and are not compared.
 """
 
 from __future__ import annotations
 
 import random
-from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from dgq.convert.plans.plan import Plan, PlannedTensor, make_plan
+from dgq.convert.plans.plan import Plan, make_plan
 from dgq.convert.plans.recipe import Recipe
 from dgq.convert.plans.recipes import find_recipe, own_recipes
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.source.checkpoint import Source
 from dgq.convert.source.hashes import describe, dgq_version
 from dgq.convert.write import provenance
-from dgq.convert.write.slices import InputScales, Options, ordered, slices
+from dgq.convert.write.settings import ConversionSettings, InputScales
+from dgq.convert.write.slices import ordered, slices
 from dgq.quant.errors import InputError, printable
-from dgq.quant.files.gguf_file import GGUFReader
-from dgq.quant.files.hf_dir import HFDir, read_json
+from dgq.quant.files.hf_dir import read_json
 from dgq.quant.files.imatrix import read_imatrix
-from dgq.quant.types import Packed
 
 NOT_COMPARED = ".input_scale"
 
 
-def verify_against(
-    path: Path, source: Source, recipe: str | None, imatrix: Path | None, sample: int, seed: int, threads: int
-) -> dict[str, Any]:
-    """Requantise `sample` weights, and one more of each part and scheme that is not among them: {"ok", "problems",
-    "compared", "left_out"}. The artifact must have passed `verify`. recipe: the one to hold it to, if not dgq's own of
-    its name or the rules in dgq.json; imatrix: the file that dgq.json names. InputError if the artifact was made with
-    STATS, or dgq.json does not say how."""
+@dataclass(frozen=True)
+class Sample:
+    """What is quantised again. count: weights drawn, by `seed`; recipe: to hold the artifact to, None for dgq's own of
+    its name or the rules in dgq.json; imatrix: the file that dgq.json names; threads: slices quantised at once."""
+
+    count: int
+    seed: int
+    recipe: str | None
+    imatrix: Path | None
+    threads: int
+
+
+@dataclass(frozen=True)
+class WeightCheck:
+    """problems: a line for each thing that is wrong; compared: names of the weights that were quantised again;
+    left_out: kinds of tensors that were not."""
+
+    problems: tuple[str, ...]
+    compared: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def check_weights(path: Path, source: Source, sample: Sample) -> WeightCheck:
+    """Quantise the sample again, and one more weight of each part and scheme that is not in it, and compare bytes.
+
+    The artifact's files must have passed check_files(). InputError if it was made with STATS, if dgq.json does not say
+    how it was made, or if something that it was made with is not given.
+    """
     file = path / provenance.FILE
     document = read_json(file)
-    options = Options(_effort(file, document), None, threads)
+    settings = ConversionSettings(_effort(file, document), None, sample.threads)
     _check_adapters(file, document, source)
-    to, name = document.get("format"), document.get("recipe")
-    if not (isinstance(to, str) and isinstance(name, str)):
-        raise InputError(f"{file}: names no format and recipe; damaged")
-    chosen = _recipe(file, document, to, recipe or name, recipe is not None)
+    chosen = _recipe(file, document, sample.recipe)
     plan = make_plan(source, chosen)
-    if document.get("imatrix") is not None or imatrix is not None:
-        matrix = read_imatrix(_imatrix(file, document, imatrix)).fitted({t.name: t.shape for t in plan.tensors})
-        options = Options(options.effort, matrix, threads)
+    if document.get("imatrix") is not None or sample.imatrix is not None:
+        matrix = read_imatrix(_imatrix(file, document, sample.imatrix))
+        settings = ConversionSettings(
+            settings.effort, matrix.fitted({t.name: t.shape for t in plan.tensors}), sample.threads
+        )
     problems = [*_source_differs(document, source)]
     if document.get("recipe_rules") not in (None, chosen.model_dump(mode="json")):
-        problems.append(
-            f"{file}: its recipe_rules are not those of {recipe or f'dgq {dgq_version()} by the name {name}'}"
-        )
-    said = document.get("tensors")
-    if said != (made := {tensor.name: tensor.scheme.name for tensor in plan.tensors}):
-        said = said if isinstance(said, dict) else {}
-        odd = next((n for n in {**made, **said} if made.get(n) != said.get(n)), "their order")
-        problems.append(f"{path}: {odd} is {said.get(odd)}; recipe {plan.recipe.name} makes it {made.get(odd)}")
-        return _result(problems, [], False)
-    drawn = _drawn(plan, sample, seed)
-    problems += [f"{path}: {tensor} is not what {source.where.name} gives" for tensor in _differing(
-        plan, path, drawn, options)]  # fmt: skip
-    return _result(problems, [tensor.name for tensor in drawn], plan.recipe.activations is not None)
+        whose = sample.recipe or f"dgq {dgq_version()} by the name {document['recipe']}"
+        problems.append(f"{file}: its recipe_rules are not those of {whose}")
+    planned = {tensor.name: tensor.scheme.name for tensor in plan.tensors}
+    if (stored := document.get("tensors")) != planned:
+        stored = stored if isinstance(stored, dict) else {}
+        odd = _first_difference(planned, stored)
+        problems.append(f"{path}: {odd} is {stored.get(odd)}; recipe {plan.recipe.name} makes it {planned.get(odd)}")
+        return WeightCheck(tuple(map(printable, problems)))
+    drawn = _drawn(plan, sample.count, sample.seed)
+    differing = _differing(plan, path, drawn, settings)
+    problems += [f"{path}: {tensor} is not what {source.where.name} gives" for tensor in differing]
+    left_out = ("input_scale",) if plan.recipe.activations is not None else ()
+    return WeightCheck(tuple(map(printable, problems)), tuple(tensor.name for tensor in drawn), left_out)
+
+
+def _first_difference(here: Mapping[str, object], there: Mapping[str, object]) -> str:
+    """The first key whose value differs."""
+    return next((key for key in {**here, **there} if here.get(key) != there.get(key)), "their order")
 
 
 def source_revision(path: Path, asked: str) -> str | None:
@@ -75,11 +100,6 @@ def source_revision(path: Path, asked: str) -> str | None:
     source = read_json(path / provenance.FILE).get("source")
     named = isinstance(source, dict) and source.get("repository") == asked
     return str(source["revision"]) if named and isinstance(source, dict) and source.get("revision") else None
-
-
-def _result(problems: list[str], compared: list[str], left_out: bool) -> dict[str, Any]:
-    told = [printable(problem) for problem in problems]
-    return {"ok": not told, "problems": told, "compared": compared, "left_out": ["input_scale"] if left_out else []}
 
 
 def _effort(file: Path, document: dict[str, Any]) -> str:
@@ -91,10 +111,13 @@ def _effort(file: Path, document: dict[str, Any]) -> str:
     return str(effort)
 
 
-def _recipe(file: Path, document: dict[str, Any], to: str, name: str, given: bool) -> Recipe:
-    """The recipe given; dgq's own of that name; or, of somebody's own recipe, the rules that dgq.json holds."""
-    if given or name in own_recipes():
-        return find_recipe(to, name)
+def _recipe(file: Path, document: dict[str, Any], given: str | None) -> Recipe:
+    """The recipe given; dgq's own of the name in dgq.json; or, where somebody else made the recipe, its rules there."""
+    to, name = document.get("format"), document.get("recipe")
+    if not (isinstance(to, str) and isinstance(name, str)):
+        raise InputError(f"{file}: names no format and recipe; damaged")
+    if given is not None or name in own_recipes():
+        return find_recipe(to, given or name)
     try:
         recipe = Recipe.model_validate(document.get("recipe_rules"))
     except ValidationError:
@@ -107,40 +130,40 @@ def _recipe(file: Path, document: dict[str, Any], to: str, name: str, given: boo
 
 
 def _imatrix(file: Path, document: dict[str, Any], imatrix: Path | None) -> Path:
-    said = document.get("imatrix")
-    if not isinstance(said, dict):
+    """The file that dgq.json names by its SHA-256. InputError if it was not given, or none was used."""
+    entry = document.get("imatrix")
+    if not isinstance(entry, dict):
         raise InputError(f"--imatrix {imatrix}: {file} says that none was used")
     if imatrix is None:
-        raise InputError(f"{file}: made with the imatrix {printable(str(said.get('name')))}; give it with --imatrix")
-    if not imatrix.is_file() or describe(imatrix)["sha256"] != said.get("sha256"):
+        raise InputError(f"{file}: made with the imatrix {printable(str(entry.get('name')))}; give it with --imatrix")
+    if not imatrix.is_file() or describe(imatrix)["sha256"] != entry.get("sha256"):
         raise InputError(f"--imatrix {imatrix}: is not the file whose SHA-256 {file} names")
     return imatrix
 
 
 def _check_adapters(file: Path, document: dict[str, Any], source: Source) -> None:
-    """InputError unless the source has just those adapters that dgq.json names, in their order."""
-    said, given = document.get("adapters") or [], [adapter.about for adapter in source.adapters]
-    if not isinstance(said, list) or not all(isinstance(one, dict) for one in said):
+    """InputError unless the source has exactly the adapters that dgq.json names, in their order."""
+    named, given = document.get("adapters") or [], [adapter.about for adapter in source.adapters]
+    if not isinstance(named, list) or not all(isinstance(one, dict) for one in named):
         raise InputError(f"{file}: its adapters are no list of objects; damaged")
-    if [one.get("files") for one in said] != [one["files"] for one in given]:
-        names = " ".join(f"--adapter {one.get('name')}" for one in said) or "no --adapter"
+    if [one.get("files") for one in named] != [one["files"] for one in given]:
+        names = " ".join(f"--adapter {one.get('name')}" for one in named) or "no --adapter"
         raise InputError(f"{file}: made with {names}; the files given are not those that it names")
 
 
 def _source_differs(document: dict[str, Any], source: Source) -> Iterator[str]:
-    """The source's files against their SHA-256s in dgq.json."""
+    """A line if the source's files are not those whose SHA-256s dgq.json holds."""
     about = document.get("source")
-    said = about.get("files") if isinstance(about, dict) else None
-    found = {file.name: describe(file) for file in source.files}
-    if said != found:
-        known = said if isinstance(said, dict) else {}
-        odd = next((name for name in {**found, **known} if found.get(name) != known.get(name)), "their order")
+    listed = about.get("files") if isinstance(about, dict) else None
+    files = {file.name: describe(file) for file in source.files}
+    if listed != files:
+        odd = _first_difference(files, listed if isinstance(listed, dict) else {})
         yield f"{source.path / odd}: is not the file that dgq.json says the artifact was made from"
 
 
 def _drawn(plan: Plan, sample: int, seed: int) -> list[PlannedTensor]:
-    """In the plan's order: the sample, and one of each part and scheme that it lacks: a quant of experts alone changes
-    no other weight when it is quantised again."""
+    """The sample, and one weight of each part and scheme that it lacks, in the plan's order: an artifact whose experts
+    alone are quantised shows nothing when another weight is quantised again."""
     rng = random.Random(seed)
     mixed = rng.sample(plan.tensors, len(plan.tensors))
     drawn = {tensor.name for tensor in mixed[:sample]}
@@ -152,41 +175,26 @@ def _drawn(plan: Plan, sample: int, seed: int) -> list[PlannedTensor]:
     return [tensor for tensor in plan.tensors if tensor.name in drawn]
 
 
-def _differing(plan: Plan, path: Path, drawn: list[PlannedTensor], options: Options) -> Iterator[str]:
-    """Names of stored tensors that are not the requantised bytes; one for each weight."""
-    gguf = plan.recipe.format == "gguf"
-    stored = _Files(path) if gguf else HFDir(path)
+def _differing(plan: Plan, path: Path, drawn: list[PlannedTensor], settings: ConversionSettings) -> Iterator[str]:
+    """Yield the names of stored tensors that are not the requantised bytes, one for each weight."""
+    stored = plan.format.reader(path)
     scales = InputScales({t.name: 1.0 for t in drawn}, {}) if plan.recipe.activations else None
-    # one OpenMP thread each: double quantisation's own sums depend on their number
-    with ThreadPoolExecutor(options.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    # Each thread has one of OpenMP's: the sums of double quantisation depend on their number.
+    with ThreadPoolExecutor(settings.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for tensor in drawn:
             parts: dict[str, list[torch.Tensor]] = {}
             start = 0
             given = scales if len(tensor.entries) > 1 else None
-            for _, piece in ordered(pool, slices(plan, tensor, options, given), 2 * options.threads):
-                whole = gguf or len(tensor.entries) == 1
-                split = (
-                    [(tensor.name, piece.parts[""])]
-                    if whole
-                    else plan.layout.split(tensor.name, tensor.shape, piece, start)
-                )
-                for entry, part in split:
+            for _, piece in ordered(pool, slices(plan, tensor, settings, given), 2 * settings.threads):
+                for entry, part in plan.split(tensor, piece, start):
                     parts.setdefault(entry, []).append(part)
                 start += piece.shape[0] if piece.shape else 0
             for entry, made in parts.items():
                 if entry.endswith(NOT_COMPARED):
                     continue
-                there = stored.tensor(entry) if isinstance(stored, HFDir) else stored[entry].parts[""]
-                if _bytes(there) != b"".join(map(_bytes, made)):
+                if _bytes(stored(entry)) != b"".join(map(_bytes, made)):
                     yield entry
                     break
-
-
-class _Files(ChainMap[str, Packed]):
-    """The tensors of an artifact's .gguf files."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(*(GGUFReader(file) for file in sorted(path.glob("*.gguf"))))  # type: ignore[arg-type]
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -1,134 +1,90 @@
-"""Is an artifact what dgq.json says it is? Every byte of every file, and that nothing is missing or too much.
+"""`dgq verify`: whether an artifact is what its dgq.json says it is.
 
-dgq.json        its last key is the SHA-256 of the rest of its text
-its "files"     size and SHA-256 of every other file; no file besides
-the artifact    opens, and holds the schemes and the share of parameters that dgq.json names
-manifest.json   in what `dgq publish` made: size and SHA-256 of the card and all else that came with the artifact
+DIR or USER/NAME ── every byte of its files (files.py) ── with SRC: some weights quantised again (against.py)
+                                                                └──> VerifyResult
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dgq.convert.source.hashes import describe, sha256
-from dgq.convert.write import provenance
-from dgq.quant.errors import InputError, printable
-from dgq.quant.files.hf_dir import read_json
-from dgq.quant.schemes.registry import stored_bits
-from dgq.runtime.files.artifact import open_artifact
-from dgq.runtime.shape.names import ROPE_FREQS
+from dgq.convert.source.checkpoint import open_source
+from dgq.convert.source.hub import fetch_artifact, is_hub_id
+from dgq.convert.verification.against import Sample, check_weights, source_revision
+from dgq.convert.verification.files import Progress, check_files, total_bytes
 
-Progress = Callable[[int, str], None]
-MANIFEST = "manifest.json"
-HUBS = (".gitattributes", ".cache")  # what the Hub, and its downloads into a directory, add
+Bar = Callable[[str, int], AbstractContextManager[Progress]]  # what is done, its bytes -> whom to tell of progress
 
 
-def verify(path: Path, threads: int, progress: Progress, links: bool = False) -> dict[str, Any]:
-    """Check an artifact directory: {"ok", "problems", "files", "bytes"}. InputError without a dgq.json to go by.
-    links: files may be links, as in the Hub's cache."""
-    file = path / provenance.FILE
-    if not path.is_dir():
-        raise InputError(f"{path}: is no artifact directory")
-    if (file.is_symlink() and not links) or (file.exists() and not file.is_file()):
-        raise InputError(f"{file}: is no plain file")
-    document = read_json(file)
-    listed = document.get("files")
-    if not isinstance(listed, dict) or not all(_describes(said) for said in listed.values()):
-        raise InputError(f"{file}: its files are no object of bytes and sha256; damaged")
-    problems = list(_seal(file, document))
-    found = {entry.name for entry in path.iterdir()} - {provenance.FILE}
-    if MANIFEST in found - listed.keys():
-        found -= {MANIFEST, *HUBS}
-        told, more = _manifest(path / MANIFEST, file, listed)
-        problems += told
-        listed = listed | more
-    problems += [f"{path / name}: is missing" for name in sorted(listed.keys() - found)]
-    problems += [f"{path / name}: is not part of the artifact" for name in sorted(found - listed.keys())]
-    there = sorted(found & listed.keys())
-    with ThreadPoolExecutor(threads) as pool:
-        for name, wrong in zip(
-            there, pool.map(lambda name: _differs(path / name, listed[name], links), there), strict=True
-        ):
-            problems += wrong
-            progress(listed[name]["bytes"], name)
-    if not problems:
-        problems += _contents(path, document)
-    return {
-        "ok": not problems,
-        "problems": [printable(problem) for problem in problems],
-        "files": len(there) + 1,
-        "bytes": sum(listed[name]["bytes"] for name in there) + file.stat().st_size,
-    }
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What `dgq verify` can be asked for.
+
+    threads: files hashed at once, None for the CPU's cores. against: SRC, from which some weights are quantised again;
+    adapters: directories of adapters to merge into it; sample: how many weights; seed: which ones. recipe: to hold the
+    artifact to, None for dgq's own of its name or the rules in dgq.json. imatrix: the file that it was made with.
+    revision: of the artifact on the Hub, else of SRC, which is otherwise taken at the commit that dgq.json names.
+    """
+
+    threads: int | None = None
+    against: str | None = None
+    sample: int = 8
+    seed: int = 0
+    recipe: str | None = None
+    imatrix: Path | None = None
+    revision: str | None = None
+    adapters: Sequence[Path] = ()
 
 
-def total_bytes(path: Path) -> int:
-    """What a progress bar counts to; 0 if it cannot be known."""
-    total = 0
-    for entry in path.iterdir() if path.is_dir() else ():
-        with suppress(OSError):  # a link that leads to itself
-            total += entry.stat().st_size if entry.is_file() else 0
-    return total
+@dataclass(frozen=True)
+class VerifyResult:
+    """problems: a line for each thing that is wrong; files, bytes: that were checked; revision: the commit, of an
+    artifact on the Hub; compared: weights that were quantised again, left_out: kinds of tensors that cannot be; both
+    None where no source was given, or the files were wrong already."""
+
+    ok: bool
+    problems: tuple[str, ...]
+    files: int
+    bytes: int
+    revision: str | None = None
+    compared: tuple[str, ...] | None = None
+    left_out: tuple[str, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What --json prints: no key for what is None."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
-def _describes(said: Any) -> bool:
-    return isinstance(said, dict) and type(said.get("bytes")) is int and isinstance(said.get("sha256"), str)
+@contextmanager
+def no_bar(what: str, total: int) -> Iterator[Progress]:
+    """A progress bar that shows nothing."""
+    yield lambda nbytes, name: None
 
 
-def _seal(file: Path, document: dict[str, Any]) -> Iterator[str]:
-    rest = {key: value for key, value in document.items() if key != "sha256"}
-    try:
-        sealed = provenance.sealed(rest)
-    except RecursionError:  # it is nested too deeply
-        sealed = {}
-    if document != sealed:
-        yield f"{file}: its SHA-256 of itself is wrong; it was changed or damaged"
-    elif file.read_bytes() != provenance.text(sealed).encode():
-        yield f"{file}: is not written as dgq writes it; it was changed or damaged"
-
-
-def _manifest(file: Path, document: Path, listed: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """What is wrong with a manifest.json itself, and the files that it adds to dgq.json's."""
-    manifest = read_json(file)
-    said = manifest.get("files")
-    if not isinstance(said, dict) or not all(_describes(one) for one in said.values()):
-        raise InputError(f"{file}: its files are no object of bytes and sha256; damaged")
-    problems = list(_seal(file, manifest))
-    mine = listed | {provenance.FILE: describe(document)}
-    both = sorted(mine.keys() & said.keys())
-    problems += [f"{file}: says other bytes of {name} than dgq.json" for name in both if mine[name] != said[name]]
-    problems += [f"{file}: does not list {name}" for name in sorted(mine.keys() - said.keys())]
-    return problems, {name: said[name] for name in said.keys() - mine.keys() if "/" not in name}
-
-
-def _differs(file: Path, said: dict[str, Any], links: bool = False) -> list[str]:
-    if (file.is_symlink() and not links) or not file.is_file():
-        return [f"{file}: is no plain file"]
-    size = file.stat().st_size
-    if size != said["bytes"]:
-        return [f"{file}: has {size} bytes, dgq.json says {said['bytes']}"]
-    if sha256(file) != said["sha256"]:
-        return [f"{file}: its SHA-256 is not dgq.json's; it was changed or damaged"]
-    return []
-
-
-def _contents(path: Path, document: dict[str, Any]) -> Iterator[str]:
-    """What the files hold, against what dgq.json says of it."""
-    try:
-        weights = open_artifact(path).weights
-    except InputError as error:
-        yield str(error)
-        return
-    found = {weights.own_name(name): stored for name, stored in weights.everything().items()}
-    schemes = {name: stored.scheme for name, stored in found.items()}
-    said = document.get("tensors")
-    if not isinstance(said, dict) or {name: said[name] for name in said if name != ROPE_FREQS} != schemes:
-        yield f"{path / provenance.FILE}: its tensors are not those of the files"
-    below = sum(stored.numel for stored in found.values() if stored_bits(stored.scheme) < 16)
-    params = sum(stored.numel for stored in found.values())
-    told = document.get("quantized_params"), document.get("params")
-    if (below, params) != told:
-        yield f"{path}: {below} of {params} parameters are quantised, dgq.json says {told[0]} of {told[1]}"
+def verify(artifact: str | Path, options: VerifyOptions | None = None, bar: Bar = no_bar) -> VerifyResult:
+    """Check every byte of an artifact, a directory or USER/NAME on the Hub, and a sample of its weights if a source is
+    given. InputError for what is no artifact, and for one that --against cannot prove."""
+    options, published = options or VerifyOptions(), is_hub_id(str(artifact))
+    where = fetch_artifact(str(artifact), options.revision) if published else None
+    path = where.path if where else Path(artifact)
+    threads = options.threads or os.cpu_count() or 1
+    with bar("verifying", total_bytes(path)) as progress:
+        checked = check_files(path, threads, progress, links=published)
+    revision = where.revision if where else None
+    if options.against is None or not checked.ok:
+        return VerifyResult(checked.ok, checked.problems, checked.files, checked.bytes, revision)
+    pinned = options.revision
+    if published or pinned is None:
+        pinned = source_revision(path, options.against)
+    source = open_source(options.against, pinned, adapters=options.adapters)
+    sample = Sample(options.sample, options.seed, options.recipe, options.imatrix, threads)
+    weights = check_weights(path, source, sample)
+    return VerifyResult(
+        not weights.problems, weights.problems, checked.files, checked.bytes, revision, weights.compared,
+        weights.left_out,
+    )  # fmt: skip

@@ -26,42 +26,24 @@ from typing import Any
 
 import torch
 
-from dgq.convert.plans.gguf_metadata import metadata
-from dgq.convert.plans.mmproj import metadata as vision_metadata
 from dgq.convert.plans.plan import Plan
 from dgq.convert.resume import journal
-from dgq.convert.resume.journal import Journal, check_target
+from dgq.convert.resume.journal import Journal
+from dgq.convert.resume.target import check_target
 from dgq.convert.source.hashes import describe, dgq_version, digest
 from dgq.convert.write import provenance
-from dgq.convert.write.hf_artifact import DirWriter, write_configs
-from dgq.convert.write.input_scales import scales_of
+from dgq.convert.write.artifact_files import COPIED, ArtifactFiles, artifact_files, copy_small_files
+from dgq.convert.write.input_scales import calibrated, given, scales_of
 from dgq.convert.write.refine import check_memory, check_scratch, refinable, refined
-from dgq.convert.write.slices import InputScales, Options, ordered, slices
+from dgq.convert.write.settings import Calibrate, ConversionSettings, Given, InputScales
+from dgq.convert.write.slices import ordered, slices
 from dgq.quant.errors import InputError
-from dgq.quant.files.gguf_file import GGUFWriter
 from dgq.quant.files.imatrix import Imatrix
 from dgq.quant.files.places import sync_path
-from dgq.runtime.files import mmproj
-from dgq.runtime.shape.config import GGUF_ARCH
 
 GPU_THREADS = 4  # slices on a GPU at once
 HASHERS = 4  # source files hashed at once, beside the work
 HEADER_ALLOWANCE = 64 << 20  # disk for metadata, tokenizer and the copied files
-COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "LICENSE",
-    "NOTICE",
-)
-
 Progress = Callable[[int, str], None]  # bytes of the artifact done since the last call, name of the tensor
 
 
@@ -77,117 +59,123 @@ class Converted:
     resumed: int
 
 
-def convert(plan: Plan, out: Path, options: Options, progress: Progress, notice: Callable[[str], None]) -> Converted:
+def convert(
+    plan: Plan, out: Path, settings: ConversionSettings, progress: Progress, notice: Callable[[str], None]
+) -> Converted:
     """Write the artifact `out`, a directory that must not exist, or go on with what an earlier run began of it.
 
-    InputError for weights that are not finite, an imatrix that does not fit, a full disk, a source that changes, an
-    unfinished conversion of something else. notice: told when work goes on.
+    progress is called with bytes of the artifact done since its last call, and what is being worked on; notice with
+    each line that the user should read. InputError for weights that are not finite, an imatrix that does not fit, a
+    full disk, a source that changes, an unfinished conversion of something else.
     """
-    source, version, identity = plan.source, dgq_version(), _identity(plan, options)
-    gguf = plan.recipe.format == "gguf"
-    if options.imatrix is not None:
-        options = replace(options, imatrix=_fitted(plan, options.imatrix, notice))
-    options.budget.enforce()
-    if options.stats is not None and (careful := [tensor for tensor in plan.tensors if refinable(tensor)]):
-        check_memory(plan, careful, options)
-    source.check_vocabulary()
-    keys = metadata(plan, version, options.imatrix) if gguf else {}  # before the weights: it may refuse the tokenizer
-    tower_keys = vision_metadata(source, version) if plan.mmproj else {}
-    if gguf and "tokenizer.ggml.mask_token_id" not in keys:
-        notice(f"{source.path}: its tokenizer names no mask token; llama.cpp's llama-diffusion-cli stops without one")
-    file = plan.files[0] if gguf else ""
+    source, version, identity = plan.source, dgq_version(), _identity(plan, settings)
+    settings = _checked(plan, settings, notice)
+    files = artifact_files(plan, version, settings.imatrix)  # before the weights: it may refuse the tokenizer
+    for line in files.notices:
+        notice(line)
     seconds: dict[str, float] = {}
     with _staged(plan, out, identity, notice) as (partial, log), _hashers() as hashers:
         hashes = _hashes(hashers, source.files)
         with _timed(seconds, "checking copies"):
             source.check_copies()
         with _timed(seconds, "input scales"):
-            scales = _scales(plan, options, log)
-        writer: GGUFWriter | DirWriter
-        if gguf:
-            writer = GGUFWriter(partial / file, GGUF_ARCH, keys, {t.name: (t.shape, t.scheme) for t in plan.text})
-            if plan.mmproj:
-                tower = {t.name: (t.shape, t.scheme) for t in plan.mmproj}
-                GGUFWriter(partial / plan.files[1], mmproj.ARCH, tower_keys, tower, writer.places)
-        else:
-            writer = DirWriter(plan, partial)
+            scales = _scales(plan, settings, log, functools.partial(progress, 0), notice)
+        files.open(partial)
         resumed = len(log.done)
         with _timed(seconds, "quantising"):
-            _write(plan, writer, log, options, scales, progress, partial.parent)
-            writer.close()
-        for name in COPIED:
-            if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, partial / name)
-        if not gguf:
-            write_configs(plan, partial, version)
+            _write(_Run(plan, settings, files, log, scales), progress, partial.parent)
+            files.close()
+        copy_small_files(source.path, partial)
+        files.finish(partial, version)
         progress(0, "hashing")
         with _timed(seconds, "hashing the source"):
             sources = {name: future.result() for name, future in hashes.items()}
-        _check_unchanged(plan, options, identity)
+        _check_unchanged(plan, settings, identity)
         with _timed(seconds, "hashing the artifact"):
-            files = {name: f.result() for name, f in _hashes(hashers, sorted(partial.iterdir())).items()}
-        about = scales.about if scales else None
-        document = provenance.document(
-            plan, options.effort, options.imatrix, about, sources, files, options.stats, options.device
-        )
+            hashed = {name: f.result() for name, f in _hashes(hashers, sorted(partial.iterdir())).items()}
+        document = provenance.document(plan, settings, scales.about if scales else None, sources, hashed)
         (partial / provenance.FILE).write_text(provenance.text(document), "utf-8")
-    return Converted(out, out / file, document, seconds, resumed)
+    return Converted(out, out / files.main, document, seconds, resumed)
 
 
-def _write(
-    plan: Plan,
-    writer: GGUFWriter | DirWriter,
-    log: Journal,
-    options: Options,
-    scales: InputScales | None,
-    progress: Progress,
-    scratch: Path,
-) -> None:
-    """Quantise and write every weight that the journal does not have."""
+def _checked(plan: Plan, settings: ConversionSettings, notice: Callable[[str], None]) -> ConversionSettings:
+    """The settings with the imatrix fitted to the model. InputError for what does not go with the plan, too little
+    memory, or a vocabulary that the tokenizer does not have."""
+    if settings.imatrix is not None:
+        settings = replace(settings, imatrix=_fitted(plan, settings.imatrix, notice))
+    settings.budget.enforce()
+    if settings.stats is not None and (careful := [tensor for tensor in plan.tensors if refinable(tensor)]):
+        check_memory(plan, careful, settings)
+    plan.source.check_vocabulary()
+    return settings
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A conversion that is under way."""
+
+    plan: Plan
+    settings: ConversionSettings
+    files: ArtifactFiles
+    log: Journal
+    scales: InputScales | None
+
+    def keep(self) -> None:
+        """Wait until everything written is on the disk, and note what is whole."""
+        self.files.places.sync()
+        self.log.flush()
+
+
+def _write(run: _Run, progress: Progress, scratch: Path) -> None:
+    """Quantise and write every weight that the journal does not have. scratch: where hidden states may lie."""
+    plan, settings = run.plan, run.settings
     for tensor in plan.tensors:
-        if tensor.name in log.done:
-            writer.places.skip(tensor.entries or (tensor.name,))
+        if tensor.name in run.log.done:
+            run.files.places.skip(tensor.entries or (tensor.name,))
             progress(tensor.nbytes, tensor.name)
-    todo = [tensor for tensor in plan.tensors if tensor.name not in log.done]
-    careful = [tensor for tensor in todo if options.stats is not None and refinable(tensor)]
+    todo = [tensor for tensor in plan.tensors if tensor.name not in run.log.done]
+    careful = [tensor for tensor in todo if settings.stats is not None and refinable(tensor)]
     plain = [tensor for tensor in todo if tensor not in careful]
     if careful:
-        check_scratch(plan, todo, options, scratch)
-    jobs = (job for tensor in plain for job in slices(plan, tensor, options, scales))
-    threads = options.threads if options.device == "cpu" else min(options.threads, GPU_THREADS)
+        check_scratch(plan, todo, settings, scratch)
+    jobs = (job for tensor in plain for job in slices(plan, tensor, settings, run.scales))
+    threads = settings.threads if settings.device == "cpu" else min(settings.threads, GPU_THREADS)
+    step = functools.partial(progress, 0)
     before = torch.get_num_threads()
     # one OpenMP thread each: there are enough of ours
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            step = functools.partial(progress, 0)
-            for job, piece in chain(
-                ordered(pool, jobs, 2 * threads), refined(plan, careful, options, scratch, scales, step)
-            ):
-                writer.append(job.tensor.name, piece)
+            made = chain(ordered(pool, jobs, 2 * threads), refined(plan, careful, settings, scratch, run.scales, step))
+            for job, piece in made:
+                run.files.append(job.tensor.name, piece)
                 progress(job.tensor.nbytes * piece.numel // job.tensor.numel, job.tensor.name)
-                if job.last and log.finish(job.tensor.name):
-                    writer.places.sync()
-                    log.flush()
+                if job.last and run.log.finish(job.tensor.name):
+                    run.keep()
         except BaseException:
             with suppress(OSError):  # what is whole is kept, if the disk still takes it
-                writer.places.sync()
-                log.flush()
+                run.keep()
             raise
         finally:
             torch.set_num_threads(before)
-        writer.places.sync()
-        log.flush()
+        run.keep()
 
 
-def _scales(plan: Plan, options: Options, log: Journal) -> InputScales | None:
-    """The journal's input scales, or new ones; noted there if they were calibrated, which takes long."""
-    if options.stats is not None and plan.recipe.activations and options.input_scale == "calibrate":
-        return scales_of(options.stats)
+def _scales(
+    plan: Plan, settings: ConversionSettings, log: Journal, step: Callable[[str], None], notice: Callable[[str], None]
+) -> InputScales | None:
+    """The input scales of a recipe with activations. A calibration takes long, and the journal keeps what it found."""
+    if plan.recipe.activations is None:
+        return None
+    if settings.input_scales is None:
+        raise InputError(f"recipe {plan.recipe.name}: stores input scales; have them calibrated, or give one")
+    if isinstance(settings.input_scales, Given):
+        return given(plan, settings.input_scales)
+    if settings.stats is not None:
+        return scales_of(settings.stats)
     if log.scales is not None:
         return InputScales(**log.scales)
-    scales = options.find_scales()
-    if scales is not None and options.input_scale == "calibrate":
-        log.note({"scales": {"values": dict(scales.values), "about": scales.about}})
+    scales = calibrated(plan, settings.device, step, notice)
+    log.note({"scales": {"values": dict(scales.values), "about": scales.about}})
     return scales
 
 
@@ -213,33 +201,33 @@ def _hashes(pool: ThreadPoolExecutor, files: list[Path]) -> dict[str, Future[dic
 
 
 def _fitted(plan: Plan, imatrix: Imatrix, notice: Callable[[str], None]) -> Imatrix:
-    if plan.recipe.format != "gguf":
+    if not plan.format.takes_imatrix:
         raise InputError(f"--imatrix {imatrix.file}: weighs GGUF quantisers, and recipe {plan.recipe.name} has none")
-    found = imatrix.fitted({tensor.name: tensor.shape for tensor in plan.tensors})
+    fitted = imatrix.fitted({tensor.name: tensor.shape for tensor in plan.tensors})
     quantised = [tensor.name for tensor in plan.tensors if tensor.scheme.bits < 16]
-    without = [name for name in quantised if name not in found.weights]
+    without = [name for name in quantised if name not in fitted.weights]
     if without:
         notice(f"{imatrix.file}: no entry for {len(without)} of {len(quantised)} quantised weights ({without[0]}, …):"
                " quantised unweighed")  # fmt: skip
-    if found.unseen:
-        notice(f"{imatrix.file}: {found.unseen} experts or weights saw no token: their columns weigh the same")
-    return found
+    if fitted.unseen:
+        notice(f"{imatrix.file}: {fitted.unseen} experts or weights saw no token: their columns weigh the same")
+    return fitted
 
 
-def _identity(plan: Plan, options: Options) -> dict[str, Any]:
+def _identity(plan: Plan, settings: ConversionSettings) -> dict[str, Any]:
     """What must be the same for a conversion to go on: everything that decides the artifact's bytes."""
     source = plan.source
     names = [source.path / name for name in COPIED]
-    by_calibration = plan.recipe.activations and options.input_scale == "calibrate"
+    by_calibration = plan.recipe.activations and isinstance(settings.input_scales, Calibrate)
     return {
         "dgq version": dgq_version(),
         "recipe": f"{plan.recipe.name} ({digest(plan.recipe.model_dump_json())})",
-        "effort": options.effort,
-        "imatrix": describe(Path(options.imatrix.file)) if options.imatrix else None,
+        "effort": settings.effort,
+        "imatrix": describe(Path(settings.imatrix.file)) if settings.imatrix else None,
         "adapters": [adapter.about for adapter in source.adapters],
-        "stats": options.stats.sha256 if options.stats else None,
-        "input scale": options.input_scale if plan.recipe.activations else None,
-        "device": options.device if options.stats or by_calibration else None,  # sums differ in their last bits
+        "stats": settings.stats.sha256 if settings.stats else None,
+        "input scale": str(settings.input_scales) if plan.recipe.activations else None,
+        "device": settings.device if settings.stats or by_calibration else None,  # sums differ in their last bits
         "source": f"{source.where.repo or source.where.name} {source.where.revision or ''}".strip(),
         "files": {file.name: _stamp(file) for file in (*source.files, *names) if file.is_file()},
     }
@@ -250,12 +238,12 @@ def _stamp(file: Path) -> str:
     return f"{stat.st_size} bytes of {stat.st_mtime_ns}"
 
 
-def _check_unchanged(plan: Plan, options: Options, began: dict[str, Any]) -> None:
+def _check_unchanged(plan: Plan, settings: ConversionSettings, began: dict[str, Any]) -> None:
     """InputError if a source file, or the imatrix, is not what it was when the conversion began."""
-    now = _identity(plan, options)
+    now = _identity(plan, settings)
     changed = [plan.source.path / name for name, stamp in began["files"].items() if now["files"].get(name) != stamp]
-    if options.imatrix and now["imatrix"] != began["imatrix"]:
-        changed.append(Path(options.imatrix.file))
+    if settings.imatrix and now["imatrix"] != began["imatrix"]:
+        changed.append(Path(settings.imatrix.file))
     if changed:
         raise InputError(f"{changed[0]}: changed while it was converted; run the command again")
 

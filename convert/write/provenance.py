@@ -15,38 +15,36 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dgq.convert.calibration.stats import FLOOR, Stats
+from dgq.convert.calibration.stats import FLOOR
 from dgq.convert.plans.plan import Plan
 from dgq.convert.source.hashes import describe, dgq_version, digest
+from dgq.convert.source.models import PROVENANCE
+from dgq.convert.write.settings import ConversionSettings
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import read_json
-from dgq.quant.files.imatrix import Imatrix
 from dgq.runtime.files.artifact import Artifact
 
-FILE = "dgq.json"
+FILE = PROVENANCE
 LIBRARIES = ("torch", "numpy", "safetensors", "gguf", "libggml-python")  # whose code makes or writes the bytes
 
 
 def document(
     plan: Plan,
-    effort: str,
-    imatrix: Imatrix | None,
+    settings: ConversionSettings,
     input_scales: dict[str, Any] | None,
     sources: dict[str, Any],
     files: dict[str, Any],
-    stats: Stats | None = None,
-    device: str = "cpu",
 ) -> dict[str, Any]:
-    """The content of dgq.json. sources, files: file name -> {"bytes", "sha256"}; input_scales: how they were found;
-    device: it was made on."""
-    where = plan.source.where
+    """The content of dgq.json. input_scales: how they were found. sources, files: file name -> {"bytes", "sha256"}, of
+    the source and of the artifact."""
+    where, stats, imatrix = plan.source.where, settings.stats, settings.imatrix
     calibrated = stats is not None or (input_scales or {}).get("method") == "calibrated"
     content: dict[str, Any] = {
         "dgq": dgq_version(),
         "format": plan.recipe.format,
         "recipe": plan.recipe.name,
         "recipe_rules": plan.recipe.model_dump(mode="json"),
-        "effort": effort,
+        "effort": settings.effort,
         "source": {"name": where.name, "repository": where.repo, "revision": where.revision, "files": sources},
         "adapters": [adapter.about for adapter in plan.source.adapters],
         "notices": list(plan.notices),
@@ -56,7 +54,7 @@ def document(
         "imatrix": None,
         "input_scales": input_scales,
         "calibration": stats.describe() if stats else None,
-        "made_on": device if calibrated else None,
+        "made_on": settings.device if calibrated else None,
         "libraries": {name: version(name) for name in LIBRARIES},
         "tensors": {tensor.name: tensor.scheme.name for tensor in plan.tensors},
         "files": files,
@@ -82,8 +80,8 @@ def coverage_of(artifact: Artifact) -> dict[str, Any] | None:
     file = artifact.weights.files[0].parent / FILE
     if not file.is_file():
         return None
-    said = read_json(file)
-    files, calibration = said.get("files"), said.get("calibration")
+    content = read_json(file)
+    files, calibration = content.get("files"), content.get("calibration")
     if calibration is None or not isinstance(files, dict) or any(f.name not in files for f in artifact.weights.files):
         return None
     starved = calibration.get("starved") if isinstance(calibration, dict) else None

@@ -15,53 +15,25 @@ from typing import Any
 
 import torch
 
-from dgq.convert.calibration.stats import Stats
-from dgq.convert.layerwise.budget import UNSAID, Budget
 from dgq.convert.plans.gguf_metadata import rope_freqs
-from dgq.convert.plans.plan import Plan, PlannedTensor
+from dgq.convert.plans.plan import Plan
+from dgq.convert.plans.tensors import PlannedTensor
+from dgq.convert.write.settings import ConversionSettings, InputScales
 from dgq.quant.errors import InputError
 from dgq.quant.feedback.feedback import by_matrix, search
-from dgq.quant.files.imatrix import Imatrix
 from dgq.quant.types import Packed, Scheme
 from dgq.runtime.files import mmproj
 
-SEARCHED = ("nvfp4", "nf4")  # by effort fast; ggml's own search leaves nothing to gain without data
-CALIBRATED = ("standard", "max")  # efforts that take STATS
 SLICE = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements quantised at a time, or one expert: 4 and 64 MiB of float32
 
 
 @dataclass(frozen=True)
-class InputScales:
-    """Expert weight's name -> input_scale, and how they were found, for dgq.json."""
-
-    values: Mapping[str, float]
-    about: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What besides plan and target decides a conversion. effort: "stock", the reference quantiser's exact bytes;
-    "fast", the best without data; "standard", with error feedback by `stats`; "max", and two sweeps more.
-    threads: slices quantised at the same time; budget: of memory; the bytes depend on neither of them. device: where;
-    with `stats`, or found input scales, the bytes depend on it.
-
-    input_scale: what was asked for; find_scales makes it so, if the recipe has activations.
-    """
-
-    effort: str = "stock"
-    imatrix: Imatrix | None = None
-    threads: int = 1
-    device: str = "cpu"
-    stats: Stats | None = None
-    input_scale: str = "calibrate"
-    find_scales: Callable[[], InputScales | None] = lambda: None
-    budget: Budget = UNSAID
-
-
-@dataclass(frozen=True)
 class Slice:
-    """A slice of a weight: run() reads it, checks it and quantises it. last: no other of the weight follows; searched:
-    effort fast, by scales of our own search instead of the reference's."""
+    """A slice of a weight: run() reads it, checks it and quantises it.
+
+    part: its rows or experts. last: no other slice of the weight follows. importance: of its columns. input_scale: of
+    its inputs (W4A4). searched: effort fast of a scheme whose scales are searched for, instead of the reference's.
+    """
 
     plan: Plan
     tensor: PlannedTensor
@@ -77,14 +49,14 @@ class Slice:
         if self.tensor.source is None:
             factors = torch.tensor(rope_freqs(self.plan.source))
             return Packed(self.scheme, self.tensor.shape, self.scheme.quantize(factors))
-        with _own_stream() if self.device == "cuda" else nullcontext():
+        with _thread_stream() if self.device == "cuda" else nullcontext():
             return self.quantised(self._searched if self.searched else self._stock)
 
     def quantised(self, quantise: Callable[[torch.Tensor], Mapping[str, torch.Tensor]]) -> Packed:
         """Read, checked and made into parts by `quantise`; on the CPU."""
         name = str(self.tensor.source)
         values = self.plan.source.rows(name, self.part.start, self.part.stop).to(self.device)
-        if self.tensor.vision and self.plan.recipe.format == "gguf":
+        if self.tensor.vision and self.plan.format.one_file:
             values = mmproj.stored(name, values)
         where = f"{self.plan.source.file(name)}: {name}"
         self._check(values, where)
@@ -118,20 +90,20 @@ class Slice:
 
 
 def slices(
-    plan: Plan, tensor: PlannedTensor, options: Options, scales: InputScales | None, rows: int = 0
+    plan: Plan, tensor: PlannedTensor, settings: ConversionSettings, scales: InputScales | None, rows: int = 0
 ) -> Iterator[Slice]:
     """The slices of a tensor along its first axis, `rows` long or as suits the device."""
-    weights = options.imatrix.weights if options.imatrix is not None else {}
+    weights = settings.imatrix.weights if settings.imatrix is not None else {}
     importance = weights.get(tensor.name)
-    scheme = plan.layout.slices if len(tensor.entries) > 1 else tensor.scheme
+    scheme = plan.slice_scheme(tensor)
     scale = scales.values.get(tensor.name) if scales else None
     length = tensor.shape[0] if tensor.shape else 1
-    rows = rows or rows_at_once(tensor, options.device)
-    searched = options.effort == "fast" and scheme.name in SEARCHED
+    rows = rows or rows_at_once(tensor, settings.device)
+    searched = settings.effort == "fast" and scheme.searched
     for start in range(0, length, rows):
         part = slice(start, min(start + rows, length))
         columns = importance[part] if importance is not None and importance.dim() == 2 else importance
-        yield Slice(plan, tensor, part, part.stop == length, scheme, columns, options.device, scale, searched)
+        yield Slice(plan, tensor, part, part.stop == length, scheme, columns, settings.device, scale, searched)
 
 
 def rows_at_once(tensor: PlannedTensor, device: str) -> int:
@@ -162,7 +134,7 @@ def ordered(pool: ThreadPoolExecutor, jobs: Iterable[Slice], ahead: int) -> Iter
 _streams = threading.local()
 
 
-def _own_stream() -> AbstractContextManager[Any]:
+def _thread_stream() -> AbstractContextManager[Any]:
     """This thread's CUDA stream: memory is cached by stream, so there must not be one for every slice."""
     if not hasattr(_streams, "stream"):
         _streams.stream = torch.cuda.Stream()

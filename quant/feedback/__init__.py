@@ -1,3 +1,3 @@
-"""Quantisers that know what goes through a weight: error feedback over columns and rows, the grids of each scheme, and
-the Triton kernels of both.
+"""Quantisers that know what goes through a weight: error feedback over columns and rows, and its Triton kernel. What
+each scheme leaves to choose is the scheme's own Grid.
 """

@@ -28,11 +28,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dgq.quant.feedback.grids import Grid, grid_of
-from dgq.quant.types import Scheme
+from dgq.quant.types import Grid, Scheme
 
 DAMP = 0.02
 ROW_GROUPS = 64
+
+
+def grid_of(scheme: Scheme, weight: Tensor) -> Grid:
+    """The grid of `scheme` over a weight (B, rows, in) float32. ValueError for a scheme that leaves no choice."""
+    if scheme.grid is None:
+        raise ValueError(f"{scheme.name} has no grid: its weights are cast, not chosen")
+    return scheme.grid(weight)
 
 
 def feedback(
@@ -48,49 +54,67 @@ def feedback(
     outputs: G (B or 1, rows, rows) float32; None: every row for itself. damp: of the mean power, added to every
     column's and row's. sweeps: of doing each group of rows again, for the others as they have become.
     """
-    grid = grid_of(scheme, weight)
-    columns = _Columns(hessian, grid, damp, len(weight))
+    columns = _Columns(hessian, grid_of(scheme, weight), damp, len(weight))
     if outputs is None:
         return columns.rounded(weight)
-    number = weight.shape[1]
-    groups = min(ROW_GROUPS, number)
-    order = torch.cat([torch.arange(first, number, groups) for first in range(groups)]).to(weight.device)
-    sizes = [len(range(first, number, groups)) for first in range(groups)]
-    owns = [slice(start - size, start) for start, size in zip(accumulate(sizes), sizes, strict=True)]
-    wanted = weight[:, order]
-    curvature = _damped(outputs, order.unsqueeze(0), damp)
-    factor = _inverse_factor(curvature).expand(len(weight), -1, -1)
-    left, target = torch.empty_like(wanted), wanted.clone()  # left: what was wanted and is not there
-    done: list[dict[str, Tensor]] = []
-    for own in owns:
-        done.append(columns.rounded(target[:, own]))
-        value = scheme.dequantize(done[-1]).view_as(target[:, own])
-        left[:, own] = wanted[:, own] - value
-        carried = torch.linalg.solve_triangular(factor[:, own, own].mT, target[:, own] - value, upper=False)
-        target[:, own.stop :].baddbmm_(factor[:, own, own.stop :].mT, carried, alpha=-1)
+    rows = _Rows(columns, hessian, scheme, weight, outputs, damp)
     for _ in range(sweeps):
-        _again(columns, hessian, curvature, scheme, wanted, left, owns, done)
-    back = order.argsort()
-    return {suffix: torch.cat([parts[suffix] for parts in done], 1)[:, back] for suffix in done[0]}
+        rows.sweep()
+    return rows.parts()
 
 
-def _again(
-    columns: _Columns, hessian: Tensor, curvature: Tensor, scheme: Scheme, wanted: Tensor, left: Tensor,
-    owns: list[slice], done: list[dict[str, Tensor]],
-) -> None:  # fmt: skip
-    """Each group of rows once more, to what makes good best what all others now lack, if that loses less; `left` and
-    `done` are changed."""
-    for number, own in enumerate(owns):
-        within, across = curvature[:, own, own], curvature[:, own].clone()
-        across[:, :, own] = 0
-        best = torch.linalg.solve(within, across @ left)
-        parts = columns.rounded(wanted[:, own] + best)
-        new = wanted[:, own] - scheme.dequantize(parts).view_as(best)
-        off = (lack + best for lack in (left[:, own], new))
-        old, changed = ((within @ lost @ hessian).mul_(lost).sum((1, 2)) for lost in off)
-        better = (changed < old).view(-1, 1, 1)
-        left[:, own] = torch.where(better, new, left[:, own])
-        done[number] = {suffix: torch.where(better, part, done[number][suffix]) for suffix, part in parts.items()}
+class _Rows:
+    """A weight whose rows make good what other rows lost: groups of rows, rounded one after the other.
+
+    Rows are in an order of their own here, group after group; parts() puts them back.
+    """
+
+    def __init__(
+        self, columns: _Columns, hessian: Tensor, scheme: Scheme, weight: Tensor, outputs: Tensor, damp: float
+    ) -> None:
+        self._columns, self._hessian, self._scheme = columns, hessian, scheme
+        number = weight.shape[1]
+        count = min(ROW_GROUPS, number)
+        self._order = torch.cat([torch.arange(first, number, count) for first in range(count)]).to(weight.device)
+        sizes = [len(range(first, number, count)) for first in range(count)]
+        self._groups = [slice(stop - size, stop) for stop, size in zip(accumulate(sizes), sizes, strict=True)]
+        self._wanted = weight[:, self._order]
+        self._curvature = _damped(outputs, self._order.unsqueeze(0), damp)
+        self._left = torch.empty_like(self._wanted)  # what was wanted and is not there
+        self._done: list[dict[str, Tensor]] = []
+        self._round()
+
+    def _round(self) -> None:
+        """Round each group, and take what it lost to the rows still to come."""
+        factor = _inverse_factor(self._curvature).expand(len(self._wanted), -1, -1)
+        target = self._wanted.clone()
+        for group in self._groups:
+            self._done.append(self._columns.rounded(target[:, group]))
+            value = self._scheme.dequantize(self._done[-1]).view_as(target[:, group])
+            self._left[:, group] = self._wanted[:, group] - value
+            lost = target[:, group] - value
+            carried = torch.linalg.solve_triangular(factor[:, group, group].mT, lost, upper=False)
+            target[:, group.stop :].baddbmm_(factor[:, group, group.stop :].mT, carried, alpha=-1)
+
+    def sweep(self) -> None:
+        """Round each group once more, to what makes good best what all others now lack; keep it if that loses less."""
+        for number, group in enumerate(self._groups):
+            within, across = self._curvature[:, group, group], self._curvature[:, group].clone()
+            across[:, :, group] = 0
+            best = torch.linalg.solve(within, across @ self._left)
+            parts = self._columns.rounded(self._wanted[:, group] + best)
+            new = self._wanted[:, group] - self._scheme.dequantize(parts).view_as(best)
+            off = (lack + best for lack in (self._left[:, group], new))
+            old, changed = ((within @ lost @ self._hessian).mul_(lost).sum((1, 2)) for lost in off)
+            better = (changed < old).view(-1, 1, 1)
+            self._left[:, group] = torch.where(better, new, self._left[:, group])
+            done = self._done[number]
+            self._done[number] = {suffix: torch.where(better, part, done[suffix]) for suffix, part in parts.items()}
+
+    def parts(self) -> dict[str, Tensor]:
+        """The parts of all rows, in the weight's order."""
+        back = self._order.argsort()
+        return {suffix: torch.cat([parts[suffix] for parts in self._done], 1)[:, back] for suffix in self._done[0]}
 
 
 class _Columns:
@@ -123,12 +147,12 @@ class _Columns:
             whole = slice(start, start + grid.block)
             state = grid.open(w[..., whole], self._cost[..., whole])
             for number, first in enumerate(range(start, start + grid.block, grid.sub)):
-                own, rest = slice(first, first + grid.sub), slice(first + grid.sub, None)
-                found = _round(w[..., own], self._cost[..., own], grid, state, number, factor[:, own, own])
-                chosen.append(found)
-                w[..., rest].baddbmm_(found.error, factor[:, own, rest], alpha=-1)
-        codes = torch.cat([found.codes for found in chosen], -1)
-        return _packed(grid, codes, [found.notes for found in chosen], self._order)
+                sub, rest = slice(first, first + grid.sub), slice(first + grid.sub, None)
+                rounded = _round(w[..., sub], self._cost[..., sub], grid, state, number, factor[:, sub, sub])
+                chosen.append(rounded)
+                w[..., rest].baddbmm_(rounded.error, factor[:, sub, rest], alpha=-1)
+        codes = torch.cat([rounded.codes for rounded in chosen], -1)
+        return _packed(grid, codes, [rounded.notes for rounded in chosen], self._order)
 
 
 class _Recorded:
@@ -155,10 +179,10 @@ def search(weight: Tensor, importance: Tensor | None, scheme: Scheme) -> dict[st
         whole = slice(start, start + grid.block)
         state = grid.open(weight[..., whole], cost[..., whole])
         for number, first in enumerate(range(start, start + grid.block, grid.sub)):
-            own = slice(first, first + grid.sub)
-            chosen.append(_round(weight[..., own], cost[..., own], grid, state, number, None))
-    codes = torch.cat([found.codes for found in chosen], -1)
-    notes = zip(*(found.notes for found in chosen), strict=True)
+            sub = slice(first, first + grid.sub)
+            chosen.append(_round(weight[..., sub], cost[..., sub], grid, state, number, None))
+    codes = torch.cat([rounded.codes for rounded in chosen], -1)
+    notes = zip(*(rounded.notes for rounded in chosen), strict=True)
     return grid.pack(codes, [torch.stack(kind, -1) for kind in notes])
 
 
@@ -177,8 +201,8 @@ def _order(power: Tensor, grid: Grid) -> Tensor:
     inside = power.unflatten(-1, (-1, grid.sub)).argsort(dim=-1, descending=True, stable=True)
     base = torch.arange(0, power.shape[-1], grid.sub, device=power.device).unsqueeze(-1)
     columns = (inside + base).flatten(1).unflatten(-1, (-1, grid.block))
-    found: Tensor = columns.gather(1, first.unsqueeze(-1).expand_as(columns)).flatten(1)
-    return found
+    order: Tensor = columns.gather(1, first.unsqueeze(-1).expand_as(columns)).flatten(1)
+    return order
 
 
 def _damped(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
@@ -195,8 +219,8 @@ def _damped(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
 
 def _inverse_factor(h: Tensor) -> Tensor:
     """U, upper, of h^-1 = U^T U."""
-    found: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    return found
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    return factor
 
 
 class _Rounded(NamedTuple):
@@ -269,7 +293,7 @@ def _packed(grid: Grid, codes: Tensor, notes: list[tuple[Tensor, ...]], order: T
 
     def back(values: Tensor) -> Tensor:  # (B, rows, in / sub) by block
         by_block = values.unflatten(-1, (blocks.shape[-1], -1))
-        found: Tensor = by_block.gather(2, blocks[:, None, :, None].expand_as(by_block)).flatten(2)
-        return found
+        natural_order: Tensor = by_block.gather(2, blocks[:, None, :, None].expand_as(by_block)).flatten(2)
+        return natural_order
 
     return grid.pack(natural, [back(torch.stack(kind, -1)) for kind in zip(*notes, strict=True)])

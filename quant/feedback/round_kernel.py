@@ -78,7 +78,7 @@ def _kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     matrix = tl.program_id(1).to(tl.int64)
     real = row < rows
-    own = matrix * rows + row
+    line = matrix * rows + row
     k = tl.arange(0, TILE)[:, None]
     x += matrix * SUB * rows
     factor += matrix * factor_stride
@@ -91,10 +91,10 @@ def _kernel(
         for n in tl.static_range(LEVELS - 1):
             bounds = bounds + ((tl.load(levels + n) + tl.load(levels + n + 1)) * 0.5,)
     if STORE:
-        candidate = tl.load(best + own, real, 0)
+        candidate = tl.load(best + line, real, 0)
     else:
         candidate = tl.program_id(2).to(tl.int64)
-    at = candidate * (tl.num_programs(1) * rows) + own
+    at = candidate * (tl.num_programs(1) * rows) + line
     s, base = tl.load(scale + at, real, 0.0), tl.load(low + at, real, 0.0)
     inverse = tl.where(s != 0, tl.math.div_rn(1.0, s), 0.0)
     loss = tl.zeros((ROWS,), tl.float32)
@@ -109,8 +109,8 @@ def _kernel(
             lost = (column - (level * s + base)) / tl.load(factor + j * SUB + j)
             loss += lost * lost
             if STORE:
-                tl.store(codes + own * SUB + j, code.to(tl.uint8), real)
-                tl.store(error + own * SUB + j, lost, real)
+                tl.store(codes + line * SUB + j, code.to(tl.uint8), real)
+                tl.store(error + line * SUB + j, lost, real)
             after = ()
             for t in tl.static_range(SUB // TILE - g):
                 after = after + (left[t] - lost[None, :] * through[t],)

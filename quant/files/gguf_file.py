@@ -20,13 +20,11 @@ import torch
 
 from dgq.quant.errors import InputError
 from dgq.quant.files.places import Places
-from dgq.quant.schemes.dense import Dense
-from dgq.quant.schemes.ggml import GGMLScheme
 from dgq.quant.schemes.gguf_guests import Guest, guest, received
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed, Scheme
 
-DECODED = {name: one for name, one in SCHEMES.items() if isinstance(one, GGMLScheme | Dense)}  # ggml's NVFP4 is another
+SCHEME_OF_TYPE = {scheme.ggml.name: scheme for scheme in SCHEMES.values() if scheme.ggml}
 ALIGNMENT = 32  # of tensors in files we write
 
 
@@ -85,7 +83,9 @@ def _header(arch: str, metadata: Mapping[str, KV], plan: Mapping[str, tuple[tupl
             else:
                 writer.add_key_value(key, kv.value, types[kv.type.upper()])
         for name, (shape, scheme) in plan.items():
-            raw = gguf.GGMLQuantizationType[scheme.name.upper()]
+            if scheme.ggml is None:
+                raise ValueError(f"{name}: a GGUF has no type for {scheme.name}")
+            raw = gguf.GGMLQuantizationType(scheme.ggml.id)
             writer.add_tensor_info(name, shape, np.dtype(np.float32), scheme.nbytes(shape), raw)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -260,12 +260,12 @@ class GGUFReader(Mapping[str, Packed]):
     def scheme(self, name: str) -> Scheme:
         """As the file holds it; a Guest is another thing once it is read. InputError if nobody can decode it."""
         kind = self._tensors[name].kind
-        found: Scheme | None = DECODED.get(kind.lower()) or guest(kind)
-        if found is None:
+        scheme: Scheme | None = SCHEME_OF_TYPE.get(kind) or guest(kind)
+        if scheme is None:
             raise InputError(
                 f"{self.path}: {name} has ggml type {kind}, which neither dgq nor gguf-py decodes; convert it anew"
             )
-        return found
+        return scheme
 
     def nbytes(self, name: str) -> int:
         return self._tensors[name].stop - self._tensors[name].start

@@ -16,7 +16,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,16 @@ DTYPES = {
 FLOATS = {"BF16": "bf16", "F16": "f16", "F32": "f32"}  # safetensors dtype -> scheme
 
 
+LFS_POINTER = b"version https://git-lfs"
+BOM = b"\xef\xbb\xbf"  # that some editors put in front of UTF-8
+
+
+def refuse_pointer(path: Path, start: bytes) -> None:
+    """InputError if a file that begins so is git-LFS's pointer to it."""
+    if start.startswith(LFS_POINTER[:8]) and LFS_POINTER.startswith(start[: len(LFS_POINTER)]):
+        raise InputError(f"{path}: is git-LFS's pointer to the file, not the file; run `git lfs pull` in its folder")
+
+
 def read_whole(path: Path, most: int) -> bytes:
     """A file's bytes. OSError if it is no file (a pipe waits, a device never ends), ValueError if longer than most."""
     size = path.stat().st_size
@@ -63,7 +73,9 @@ def read_whole(path: Path, most: int) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; InputError if it is missing, unreadable or no object."""
     try:
-        data = json.loads(read_whole(path, MAX_JSON))
+        raw = read_whole(path, MAX_JSON)
+        refuse_pointer(path, raw)
+        data = json.loads(raw)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -80,7 +92,9 @@ def read_header(path: Path) -> dict[str, Spec]:
         if not path.is_file():
             raise OSError("is no plain file")
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            refuse_pointer(path, start)
+            length = int.from_bytes(start, "little")
             if length > min(size - 8, MAX_HEADER):
                 raise InputError(
                     f"{path}: header length {length} does not fit a file of {size} bytes; truncated, or not safetensors"
@@ -124,8 +138,9 @@ def _spec(path: Path, name: str, entry: Any, base: int) -> Spec:
     return spec
 
 
-def read_index(path: Path) -> dict[str, Spec]:
-    """All tensors of a directory: by its index if it has one, else of its single file."""
+def read_index(path: Path, spare: Callable[[str], bool] | None = None) -> dict[str, Spec]:
+    """All tensors of a directory: by its index if it has one, else of its single file. spare: whether the index may
+    list a name that no file holds, as it does for tied weights; none, unless given."""
     index = path / INDEX
     if index.is_file() and (path / SINGLE).is_file():
         raise InputError(f"{path}: holds both {SINGLE} and {INDEX}; one of them is stale, remove it")
@@ -142,7 +157,7 @@ def read_index(path: Path) -> dict[str, Spec]:
             raise InputError(f"{index}: {name} lies in {str(file)[:80]!r}, which is no file name inside the directory")
         if file not in shards:
             shards[file] = read_header(path / file)
-        if name not in shards[file]:
+        if name not in shards[file] and not (spare and spare(name)):
             raise InputError(f"{index}: says {name} is in {file}, but that file does not hold it")
     for file, specs in shards.items():
         for name in specs:

@@ -44,16 +44,16 @@ class Imatrix:
         """With weights in the shapes of the model's: (in,) for a matrix, (E, in) for experts. shapes: the model's
         tensors. InputError for an entry that none of them fits."""
         weights = {}
-        for name, found in self.weights.items():
+        for name, importance in self.weights.items():
             shape = shapes.get(name)
             if shape is None:
                 raise InputError(f"{self.file}: has an entry for {printable(name)}, which this model does not have")
             wanted = shape if len(shape) == 1 else (*shape[:-2], shape[-1])
-            if found.numel() != math.prod(wanted) or (found.dim() > 1 and tuple(found.shape) != wanted):
+            if importance.numel() != math.prod(wanted) or (importance.dim() > 1 and tuple(importance.shape) != wanted):
                 raise InputError(
-                    f"{self.file}: {name} has importance {list(found.shape)} for a weight of {list(shape)}"
+                    f"{self.file}: {name} has importance {list(importance.shape)} for a weight of {list(shape)}"
                 )
-            weights[name] = found.reshape(wanted)
+            weights[name] = importance.reshape(wanted)
         return replace(self, weights=weights)
 
 
@@ -122,12 +122,12 @@ def _binary(path: Path) -> tuple[tuple[str, ...], int, Entries]:
         def number(least: int, most: int) -> int:
             nonlocal at
             at += 4
-            found = int(struct.unpack_from("<i", data, at - 4)[0]) if at <= len(data) else -1
-            if not least <= found <= most:
+            value = int(struct.unpack_from("<i", data, at - 4)[0]) if at <= len(data) else -1
+            if not least <= value <= most:
                 raise InputError(
                     f"{path}: neither a GGUF nor a whole binary imatrix (byte {at - 4}); truncated or damaged"
                 )
-            return found
+            return value
 
         def text(least: int) -> str:
             nonlocal at
@@ -135,14 +135,14 @@ def _binary(path: Path) -> tuple[tuple[str, ...], int, Entries]:
             at += length
             return data[at - length : at].decode("utf-8", "replace").rstrip("\0")
 
-        found = []
+        entries = []
         for _ in range(number(1, len(data))):
             name, calls, values = text(1), number(-(1 << 31), (1 << 31) - 1), number(1, (len(data) - at - 4) // 4)
             sums = torch.frombuffer(bytearray(data[at : at + 4 * values]), dtype=torch.float32).unsqueeze(0)
             at += 4 * values
-            found.append((name, sums, torch.full((1, 1), max(calls, 1), dtype=torch.float32)))
+            entries.append((name, sums, torch.full((1, 1), max(calls, 1), dtype=torch.float32)))
         chunks, dataset = (number(0, 1 << 30), text(0)) if at < len(data) else (0, "")
-    return (dataset,) if dataset else (), chunks, iter(found)
+    return (dataset,) if dataset else (), chunks, iter(entries)
 
 
 def write_imatrix(

@@ -171,11 +171,11 @@ def skip_patterns(kept: list[str], quantised: list[str]) -> list[str]:
     both stacks, and that match none of `quantised`: one a kind of module where all layers agree."""
     kind = re.compile(r"^.*\.layers\.\d+\.")
     split = {kind.sub("", name) for name in quantised}
-    found = ["lm_head", "model.encoder.vision_tower", "model.encoder.embed_vision"]
+    patterns = ["lm_head", "model.encoder.vision_tower", "model.encoder.embed_vision"]
     for name in kept:
         below = kind.sub("", name)
         if below in split or below == name:
-            found += [name, name.replace("model.decoder.", "model.encoder.language_model.", 1)]
-        elif (pattern := r".*\.layers\.\d+\." + re.escape(below)) not in found:
-            found.append(pattern)
-    return found
+            patterns += [name, name.replace("model.decoder.", "model.encoder.language_model.", 1)]
+        elif (pattern := r".*\.layers\.\d+\." + re.escape(below)) not in patterns:
+            patterns.append(pattern)
+    return patterns

@@ -64,10 +64,10 @@ class ExpertsApart:
         """The weight, copied together. InputError as for each Linear."""
         if not self._way(name):
             return self.base.join(name, shape, stored)
-        found = [self.base.join(linear, size, stored) for linear, size in self._linears(name, shape).items()]
+        linears = [self.base.join(linear, size, stored) for linear, size in self._linears(name, shape).items()]
         scheme = NF4_DQ if self.base.double else NF4
-        absmax = torch.cat([scheme.absmax(one.parts) for one in found])
-        codes = torch.cat([one.parts[""] for one in found])
+        absmax = torch.cat([scheme.absmax(one.parts) for one in linears])
+        codes = torch.cat([one.parts[""] for one in linears])
         return Packed(NF4, shape, {"": codes.view(*shape[:-1], -1), "absmax": absmax.view(*shape[:-1], -1)})
 
     def _way(self, name: str) -> tuple[str, ...]:

@@ -31,9 +31,9 @@ from typing import Any
 import torch
 
 from dgq.quant.errors import InputError
-from dgq.quant.formats.modelopt import PROJECTIONS, checked_scales, joined_bytes, modules, shared_scalar
-from dgq.quant.schemes.nvfp4 import BLOCK, NVFP4
-from dgq.quant.types import Entry, Packed, Scheme, Spec, Stored
+from dgq.quant.formats.nvfp4_modules import PROJECTIONS, NVFP4Modules, Suffixes
+from dgq.quant.schemes.nvfp4 import BLOCK
+from dgq.quant.types import Packed, Spec
 
 METHOD, FORMAT = "compressed-tensors", "nvfp4-pack-quantized"
 _EIGHTS, _SEVERAL = ("float-quantized", "naive-quantized"), "mixed-precision"
@@ -49,21 +49,21 @@ _WEIGHTS: dict[str, tuple[Any, ...]] = {
 _EIGHT_BITS = _WEIGHTS | {"num_bits": (8,), "group_size": (None,), "strategy": ("tensor", "channel")}
 
 
-def refused(said: Mapping[str, Any]) -> str | None:
+def refused(config: Mapping[str, Any]) -> str | None:
     """What of a quantization_config dgq does not read, in a few words; None if it reads all."""
-    if said.get("format") not in (FORMAT, *_EIGHTS, _SEVERAL):
-        return f"format {str(said.get('format'))[:40]!r}"
+    if config.get("format") not in (FORMAT, *_EIGHTS, _SEVERAL):
+        return f"format {str(config.get('format'))[:40]!r}"
     for key in ("sparsity_config", "transform_config"):
-        if said.get(key):
+        if config.get(key):
             return key
-    groups = said.get("config_groups")
+    groups = config.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         return "no config_groups"
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict):
             return f"group {name[:40]!r} without weights"
-        if (form := _format(said, group)) not in (FORMAT, *_EIGHTS):
+        if (form := _format(config, group)) not in (FORMAT, *_EIGHTS):
             return f"group {name[:40]!r} of format {str(form)[:40]!r}"
         for key, allowed in (_WEIGHTS if form == FORMAT else _EIGHT_BITS).items():
             if weights.get(key) not in allowed:
@@ -71,16 +71,16 @@ def refused(said: Mapping[str, Any]) -> str | None:
     return None
 
 
-def layout_of(said: Mapping[str, Any]) -> tuple[CompressedTensors, set[bool], bool]:
+def layout_of(config: Mapping[str, Any]) -> tuple[CompressedTensors, set[bool], bool]:
     """Of a quantization_config that is not refused(): the layout; whether its groups of NVFP4 have input scales; and
     whether there are groups of FP8."""
-    groups = [(_format(said, group), group) for group in said["config_groups"].values()]
+    groups = [(_format(config, group), group) for group in config["config_groups"].values()]
     inputs = {_rounds_inputs(group) for form, group in groups if form == FORMAT}
     return CompressedTensors(True in inputs), inputs, any(form != FORMAT for form, _ in groups)
 
 
-def _format(said: Mapping[str, Any], group: Mapping[str, Any]) -> Any:
-    return group.get("format") or said.get("format")
+def _format(config: Mapping[str, Any], group: Mapping[str, Any]) -> Any:
+    return group.get("format") or config.get("format")
 
 
 def _rounds_inputs(group: Mapping[str, Any]) -> bool:
@@ -89,55 +89,15 @@ def _rounds_inputs(group: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class CompressedTensors:
-    """The layout. activations: whether each module carries an input_global_scale (W4A4)."""
+class CompressedTensors(NVFP4Modules):
+    """The layout."""
 
-    activations: bool
-
-    @property
-    def slices(self) -> Scheme:
-        return NVFP4
-
-    def scheme_of(self, name: str) -> Scheme:
-        return NVFP4
-
-    def holds(self, name: str, shape: tuple[int, ...]) -> bool:
-        owner, _, last = name.rpartition(".")
-        if owner.endswith(".experts"):
-            return last in PROJECTIONS
-        return len(shape) == 2 and name.endswith("_proj.weight")
-
-    def entries(self, name: str, shape: tuple[int, ...]) -> dict[str, Entry]:
-        groups = modules(name, shape)
-        rows, columns = shape[-2] // len(groups[0]), shape[-1]
-        tensors: dict[str, Entry] = {}
-        for base in (base for group in groups for base in group):
-            tensors[base + "weight_packed"] = ("U8", (rows, columns // 2))
-            tensors[base + "weight_scale"] = ("F8_E4M3", (rows, columns // BLOCK))
-            tensors[base + "weight_global_scale"] = ("F32", (1,))
-            if self.activations:
-                tensors[base + "input_global_scale"] = ("F32", (1,))
-        return tensors
+    suffixes = Suffixes(
+        "weight_packed", "weight_scale", "weight_global_scale", "input_global_scale", scalar=(1,), inverted=True
+    )
 
     def split(self, name: str, shape: tuple[int, ...], piece: Packed, start: int) -> Iterator[tuple[str, torch.Tensor]]:
         raise NotImplementedError(f"{name}: dgq writes modelopt's layout")
-
-    def join(self, name: str, shape: tuple[int, ...], stored: Stored) -> Packed:
-        """The weight, copied together. InputError for scales no quantiser writes, or gate's unlike up's."""
-        groups = modules(name, shape)
-        bases = [base for group in groups for base in group]
-        whole = {
-            "": torch.cat([stored.tensor(base + "weight_packed") for base in bases]),
-            "weight_scale": joined_bytes([checked_scales(stored, base + "weight_scale") for base in bases]),
-        }
-        whole = {key: part.view(*shape[:-1], -1) for key, part in whole.items()}
-        names = {"weight_scale_2": "weight_global_scale"}
-        if self.activations:
-            names["input_scale"] = "input_global_scale"
-        for key, suffix in names.items():
-            scales = torch.stack([shared_scalar(stored, [base + suffix for base in group]) for group in groups])
-            whole[key] = scales.reciprocal().view(-1, *(1 for _ in shape[1:])).expand(*shape[:-1], 1)
-        return Packed(NVFP4, shape, whole)
 
 
 _STACKED = re.compile(
@@ -148,14 +108,14 @@ _STACKED = re.compile(
 def unfused(specs: Mapping[str, Spec], experts: int) -> dict[str, Spec]:
     """Stacks of so many experts' tensors become a tensor a module; what has no shape of a stack stays as it is.
     InputError for scales beside plain stacks."""
-    found: dict[str, Spec] = {}
+    modules: dict[str, Spec] = {}
     for name, spec in specs.items():
         if (match := _STACKED.fullmatch(name)) and (plain := f"{match[1]}.{match[2]}") in specs:
-            said = f"{spec.file}: {name} is there, but {plain} is not quantised"
-            raise InputError(f"{said}; llm-compressor's repack_moe() leaves it so: export again without it")
+            what = f"{spec.file}: {name} is there, but {plain} is not quantised"
+            raise InputError(f"{what}; llm-compressor's repack_moe() leaves it so: export again without it")
         pieces = _pieces(spec, experts)
-        found |= {name: spec} if not pieces or any(piece in specs for piece in pieces) else pieces
-    return found
+        modules |= {name: spec} if not pieces or any(piece in specs for piece in pieces) else pieces
+    return modules
 
 
 def _pieces(spec: Spec, experts: int) -> dict[str, Spec]:

@@ -20,8 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from dgq.quant.errors import InputError
-from dgq.quant.formats.compressed_tensors import CompressedTensors
-from dgq.quant.formats.modelopt import Modelopt, joined_bytes, modules
+from dgq.quant.formats.nvfp4_modules import NVFP4Modules, joined_bytes, modules
 from dgq.quant.schemes.fp8 import FP8
 from dgq.quant.types import Entry, Packed, Scheme, Spec, Stored
 
@@ -30,12 +29,15 @@ _CODES, _SCALES = "F8_E4M3", ("F32", "BF16", "F16")
 
 @dataclass(frozen=True)
 class Mixed:
-    """The layout. base: that of its NVFP4; either: some of that with input scales and some without; said: modules that
-    the config names ("" is all others) -> whether it says FP8; specs: the directory's tensors, which say what is so."""
+    """The layout. base: that of its NVFP4; either: some of that with input scales and some without.
 
-    base: Modelopt | CompressedTensors
+    declared: modules that the config names ("" is all others) -> whether it says FP8. specs: the directory's tensors,
+    whose dtypes are what counts.
+    """
+
+    base: NVFP4Modules
     either: bool = False
-    said: Mapping[str, bool] = field(default_factory=dict)
+    declared: Mapping[str, bool] = field(default_factory=dict)
     specs: Mapping[str, Spec] = field(default_factory=dict)
 
     @property
@@ -50,7 +52,7 @@ class Mixed:
 
     def entries(self, name: str, shape: tuple[int, ...]) -> dict[str, Entry]:
         """InputError for a module that is one of the two and said to be the other."""
-        self._check_said(name)
+        self._check_agreement(name)
         if self.scheme_of(name) is not FP8:
             return self._four(name).entries(name, shape)
         groups = modules(name, shape)
@@ -58,9 +60,9 @@ class Mixed:
         tensors: dict[str, Entry] = {}
         for base in (base for group in groups for base in group):
             tensors[base + "weight"] = (_CODES, (rows, columns))
-            tensors[base + "weight_scale"] = self._said(base + "weight_scale", ((), (1,), (rows,), (rows, 1)))
+            tensors[base + "weight_scale"] = self._entry(base + "weight_scale", ((), (1,), (rows,), (rows, 1)))
             if base + "input_scale" in self.specs:
-                tensors[base + "input_scale"] = self._said(base + "input_scale", ((), (1,)))
+                tensors[base + "input_scale"] = self._entry(base + "input_scale", ((), (1,)))
         return tensors
 
     def split(self, name: str, shape: tuple[int, ...], piece: Packed, start: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -80,23 +82,24 @@ class Mixed:
         spec = self.specs.get(base + "weight")
         return spec is not None and spec.dtype == _CODES
 
-    def _check_said(self, name: str) -> None:
+    def _check_agreement(self, name: str) -> None:
         module = modules(name, (1,))[0][0]
         spec = self.specs.get(module + "weight") or self.specs.get(module + "weight_packed")
-        said = next((self.said[at] for at in (module[:-1], name.rpartition(".")[0], "") if at in self.said), None)
-        if spec is not None and said is not None and spec.dtype == ("U8" if said else _CODES):
-            kinds = ("FP8", "NVFP4") if said else ("NVFP4", "FP8")
+        places = (module[:-1], name.rpartition(".")[0], "")
+        eight = next((self.declared[at] for at in places if at in self.declared), None)
+        if spec is not None and eight is not None and spec.dtype == ("U8" if eight else _CODES):
+            kinds = ("FP8", "NVFP4") if eight else ("NVFP4", "FP8")
             what = f"{spec.file}: {spec.name} is {kinds[1]}, and said to be {kinds[0]}"
             raise InputError(f"{what}; one of file and config is stale, fetch both again")
 
-    def _four(self, name: str) -> Modelopt | CompressedTensors:
+    def _four(self, name: str) -> NVFP4Modules:
         if not self.either:
             return self.base
         base = modules(name, (1,))[0][0]
         given = any(base + suffix in self.specs for suffix in ("input_scale", "input_global_scale"))
         return replace(self.base, activations=given)
 
-    def _said(self, name: str, shapes: tuple[tuple[int, ...], ...]) -> Entry:
+    def _entry(self, name: str, shapes: tuple[tuple[int, ...], ...]) -> Entry:
         """What the file has there, if it may; else what is usual."""
         spec = self.specs.get(name)
         known = spec is not None and spec.dtype in _SCALES

@@ -22,7 +22,7 @@ import torch
 
 from dgq.quant.errors import InputError
 from dgq.quant.formats.modelopt import Modelopt
-from dgq.quant.schemes.ggml import Q8_0
+from dgq.quant.schemes.ggml.q8_0 import Q8_0
 from dgq.quant.schemes.nvfp4 import NVFP4
 from dgq.quant.types import Entry, Packed, Scheme, Stored
 
@@ -83,12 +83,12 @@ def quantization_config(layout: OwnLayout, version: str) -> dict[str, Any]:
     }
 
 
-def layout_of(said: Mapping[str, Any], source: str) -> OwnLayout:
+def layout_of(config: Mapping[str, Any], source: str) -> OwnLayout:
     """Of such a quantization_config. InputError naming `source` for one that dgq does not write."""
-    if said.get("version") != VERSION:
-        was = repr(said.get("version"))[:40]
+    if config.get("version") != VERSION:
+        was = repr(config.get("version"))[:40]
         raise InputError(f"{source}: dgq's layout in version {was}; this dgq reads {VERSION}, take a newer one")
-    names = said.get("q8_0")
+    names = config.get("q8_0")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{source}: quantization_config has no q8_0, a list of weights' names; fetch the file again")
     return OwnLayout(frozenset(names))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dgq.quant.types import DECODED, GGMLType, GPUForm
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -18,8 +20,14 @@ class Dense:
 
     name: str
     dtype: torch.dtype
+    ggml: GGMLType
     block: int = 1
     shared: frozenset[str] = frozenset()
+    whole: bool = False
+    gpu: GPUForm = DECODED  # the runtime computes in bfloat16
+    grid: None = None
+    searched: bool = False
+    in_mix: bool = False  # `dgq mix` compares every scheme with BF16, which is no choice of a scheme
 
     @property
     def bits(self) -> float:
@@ -39,6 +47,6 @@ class Dense:
         return math.prod(shape) * self.dtype.itemsize
 
 
-BF16 = Dense("bf16", torch.bfloat16)
-F16 = Dense("f16", torch.float16)
-F32 = Dense("f32", torch.float32)
+BF16 = Dense("bf16", torch.bfloat16, GGMLType("BF16", id=30, file_type=32))
+F16 = Dense("f16", torch.float16, GGMLType("F16", id=1, file_type=1))
+F32 = Dense("f32", torch.float32, GGMLType("F32", id=0, file_type=0))

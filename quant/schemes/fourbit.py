@@ -31,17 +31,17 @@ def largest(weight: torch.Tensor, block: int) -> torch.Tensor:
     shape = (*weight.shape[:-1], weight.shape[-1] // block)
     if weight.device.type != "cpu":
         return blocks.abs().amax(-1).float().view(shape)
-    found = torch.empty(len(blocks), dtype=_BITS[weight.itemsize])
+    amax_bits = torch.empty(len(blocks), dtype=_BITS[weight.itemsize])
     for part in pieces(weight.numel(), block, weight.device):
-        bits = blocks[part].abs().view(found.dtype)
+        bits = blocks[part].abs().view(amax_bits.dtype)
         if block == 16:  # too few for a fast reduction: the largest of every 16 in a row, then each 16th of those
             bits = bits.flatten()
             for step in (8, 4, 2, 1):
                 bits = torch.maximum(bits[:-step], bits[step:])
-            found[part] = bits[::16]
+            amax_bits[part] = bits[::16]
         else:
-            torch.amax(bits, -1, out=found[part])
-    return found.view(weight.dtype).float().view(shape)
+            torch.amax(bits, -1, out=amax_bits[part])
+    return amax_bits.view(weight.dtype).float().view(shape)
 
 
 def count_below(x: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
-"""FP8 (E4M3) weights with a float32 scale a row. Read, never written; quant/formats/fp8_groups.py tells where they lie.
+"""FP8 (E4M3) weights with a float32 scale a row. dgq reads them and does not write them; quant/formats/fp8_groups.py
+says where they lie in a directory.
 
-w = code * weight_scale
+    ""            float8_e4m3fn  (…, in)
+    weight_scale  float32        (…, rows, 1)          w = code * weight_scale
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 
 from dgq.quant.errors import InputError
 from dgq.quant.schemes.nvfp4 import e4m3_values
+from dgq.quant.types import DECODED, GPUForm
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,12 @@ class FP8Scheme:
     bits: float = 8.0
     max_abs: float = torch.finfo(torch.float32).max
     shared: frozenset[str] = frozenset()
+    whole: bool = False
+    ggml: None = None
+    gpu: GPUForm = DECODED
+    grid: None = None
+    searched: bool = False
+    in_mix: bool = False
 
     def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         raise InputError(f"{self.name}: dgq reads this scheme and does not write it; use another")

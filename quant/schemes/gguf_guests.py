@@ -22,7 +22,7 @@ import torch
 from dgq.quant.errors import InputError
 from dgq.quant.schemes.dense import BF16, F32
 from dgq.quant.schemes.nvfp4 import NVFP4
-from dgq.quant.types import Packed
+from dgq.quant.types import DECODED, GPUForm, Packed
 
 SLICE = 1 << 22  # weights decoded at a time; in float32, with gguf's temporaries, some 100 MB
 
@@ -36,6 +36,12 @@ class Guest:
     block_bytes: int
     max_abs: float = 65504.0
     shared: frozenset[str] = frozenset()
+    whole: bool = False
+    ggml: None = None
+    gpu: GPUForm = DECODED
+    grid: None = None
+    searched: bool = False
+    in_mix: bool = False
 
     @property
     def bits(self) -> float:

@@ -30,6 +30,7 @@ from functools import cache
 import torch
 
 from dgq.quant.schemes.fourbit import count_below, largest, pieces
+from dgq.quant.types import GPUForm, Table
 
 BLOCK = 64
 NESTED = 256
@@ -99,15 +100,54 @@ def row_numbers(shape: tuple[int, ...], device: torch.device | str = "cpu") -> t
     return torch.arange(math.prod(lead), dtype=torch.int32, device=device).view(*lead, 1)
 
 
+class Grid:
+    """absmax may be any float32; candidates are bfloat16, which takes one word in the runtime instead of two."""
+
+    block = sub = BLOCK
+    factors = (0.76, 0.8, 0.84, 0.88, 0.91, 0.94, 0.97, 1.0, 1.03, 1.06, 1.1)
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.levels = QUANT_MAP.to(weight.device)
+
+    def open(self, x: torch.Tensor, cost: torch.Tensor) -> None:
+        return None
+
+    def scales(
+        self, x: torch.Tensor, cost: torch.Tensor, state: None, number: int
+    ) -> tuple[torch.Tensor, None, tuple[torch.Tensor, ...]]:
+        absmax = x.abs().amax(-1)
+        candidates = torch.stack([absmax * factor for factor in self.factors]).bfloat16().float()
+        return candidates, None, (candidates,)
+
+    def pack(self, codes: torch.Tensor, notes: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"": codes[..., ::2] << 4 | codes[..., 1::2], "absmax": notes[0]}
+
+
+def codes_and_scales(parts: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """parts of a weight (…, in), nested or not -> codes uint8 (…, in), one a byte, and absmax float32 (…, in / 64)."""
+    packed = parts[""]
+    scheme = NF4_DQ if "nested_absmax" in parts else NF4
+    return torch.stack((packed >> 4, packed & 15), -1).flatten(-2), scheme.absmax(parts)
+
+
+TABLE = Table(tuple(QUANT_MAP.tolist()), BLOCK, codes_and_scales)
+
+
 @dataclass(frozen=True)
 class NF4Scheme:
     """parts: "" uint8 (…, in/2), "absmax" float32 (…, in/64); with double quantisation as the module says."""
 
     name: str
     double: bool
+    gpu: GPUForm
+    in_mix: bool
     block: int = BLOCK
     max_abs: float = 1e30  # the mean of absmax must not overflow
     shared: frozenset[str] = frozenset({"nested_absmax", "nested_quant_map", "nested_offset"})
+    whole: bool = False
+    ggml: None = None
+    grid: type[Grid] = Grid
+    searched: bool = True
 
     @property
     def bits(self) -> float:
@@ -132,10 +172,9 @@ class NF4Scheme:
         return packed | nest(absmax) | {"row": row_numbers(tuple(weight.shape), weight.device)}
 
     def dequantize(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        packed = parts[""]
-        codes = torch.stack((packed >> 4, packed & 15), -1).flatten(-2)
-        values = QUANT_MAP.to(packed.device)[codes.int()].unflatten(-1, (-1, BLOCK))
-        weight: torch.Tensor = values * self.absmax(parts).unsqueeze(-1)
+        codes, absmax = codes_and_scales(parts)
+        values = QUANT_MAP.to(codes.device)[codes.int()].unflatten(-1, (-1, BLOCK))
+        weight: torch.Tensor = values * absmax.unsqueeze(-1)
         return weight.flatten(-2).to(dtype)
 
     def absmax(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -154,5 +193,6 @@ class NF4Scheme:
         return math.prod(shape) // 2 + (nested if self.double else 4 * blocks)
 
 
-NF4 = NF4Scheme("nf4", double=False)
-NF4_DQ = NF4Scheme("nf4_dq", double=True)
+# A maximum is one bfloat16 on the GPU where the weight was bfloat16, and two words elsewhere.
+NF4 = NF4Scheme("nf4", double=False, gpu=GPUForm("table", bits=4.25, table=TABLE), in_mix=True)
+NF4_DQ = NF4Scheme("nf4_dq", double=True, gpu=GPUForm("table", bits=4.5, table=TABLE), in_mix=False)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 
 from dgq.quant.schemes.fourbit import count_below, is_below, largest, pieces
+from dgq.quant.types import GPUForm
 
 BLOCK = 16
 SCALE_MAX = 448.0  # the largest E4M3
@@ -90,6 +91,40 @@ def round_activations(x: torch.Tensor, input_scale: torch.Tensor) -> torch.Tenso
     return decode(*encode(x, input_scale), input_scale).to(x.dtype)
 
 
+class Grid:
+    """The scale of a block is one of ten neighbouring E4M3 codes around the reference's; scale_2 is the reference's."""
+
+    block = sub = BLOCK
+    offsets = (-4, -3, -2, -1, 0, 1, 2, 3, 4, 5)
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.scale_2 = global_scale(weight.abs().amax((-2, -1))).unsqueeze(-1)  # (B, 1)
+        positive = torch.tensor(VALUES, device=weight.device)
+        self.levels = torch.cat((-positive[1:].flip(0), positive))
+        self._e4m3 = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(weight.device)
+
+    def open(self, x: torch.Tensor, cost: torch.Tensor) -> None:
+        return None
+
+    def scales(
+        self, x: torch.Tensor, cost: torch.Tensor, state: None, number: int
+    ) -> tuple[torch.Tensor, None, tuple[torch.Tensor, ...]]:
+        base = (x.abs().amax(-1) / (self.scale_2 * 6)).clamp(SCALE_MIN, SCALE_MAX)
+        code = base.to(torch.float8_e4m3fn).view(torch.uint8).int()
+        codes = torch.stack([(code + offset).clamp(1, 126) for offset in self.offsets])
+        return self._e4m3[codes] * self.scale_2, None, (codes,)
+
+    def pack(self, codes: torch.Tensor, notes: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        signed = codes.int() - 7
+        code = (signed.abs() + 8 * (signed < 0)).to(torch.uint8)
+        scales = notes[0].to(torch.uint8).view(torch.float8_e4m3fn)
+        scale_2 = self.scale_2.unsqueeze(-1).expand(*codes.shape[:2], 1)
+        return {"": code[..., ::2] | code[..., 1::2] << 4, "weight_scale": scales, "weight_scale_2": scale_2}
+
+
+GPU = GPUForm("nvfp4", bits=4.5)
+
+
 @dataclass(frozen=True)
 class NVFP4Scheme:
     """parts: "" uint8 (…, in/2), "weight_scale" float8_e4m3fn (…, in/16), "weight_scale_2" float32 (…, rows, 1)."""
@@ -99,6 +134,12 @@ class NVFP4Scheme:
     bits: float = 4.5
     max_abs: float = torch.finfo(torch.float32).max
     shared: frozenset[str] = frozenset()
+    whole: bool = True  # the rows of a matrix share scale_2
+    ggml: None = None  # ggml's NVFP4 has no scale_2 and another order; gguf_guests.py reads it
+    gpu: GPUForm = GPU
+    grid: type[Grid] = Grid
+    searched: bool = True
+    in_mix: bool = True
 
     def quantize(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """weight (…, out, in), whole matrices, any float dtype -> parts, on the weight's device."""

@@ -1,18 +1,37 @@
-"""Every scheme dgq knows, by the name that recipes, dgq.json and plans use."""
+"""Every scheme that dgq writes, one row each, by the name that recipes, dgq.json and plans use.
+
+A new scheme is a module with a row here, a recipe that uses it, a line in recipes/guides/ and a reference for its
+bytes in tests/unit/test_registry.py, which walks this table and names whatever is missing.
+"""
 
 from __future__ import annotations
 
 from dgq.quant.schemes.dense import BF16, F16, F32
 from dgq.quant.schemes.fp8 import FP8
-from dgq.quant.schemes.ggml import Q4_K, Q5_0, Q6_K, Q8_0
+from dgq.quant.schemes.ggml.iq4_nl import IQ4_NL
+from dgq.quant.schemes.ggml.q4_k import Q4_K
+from dgq.quant.schemes.ggml.q5_0 import Q5_0
+from dgq.quant.schemes.ggml.q6_k import Q6_K
+from dgq.quant.schemes.ggml.q8_0 import Q8_0
 from dgq.quant.schemes.gguf_guests import guest
 from dgq.quant.schemes.nf4 import NF4, NF4_DQ
 from dgq.quant.schemes.nvfp4 import NVFP4
 from dgq.quant.types import Scheme
 
-SCHEMES: dict[str, Scheme] = {
-    scheme.name: scheme for scheme in (BF16, F16, F32, Q4_K, Q5_0, Q6_K, Q8_0, NVFP4, NF4, NF4_DQ)
-}
+_ROWS: tuple[Scheme, ...] = (
+    BF16,
+    F16,
+    F32,
+    Q4_K,
+    Q5_0,
+    Q6_K,
+    Q8_0,
+    IQ4_NL,
+    NVFP4,
+    NF4,
+    NF4_DQ,
+)
+SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in _ROWS}
 
 
 def stored_bits(name: str) -> float:
@@ -21,6 +40,6 @@ def stored_bits(name: str) -> float:
         return FP8.bits
     if name in SCHEMES:
         return SCHEMES[name].bits
-    found = guest(name.upper())
-    assert found is not None
-    return found.bits
+    reader = guest(name.upper())
+    assert reader is not None
+    return reader.bits

@@ -13,7 +13,7 @@ engine.generate([{"role": "user", "content": "What is this?"}], images=["cat.png
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 
 from dgq.quant.errors import InputError
 from dgq.runtime.engine.chat import Chat
-from dgq.runtime.engine.engine import Block, Step, generate, stream
+from dgq.runtime.engine.engine import Block, Request, Step, generate, stream
 from dgq.runtime.files.artifact import Artifact, open_artifact
 from dgq.runtime.files.images import Once, placed
 from dgq.runtime.shape.pictured import Pictured
@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from dgq.runtime.files.tower import Tower
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text as it is, token ids, or the messages of a chat, whose content may be parts: see images.placed()."""
+"""A raw text, token ids, or the messages of a chat, whose content may be parts: see images.placed()."""
 
 Images = Sequence[Any]
-"""Of one prompt: files (a path) or PIL images."""
+"""The images of one prompt: paths of files, or PIL images."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """To one prompt. ended: whether the model said so itself; steps: of each block."""
+    """The answer to one prompt. ended: whether the model ended it by itself; steps: how many each block took."""
 
     text: str
     tokens: list[int]
@@ -50,14 +50,16 @@ class Answer:
 
 
 class Engine:
-    """An opened artifact on a device; one batch at a time: threads that call generate() take turns; streams and chats
-    are one thread's. The first image loads its vision tower, which then stays; on the CPU if `vram` bounds the GPU's
-    memory."""
+    """An opened artifact on a device.
+
+    It computes one batch at a time: threads that call generate() wait for each other, and a stream or a chat belongs to
+    one thread. The first image loads the vision tower, which then stays; on the CPU if `vram` bounds the GPU's memory.
+    """
 
     def __init__(self, artifact: Artifact, device: str, dtype: torch.dtype | None, vram: int | None) -> None:
         self.artifact, self.tokenizer, self.generation = artifact, artifact.tokenizer, artifact.generation
         self.model = artifact.load(device, dtype, vram=vram)
-        self._one = RLock()
+        self._lock = RLock()
         self._tower_device = self.model.device if vram is None else torch.device("cpu")
 
     @cached_property
@@ -66,20 +68,20 @@ class Engine:
         return self.artifact.vision.tower(self._tower_device, self.model.dtype)
 
     def ids(self, prompt: Prompt, images: Images = ()) -> Sequence[int]:
-        """A prompt's tokens, with its images if it has any: a prompt as well."""
+        """A prompt's tokens, its images among them; the result is a prompt as well."""
         if isinstance(prompt, Pictured) and not images:
             return prompt
         ids, images, front = placed(self.tokenizer, prompt, images)
         return self.artifact.vision.prompt(ids, images, self.tower, front) if images else ids
 
     def generate(self, prompt: Prompt, images: Images = (), **settings: Any) -> Answer:
-        """The answer to one prompt. settings: max_new_tokens, steps, seed, on_step; see engine.generate()."""
+        """The answer to one prompt. settings: max_new_tokens, steps, seed, …, see engine.Request; and on_step."""
         return self.generate_batch([prompt], [images], **settings)[0]
 
     def close(self) -> None:
-        """Give back the memory; also at the end of a `with`. (Without it Python does so when it next looks for cycles.)
-        A chat keeps the weights as long as it is there."""
-        self.model.session = None
+        """Give the memory back; the end of a `with` does so too. Without it, Python gives it back when it next looks
+        for reference cycles. A chat that still exists keeps the weights."""
+        self.model.drop_session()
         self.__dict__.pop("tower", None)
         del self.model
 
@@ -90,46 +92,62 @@ class Engine:
         self.close()
 
     def generate_batch(
-        self, prompts: Sequence[Prompt], images: Sequence[Images] | None = None, **settings: Any
+        self,
+        prompts: Sequence[Prompt],
+        images: Sequence[Images] | None = None,
+        on_step: Callable[[Step], None] | None = None,
+        **settings: Any,
     ) -> list[Answer]:
-        """Answers to several prompts, each with its images, computed together; each is what it would be alone with
-        rows=[its number]."""
-        ids = self._all_ids(prompts, images)
-        with self._one:
-            found = generate(self.model, ids, self.generation, **settings)
-        texts = map(self.tokenizer.decode, found.tokens)
-        return [Answer(*one) for one in zip(texts, found.tokens, found.ended, found.steps, strict=True)]
+        """The answers to several prompts, each with its images, computed together. Each is what the prompt would get
+        alone with rows=[its number]."""
+        request = Request(self._all_ids(prompts, images), self.generation, **settings)
+        with self._lock:
+            result = generate(self.model, request, on_step)
+        texts = map(self.tokenizer.decode, result.tokens)
+        return [Answer(*one) for one in zip(texts, result.tokens, result.ended, result.steps, strict=True)]
 
     def stream(
-        self, *prompts: Prompt, images: Sequence[Images] | None = None, **settings: Any
+        self,
+        *prompts: Prompt,
+        images: Sequence[Images] | None = None,
+        every_step: bool = True,
+        **settings: Any,
     ) -> Iterator[Step | Block]:
-        """Steps and committed blocks as they come. settings: also every_step=False, for blocks only. The last block is
-        whole, whatever max_new_tokens is. On a GPU, InputError where it goes on after this engine began another
-        answer."""
-        return stream(self.model, self._all_ids(prompts, images), self.generation, **settings)
+        """Yield steps and committed blocks as they come; every_step=False: blocks only. The last block is whole,
+        whatever max_new_tokens is. On a GPU, a stream that goes on after this engine began another answer raises
+        InputError."""
+        return stream(self.model, Request(self._all_ids(prompts, images), self.generation, **settings), every_step)
 
     def _all_ids(self, prompts: Sequence[Prompt], images: Sequence[Images] | None) -> list[Sequence[int]]:
-        if isinstance(prompts, str):  # whose letters are no prompts
+        if isinstance(prompts, str):  # a text is a sequence too, of letters
             raise InputError("prompts is a text: give a list of prompts, or one to generate()")
         given = [()] * len(prompts) if images is None else images
         if len(given) != len(prompts):
             raise InputError(f"images of {len(given)} prompts for {len(prompts)}: give a list for each prompt")
-        return [self.ids(prompt, own) for prompt, own in zip(prompts, given, strict=True)]
+        return [self.ids(prompt, shown) for prompt, shown in zip(prompts, given, strict=True)]
 
-    def chat(self, system: str | None = None, thinking: bool | None = None, **settings: Any) -> Chat:
-        """A conversation, whose turns keep their keys and values: see chat.Chat. As long as nothing else is generated
-        in between, that is: on a GPU this takes a conversation's memory, and the next turn encodes it anew."""
+    def chat(
+        self,
+        system: str | None = None,
+        thinking: bool | None = None,
+        messages: Sequence[Mapping[str, Any]] = (),
+        **settings: Any,
+    ) -> Chat:
+        """A conversation whose turns keep their keys and values, see chat.Chat. system: the text of a first message.
+        thinking: the template's enable_thinking, which has its own default; InputError if the template has none.
+        On a GPU, another answer in between takes the conversation's memory, and the next turn is encoded as a whole."""
         tower = Once(lambda patches: self.tower(patches))
 
         def see(ids: Sequence[int], images: Sequence[Any]) -> Sequence[int]:
             return self.artifact.vision.prompt(ids, images, tower)
 
-        settings = {"see": see, **settings}
-        return Chat(self.model, self.tokenizer, self.generation, system=system, thinking=thinking, **settings)
+        first = [] if system is None else [{"role": "system", "content": system}]
+        settings = {"see": see, "messages": [*first, *messages], **settings}
+        return Chat(self.model, self.tokenizer.thinking(thinking), self.generation, **settings)
 
     def text(self, event: Step | Block, row: int = 0) -> str:
-        """What a step's canvas or a block says, up to its end-of-sequence token. row: the prompt's number; once that
-        has left the batch, ""."""
+        """The text of a step's canvas or of a block, up to its end-of-sequence token. row: the prompt's number; "" once
+        that prompt has left the batch."""
         if row not in event.rows:
             return ""
         tokens = event.canvas[event.rows.index(row)].tolist()
@@ -140,11 +158,11 @@ class Engine:
 def load(
     path: Path | str, device: str | None = None, dtype: torch.dtype | None = None, vram: int | None = None
 ) -> Engine:
-    """Open an artifact or a BF16 checkpoint: a directory or a .gguf. InputError for everything that is wrong with it.
+    """Open an artifact or a BF16 checkpoint, a directory or a .gguf. InputError for everything that is wrong with it.
 
-    device: "cuda" or "cpu", a GPU where there is one unless given; dtype: of activations, bfloat16 on a GPU and
-    float32 on a CPU; vram: bytes of the GPU to use, experts beyond that wait in host memory. Warns of ggml types
-    that have no kernels and are decoded, and of the memory that takes.
+    device: "cuda" or "cpu"; a GPU if there is one, unless given. dtype: of activations; bfloat16 on a GPU and float32
+    on a CPU, unless given. vram: bytes of the GPU to use; experts that do not fit wait in host memory. A warning names
+    ggml types that have no kernels, and the memory that they take because they are decoded.
     """
     visible = torch.cuda.is_available()
     device = str(device or ("cuda" if visible else "cpu"))
@@ -155,6 +173,6 @@ def load(
     if vram is not None and (device == "cpu" or dtype not in (None, torch.bfloat16)):
         raise InputError("vram: is for bfloat16 on a GPU")
     artifact = open_artifact(path)
-    for line in artifact.weights.remarks:
+    for line in artifact.remarks:
         warnings.warn(line, stacklevel=2)
     return Engine(artifact, device, dtype, vram)

@@ -1,4 +1,8 @@
-"""Rows through their canvases: on fixed memory, by graphs where there are any; or as the reference does it."""
+"""The rows of one batch on their way through their canvases, in two ways that give the same tokens in float32.
+
+OnSlots   a session's fixed memory (session.py), by CUDA graphs where there are any; what a GPU uses
+OnCache   the reference's operations on a growing cache (cache.py); a CPU uses it; tests hold OnSlots against it
+"""
 
 from __future__ import annotations
 
@@ -16,43 +20,49 @@ from dgq.runtime.model.cache import Cache
 from dgq.runtime.model.model import Model
 from dgq.runtime.model.rng import CounterRandom, Random
 from dgq.runtime.model.sampler import Stopper, decide
-from dgq.runtime.model.session import Passes, Session
+from dgq.runtime.model.session import Backend, Session
 from dgq.runtime.shape.pictured import pictures, pieces
 from dgq.runtime.shape.settings import SamplerConfig
 
-# Prompt tokens encoded at once, if no image is longer: bounds the attention scores and masks of a long prompt.
+# Prompt tokens that the reference encodes at once (an image is never split): bounds the scores and masks of attention.
 PREFILL = 512
 
 
 @dataclass(frozen=True)
 class Step:
-    """A look at one denoising step, for whoever draws the canvas taking shape."""
+    """The canvases after one denoising step, for whoever shows them taking shape."""
 
-    block: int  # from 0
-    step: int  # from 1
+    block: int  # counted from 0
+    step: int  # counted from 1
     steps: int  # at most
-    canvas: Tensor  # (rows, canvas) the argmax, which is what would be committed now
-    accepted: Tensor  # (rows, canvas) bool: positions the sampler keeps for the next step
-    entropy: Tensor  # (rows,) mean over the canvas, nats
-    rows: tuple[int, ...] = (0,)  # which prompts these are; finished ones may have left
+    canvas: Tensor  # (rows, canvas) int64: the argmax, which is what would be committed now
+    accepted: Tensor  # (rows, canvas) bool: positions that the sampler keeps for the next step
+    entropy: Tensor  # (rows,) mean over the canvas, in nats
+    rows: tuple[int, ...] = (0,)  # the number of the prompt that each row belongs to; finished ones may have left
 
 
 Denoised = Generator[Step, None, tuple[Tensor, Tensor]]
 
 
 class Batch(Protocol):
-    """Rows being denoised."""
+    """Rows whose prompts are encoded and whose canvases can be denoised one after another."""
 
     def denoise(self, rows: Tensor, block: int, every_step: bool) -> Denoised:
-        """One canvas from noise to argmax: (rows, canvas) ids and (rows,) steps taken. rows: which prompts are left."""
+        """Denoise one canvas of every row. Yields each Step if every_step, and returns the argmax (rows, canvas) and
+        the steps that each row took (rows,). rows: the numbers of the prompts that are left."""
         ...
 
-    def commit(self, canvas: Tensor) -> None: ...
-    def keep(self, rows: Tensor) -> None: ...
+    def commit(self, canvas: Tensor) -> None:
+        """Encode a finished canvas (rows, canvas) behind what each row has."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop the rows of the batch whose places are not in `rows`, int64 and rising."""
+        ...
 
 
 class OnSlots:
-    """By a session, which the model keeps for the next batch."""
+    """A batch in the model's session, which stays with the model for the next batch."""
 
     def __init__(
         self,
@@ -68,43 +78,46 @@ class OnSlots:
         self._session.tenant = self._tenant
 
     def commit(self, canvas: Tensor) -> None:
-        self._own().commit(canvas)
+        self._checked_session().commit(canvas)
 
     def keep(self, rows: Tensor) -> None:
-        self._own().keep(rows)
+        self._checked_session().keep(rows)
 
-    def _own(self) -> Session:
-        """The session, in which these rows still are."""
+    def _checked_session(self) -> Session:
+        """The session. InputError if another batch has taken it, so that these rows' keys are gone."""
         if self._session.tenant is not self._tenant:
             raise InputError("another answer was begun on this model meanwhile: this one cannot go on")
         return self._session
 
     def denoise(self, rows: Tensor, block: int, every_step: bool) -> Denoised:
-        state, numbers, count = self._own().state, tuple(rows.tolist()), len(rows)
+        state, numbers, count = self._checked_session().state, tuple(rows.tolist()), len(rows)
         state.begin(self._random, rows, block)
         for step in range(1, self._sampler.steps + 1):
-            over = self._own().step(last=step == self._sampler.steps)
+            done = self._checked_session().step(last=step == self._sampler.steps)
             if every_step:
                 argmax, accepted = state.argmax[:count].clone(), state.accepted[:count].clone()
                 entropy = state.mean_entropy()[:count]
                 yield Step(block, step, self._sampler.steps, argmax, accepted, entropy, numbers)
-            if over is None:
-                self._model.session = None  # which holds what is no number, from here on
+            if done is None:  # the logits are not a number: neither is what the session's memory holds from here on
+                self._model.drop_session()
                 self._model.refuse_weights()
-            if over:
+            if done:
                 break
         return state.argmax[:count].clone(), state.took[:count].clone()
 
 
 def session_for(model: Model, rows: int, capacity: int, sampler: SamplerConfig) -> Session:
+    """The model's session if it fits such a batch, else a new one in its place."""
     session = model.session
     if session is None or not session.fits(rows, capacity, sampler):
-        model.session = session = None  # the old one's memory is free before the new one's is taken
-        model.session = session = Session(passes_of(model), rows, capacity, sampler)
+        del session
+        model.drop_session()  # its memory must be free before the new session takes some
+        session = model.keep_session(Session(backend_of(model), rows, capacity, sampler))
     return session
 
 
-def passes_of(model: Model) -> Passes:
+def backend_of(model: Model) -> Backend:
+    """The kernels, if the model's weights were repacked for them, else the reference's operations."""
     if model.kernels is None:
         return Plain(model)
     from dgq.runtime.engine.fast import Fast  # needs Triton
@@ -112,8 +125,8 @@ def passes_of(model: Model) -> Passes:
     return Fast(model)
 
 
-class Reference:
-    """Operation by operation on a growing cache: what everything faster is held against."""
+class OnCache:
+    """A batch on a growing cache, operation by operation: what everything faster is held against."""
 
     def __init__(
         self,
@@ -150,7 +163,7 @@ class Reference:
             new = decide(logits, sampler.steps + 1 - step, sampler, draw)
             argmax = torch.where(done[:, None], argmax, new.argmax)
             canvas = torch.where(done[:, None], canvas, new.canvas)
-            # cast as transformers does, to the embedding's dtype; a done row's no longer matters
+            # The logits are cast to the embedding's dtype, as in transformers. A done row's no longer matter.
             conditioning = new.logits.to(self._model.dtype)
             done = done | stopper.done(argmax, new.entropy)
             if every_step:
@@ -162,13 +175,14 @@ class Reference:
 
 
 def encode_each(model: Model, prompts: Sequence[Sequence[int]], capacity: int) -> Cache:
-    """Every prompt encoded alone, then put into one batch: nothing about a row depends on the others."""
+    """Encode every prompt alone and stack the caches into one batch: nothing about a row depends on the others."""
     cache = model.new_cache(len(prompts), capacity)
     cache.stack([_prefill(model, [prompt], 0, len(prompt)) for prompt in prompts])
     return cache
 
 
 def _prefill(model: Model, prompts: Sequence[Sequence[int]], pad_id: int, capacity: int) -> Cache:
+    """Encode all prompts together, shorter ones padded on the left, as transformers does."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), longest), pad_id)
     padding = torch.ones_like(ids, dtype=torch.bool)

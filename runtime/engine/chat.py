@@ -1,13 +1,13 @@
-"""A conversation: messages through the chat template, turn after turn, on a cache that stays.
+"""A conversation: messages go through the chat template turn after turn, and the cache stays between the turns.
 
     chat = engine.chat(system="Be brief.", thinking=True)
     chat.ask("Why is the sky blue?").text
     chat.ask("And at night?").encoded        only the tokens that are new
     chat.ask("Like this?", images=["night.jpg"])
 
-The messages are the truth: every turn renders all of them, and keeps of the cache what the rendering has in common with
-it (turns.py). A reply goes among them as its text; its thoughts apart, as "reasoning_content", where Gemma 4's template
-looks for them: it gives them back only to a model that is in the middle of calling tools.
+Every turn renders all messages anew, and keeps of the cache what the rendering has in common with it (turns.py). A
+reply is added to the messages as its text. Its thoughts are added apart, as "reasoning_content", which is where Gemma
+4's template looks for them: it renders them only for a model that is in the middle of calling tools.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgq.quant.errors import InputError
-from dgq.runtime.engine.engine import Block, Rng, Step, stream
+from dgq.runtime.engine.engine import Block, Request, Rng, Step, stream
 from dgq.runtime.engine.turns import Turns, common
 from dgq.runtime.files.images import parted, placed
 from dgq.runtime.files.tokenizer import Tokenizer
 from dgq.runtime.model.model import Model
-from dgq.runtime.shape.pictured import told
+from dgq.runtime.shape.pictured import marks_of
 from dgq.runtime.shape.settings import GenerationConfig
 
 
 @dataclass(frozen=True)
 class Reply:
-    """To one turn. thought: what the model thought before, "" if it did not; tokens: of both; ended: whether the model
-    said so itself; steps: of each block; prompt_tokens: of the conversation before the reply; encoded: of these, how
-    many were not in the cache."""
+    """The model's reply to one turn.
+
+    thought: what the model thought before it answered, "" if it did not. tokens: of thought and text. ended: whether
+    the model ended the reply by itself. steps: how many each block took. prompt_tokens: the length of the conversation
+    before the reply; encoded: how many of these were not in the cache.
+    """
 
     text: str
     thought: str
@@ -42,7 +45,8 @@ class Reply:
 
 
 class Chat:
-    """A conversation with a model. messages: so far, as a chat template takes them; may be edited between turns."""
+    """A conversation with a model. messages: those so far, as a chat template takes them; a caller may edit them
+    between turns. A system message is the first of them."""
 
     def __init__(
         self,
@@ -50,28 +54,24 @@ class Chat:
         tokenizer: Tokenizer,
         generation: GenerationConfig,
         *,
-        system: str | None = None,
-        thinking: bool | None = None,
         messages: Sequence[Mapping[str, Any]] = (),
         seed: int = 0,
         rng: Rng = "counter",
         see: Callable[[Sequence[int], Sequence[Any]], Sequence[int]] | None = None,
     ) -> None:
-        """thinking: the template's enable_thinking, its own default unless given. seed: of all turns; no two turns
-        draw the same from it. see: puts images in their places among ids; None: text alone. InputError if the template
-        knows no thinking."""
-        self._model, self._tokenizer, self._generation = model, tokenizer.thinking(thinking), generation
+        """tokenizer: Tokenizer.thinking() makes one whose conversations think. seed: for all turns, which draw
+        different numbers from it. see: puts images into their places among ids; None: the conversation takes text
+        alone."""
+        self._model, self._tokenizer, self._generation = model, tokenizer, generation
         self._seed, self._rng, self._turns, self._see = seed, rng, Turns(), see
-        self._turn: object = None  # the one that goes on
+        self._turn: object = None  # the turn that is being generated
         self.messages: list[Mapping[str, Any]] = list(messages)
-        if system is not None:
-            self.messages.insert(0, {"role": "system", "content": system})
 
     def ask(
         self, text: str, on_step: Callable[[Step], None] | None = None, images: Sequence[Any] = (), **settings: Any
     ) -> Reply:
-        """The reply to a user's text, both added to the messages. images: this turn's, files or PIL images, before the
-        text or where it says <|image|>. settings: max_new_tokens, steps."""
+        """The reply to a user's text; both are added to the messages. images: files or PIL images of this turn, which
+        stand before the text, or where the text says <|image|>. settings: max_new_tokens, steps."""
         events = self.stream(text, images, every_step=on_step is not None, **settings)
         while True:
             try:
@@ -82,27 +82,18 @@ class Chat:
             if on_step is not None and isinstance(event, Step):
                 on_step(event)
 
-    def stream(self, text: str, images: Sequence[Any] = (), **settings: Any) -> Generator[Step | Block, None, Reply]:
-        """ask(), as it happens; the generator's value is the reply. A turn that is not seen to its end never was."""
+    def stream(
+        self, text: str, images: Sequence[Any] = (), every_step: bool = True, **settings: Any
+    ) -> Generator[Step | Block, None, Reply]:
+        """Yield what ask() does while it happens; the generator returns the reply. A turn that is not consumed to its
+        end leaves the messages as they were."""
         turn = self._turn = object()
-        said = [*self.messages, {"role": "user", "content": parted(text, images)}]
-        plain, shown, _ = placed(self._tokenizer, said)
-        ids: Sequence[int] = plain
-        bare: Sequence[int] = self._tokenizer.chat(said, add_generation_prompt=False)
-        if shown:
-            if self._see is None:
-                raise InputError("this conversation is text alone: dgq.runtime.load(…).chat() takes images")
-            ids, bare = self._see(ids, shown), self._see(bare, shown)
-        self._turns.settled = common(told(ids), told(bare))
-        number = sum(message.get("role") == "assistant" for message in self.messages)
-        places: dict[str, Any] = {"seed": self._seed, "rows": [number]}
-        if self._rng == "torch":
-            places = {"seed": self._seed + number}
-        events = stream(self._model, [ids], self._generation, rng=self._rng, turns=self._turns, **places, **settings)
+        messages = [*self.messages, {"role": "user", "content": parted(text, images)}]
+        request = self._request(messages, **settings)
         tokens: list[int] = []
         steps: list[int] = []
         ended = False
-        for event in events:
+        for event in stream(self._model, request, every_step):
             if isinstance(event, Block):
                 tokens += event.canvas[0].tolist()
                 steps.append(event.steps[0])
@@ -110,9 +101,23 @@ class Chat:
             yield event
             if self._turn is not turn:
                 raise InputError("another turn was begun meanwhile: this one cannot go on")
-        wanted = settings.get("max_new_tokens") or self._generation.max_new_tokens
         stop = next((i for i, token in enumerate(tokens) if token in self._generation.eos_ids), len(tokens))
-        answer, thought = self._tokenizer.reply(tokens := tokens[: min(stop, wanted)])
+        answer, thought = self._tokenizer.reply(tokens := tokens[: min(stop, request.wanted)])
         reply = {"role": "assistant", "content": answer} | ({"reasoning_content": thought} if thought else {})
-        self.messages = [*said, reply]
-        return Reply(answer, thought, tokens, ended and stop < wanted, steps, len(ids), self._turns.encoded)
+        self.messages = [*messages, reply]
+        ended = ended and stop < request.wanted
+        return Reply(answer, thought, tokens, ended, steps, len(request.prompts[0]), self._turns.encoded)
+
+    def _request(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Request:
+        """The request of the next turn. Every turn has its place in the random stream: the number of replies so far."""
+        plain, images, _ = placed(self._tokenizer, messages)
+        ids: Sequence[int] = plain
+        bare: Sequence[int] = self._tokenizer.chat(messages, add_generation_prompt=False)
+        if images:
+            if self._see is None:
+                raise InputError("this conversation is text alone: dgq.runtime.load(…).chat() takes images")
+            ids, bare = self._see(ids, images), self._see(bare, images)
+        self._turns.settled = common(marks_of(ids), marks_of(bare))
+        number = sum(message.get("role") == "assistant" for message in self.messages)
+        seed, rows = (self._seed + number, None) if self._rng == "torch" else (self._seed, [number])
+        return Request([ids], self._generation, seed=seed, rng=self._rng, rows=rows, turns=self._turns, **settings)

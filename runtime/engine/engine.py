@@ -4,14 +4,15 @@
                          ^                                                                       │
                          └──────────────────────────── encode ───────────────────────────────────┘ then canvas 2 …
 
-A batch's rows share every pass. A row whose canvas is done keeps it while the others finish theirs. A row that met an
-end-of-sequence token is finished: its tail becomes padding tokens, and it leaves at the block's end,
+The rows of a batch share every pass. A row whose canvas is done keeps it while the others finish theirs. A row that
+met an end-of-sequence token is finished: the rest of its canvas becomes padding, and the row leaves the batch when the
+block ends:
 
     prompt 0   ##### | canvas | canvas <eos>|
     prompt 1      ## | canv<eos>            :
     prompt 2   ### # | canvas | canvas | canvas | …       alone in the batch from here on
 
-unless the random stream is torch's, whose other rows would draw something else without it.
+With torch's random stream no row leaves, because the other rows would then draw other numbers.
 """
 
 from __future__ import annotations
@@ -25,35 +26,71 @@ import torch
 from torch import Tensor
 
 from dgq.quant.errors import InputError
-from dgq.runtime.engine.batch import Batch, OnSlots, Reference, Step
+from dgq.runtime.engine.batch import Batch, OnCache, OnSlots, Step
 from dgq.runtime.engine.turns import TurnOnCache, TurnOnSlots, Turns
 from dgq.runtime.model.model import Model
 from dgq.runtime.model.rng import CounterRandom, Random, TorchRandom
 from dgq.runtime.shape.settings import GenerationConfig, SamplerConfig
 
-__all__ = ["Block", "Result", "Step", "generate", "stream"]
+__all__ = ["Block", "Request", "Result", "Step", "generate", "stream"]
 
 Rng = Literal["counter", "torch"]
 
 
 @dataclass(frozen=True)
-class Block:
-    """A committed block, for whoever passes text on. What follows a row's end-of-sequence token is padding."""
+class Request:
+    """What to generate: prompts as token ids, and the settings of one batch.
 
-    block: int  # from 0
+    max_new_tokens and steps (for each canvas) default to the generation config's; seed None draws one.
+
+    rng "counter": a row's random tokens depend on the seed and on the row's number, not on the device or the batch.
+    `rows` gives these numbers, 0, 1, … unless given: a prompt alone with rows=[3] gets what it would get as the fourth
+    of a batch. rng "torch": numbers come from torch's generator in transformers' order, which gives transformers'
+    tokens on a CPU; a CUDA device has another stream.
+
+    turns: the conversation that the only prompt continues; what its cache already holds of the prompt is not encoded
+    again.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    generation: GenerationConfig
+    max_new_tokens: int | None = None
+    seed: int | None = None
+    steps: int | None = None
+    rng: Rng = "counter"
+    rows: Sequence[int] | None = None
+    turns: Turns | None = None
+
+    @property
+    def wanted(self) -> int:
+        """The most new tokens for each prompt."""
+        return self.generation.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
+
+    @property
+    def sampler(self) -> SamplerConfig:
+        """The generation config's sampler, with this request's number of steps."""
+        sampler = self.generation.sampler
+        return sampler if self.steps is None else replace(sampler, steps=self.steps)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A committed block, for whoever streams text. What follows a row's end-of-sequence token is padding."""
+
+    block: int  # counted from 0
     canvas: Tensor  # (rows, canvas) int64
-    steps: tuple[int, ...]  # that each row took
-    rows: tuple[int, ...]  # which prompts these are
-    ended: tuple[bool, ...]  # whether the row met its end-of-sequence token, here or before
+    steps: tuple[int, ...]  # how many each row took
+    rows: tuple[int, ...]  # the number of the prompt that each row belongs to
+    ended: tuple[bool, ...]  # whether the row met its end-of-sequence token, in this block or before
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was generated, one entry a row.
+    """What was generated, one entry for each prompt.
 
-    tokens: cut before the first end-of-sequence token and at max_new_tokens. ended: whether such a token was met
-    within them. canvases: (rows, blocks * canvas) as committed, on the CPU. steps and stopped_early: for each block
-    until the row finished, how many steps it took and whether that was less than allowed.
+    tokens: the answer, cut before the first end-of-sequence token and at max_new_tokens. ended: whether the answer
+    ended with such a token. canvases: (rows, blocks * canvas) int64 as committed, on the CPU. steps, stopped_early:
+    for each block until the row finished, how many steps it took and whether that was less than allowed.
     """
 
     tokens: list[list[int]]
@@ -63,125 +100,85 @@ class Result:
     stopped_early: list[list[bool]]
 
 
-def generate(
-    model: Model,
-    prompt_ids: Sequence[Sequence[int]],
-    generation: GenerationConfig,
-    max_new_tokens: int | None = None,
-    seed: int | None = None,
-    steps: int | None = None,
-    on_step: Callable[[Step], None] | None = None,
-    *,
-    rng: Rng = "counter",
-    rows: Sequence[int] | None = None,
-    turns: Turns | None = None,
-) -> Result:
-    """Answer every prompt of a batch.
+def generate(model: Model, request: Request, on_step: Callable[[Step], None] | None = None) -> Result:
+    """Answer every prompt of a request; on_step is called after every denoising step.
 
-    max_new_tokens and steps (a canvas) default to the generation config's; seed None draws one. InputError for
-    prompts that are empty, outside the vocabulary, or too long for the context.
-
-    rng "counter": a row's random tokens depend on the seed and the row's number only, not on device or batch. rows
-    are those numbers, 0, 1, … unless given: a prompt alone with rows=[3] gets what it gets as the fourth of a batch.
-    "torch": transformers' draws from torch's generator, which on a CPU give its tokens; CUDA's stream is another.
-
-    turns: of a conversation, whose next prompt is the only one; what its cache has of that is not encoded again.
+    InputError for prompts that are empty, hold ids outside the vocabulary, or are too long for the context.
     """
-    wanted = generation.max_new_tokens if max_new_tokens is None else max_new_tokens
-    sampler = _sampler(generation, steps)
+    count = len(request.prompts)
     committed: list[Tensor] = []
-    used: list[list[int]] = [[] for _ in prompt_ids]
-    over = [False] * len(prompt_ids)
-    events = stream(
-        model, prompt_ids, generation, wanted, seed, steps, rng=rng, rows=rows, every_step=on_step is not None,
-        turns=turns,
-    )  # fmt: skip
-    for event in events:
+    steps: list[list[int]] = [[] for _ in range(count)]
+    finished = [False] * count
+    for event in stream(model, request, every_step=on_step is not None):
         if isinstance(event, Step):
             assert on_step is not None
             on_step(event)
             continue
-        committed.append(event.canvas.new_full((len(prompt_ids), event.canvas.shape[1]), generation.pad_id))
+        committed.append(event.canvas.new_full((count, event.canvas.shape[1]), request.generation.pad_id))
         committed[-1][list(event.rows)] = event.canvas
-        for row, count, ended in zip(event.rows, event.steps, event.ended, strict=True):
-            if not over[row]:
-                used[row].append(count)
-            over[row] = ended
-    return _result(torch.cat(committed, dim=1).cpu(), used, generation.eos_ids, wanted, sampler.steps)
+        for row, taken, ended in zip(event.rows, event.steps, event.ended, strict=True):
+            if not finished[row]:
+                steps[row].append(taken)
+            finished[row] = ended
+    return _result(torch.cat(committed, dim=1).cpu(), steps, request)
 
 
 @torch.inference_mode()
-def stream(
-    model: Model,
-    prompt_ids: Sequence[Sequence[int]],
-    generation: GenerationConfig,
-    max_new_tokens: int | None = None,
-    seed: int | None = None,
-    steps: int | None = None,
-    *,
-    rng: Rng = "counter",
-    rows: Sequence[int] | None = None,
-    every_step: bool = True,
-    turns: Turns | None = None,
-) -> Iterator[Step | Block]:
-    """What generate() does, as it happens: each Step, if every_step, and each Block when it is committed.
+def stream(model: Model, request: Request, every_step: bool = True) -> Iterator[Step | Block]:
+    """Yield what generate() does while it happens: each Step, if every_step, and each Block when it is committed.
 
-    Arguments as for generate(). A model works on one stream at a time: on a GPU, InputError where one goes on after
-    another was begun.
+    A model works on one stream at a time: on a GPU, a stream that goes on after another one began raises InputError.
     """
-    sampler = _sampler(generation, steps)
-    wanted = generation.max_new_tokens if max_new_tokens is None else max_new_tokens
-    _check(model, prompt_ids, wanted, sampler.steps, turns)
-    random = _random(model, len(prompt_ids), rng, seed, rows)
-    blocks = -(-wanted // model.config.canvas)
-    capacity = max(map(len, prompt_ids)) + blocks * model.config.canvas
+    generation, canvas_length = request.generation, model.config.canvas
+    _check(model, request)
+    random = _random(model, request)
+    blocks = -(-request.wanted // canvas_length)
+    batch = _batch(model, request, random, max(map(len, request.prompts)) + blocks * canvas_length)
     eos = torch.tensor(generation.eos_ids, device=model.device)
-    batch: Batch
-    if model.device.type == "cuda" and isinstance(random, CounterRandom):
-        if turns is None:
-            batch = OnSlots(model, prompt_ids, capacity, sampler, random)
-        else:
-            batch = TurnOnSlots(model, prompt_ids[0], capacity, sampler, random, turns)
-    elif turns is None:
-        batch = Reference(model, prompt_ids, capacity, sampler, random, generation.pad_id)
-    else:
-        batch = TurnOnCache(model, prompt_ids[0], capacity, sampler, random, turns)
-
-    here = torch.arange(len(prompt_ids), device=model.device)  # the batch's rows
-    finished = torch.zeros_like(here, dtype=torch.bool)
+    rows = torch.arange(len(request.prompts), device=model.device)  # the prompts that are still in the batch
+    finished = torch.zeros_like(rows, dtype=torch.bool)
     for block in range(blocks):
-        canvas, took = yield from batch.denoise(here, block, every_step)
+        canvas, steps = yield from batch.denoise(rows, block, every_step)
         is_eos = torch.isin(canvas, eos)
-        after = is_eos.cumsum(-1) - is_eos.int() > 0
-        canvas = canvas.masked_fill(after | finished[:, None], generation.pad_id)
+        after_eos = is_eos.cumsum(-1) - is_eos.int() > 0
+        canvas = canvas.masked_fill(after_eos | finished[:, None], generation.pad_id)
         finished = finished | is_eos.any(-1)
-        numbers, over = tuple(here.tolist()), tuple(finished.tolist())
-        yield Block(block, canvas, tuple(took.tolist()), numbers, over)
-        if all(over) or block == blocks - 1:
+        ended = tuple(finished.tolist())
+        yield Block(block, canvas, tuple(steps.tolist()), tuple(rows.tolist()), ended)
+        if all(ended) or block == blocks - 1:
             return
-        if random.independent and any(over):
-            stay = (~finished).nonzero().flatten()
-            batch.keep(stay)
-            here, canvas, finished = here[stay], canvas[stay], finished[stay]
+        if random.independent and any(ended):
+            staying = (~finished).nonzero().flatten()
+            batch.keep(staying)
+            rows, canvas, finished = rows[staying], canvas[staying], finished[staying]
         batch.commit(canvas)
 
 
-def _sampler(generation: GenerationConfig, steps: int | None) -> SamplerConfig:
-    return generation.sampler if steps is None else replace(generation.sampler, steps=steps)
+def _batch(model: Model, request: Request, random: Random, capacity: int) -> Batch:
+    """Encode the prompts: in a session's fixed memory where there is a GPU, else in a growing cache."""
+    prompts, sampler, turns = request.prompts, request.sampler, request.turns
+    if model.device.type == "cuda" and isinstance(random, CounterRandom):
+        if turns is None:
+            return OnSlots(model, prompts, capacity, sampler, random)
+        return TurnOnSlots(model, prompts[0], capacity, sampler, random, turns)
+    if turns is None:
+        return OnCache(model, prompts, capacity, sampler, random, request.generation.pad_id)
+    return TurnOnCache(model, prompts[0], capacity, sampler, random, turns)
 
 
-def _random(model: Model, count: int, rng: Rng, seed: int | None, rows: Sequence[int] | None) -> Random:
-    if rng not in get_args(Rng):
-        raise InputError(f"rng is {rng!r}, expected one of {', '.join(get_args(Rng))}")
-    seed = secrets.randbits(63) if seed is None else seed
+def _random(model: Model, request: Request) -> Random:
+    """The request's random stream. InputError for a stream, a seed or row numbers that do not exist."""
+    if request.rng not in get_args(Rng):
+        raise InputError(f"rng is {request.rng!r}, expected one of {', '.join(get_args(Rng))}")
+    seed = secrets.randbits(63) if request.seed is None else request.seed
     if not -(1 << 63) <= seed < 1 << 64:
         raise InputError(f"seed {seed} does not fit 64 bits")
-    length, vocab = model.config.canvas, model.config.vocab
-    if rng == "torch":
-        if rows is not None:
+    length, vocab, count = model.config.canvas, model.config.vocab, len(request.prompts)
+    if request.rng == "torch":
+        if request.rows is not None:
             raise InputError("rows number the stream of rng=counter; rng=torch has no numbers")
         return TorchRandom(seed, length, vocab, model.device)
-    numbers = range(count) if rows is None else rows
+    numbers = range(count) if request.rows is None else request.rows
     if len(numbers) != count:
         raise InputError(f"rows has {len(numbers)} numbers for {count} prompts")
     if not all(0 <= number < 1 << 32 for number in numbers):
@@ -189,12 +186,14 @@ def _random(model: Model, count: int, rng: Rng, seed: int | None, rows: Sequence
     return CounterRandom(seed, numbers, length, vocab, model.device)
 
 
-def _check(model: Model, prompts: Sequence[Sequence[int]], wanted: int, steps: int, turns: Turns | None) -> None:
+def _check(model: Model, request: Request) -> None:
+    """InputError for a request that the model cannot answer."""
+    prompts, wanted, steps = request.prompts, request.wanted, request.sampler.steps
     if wanted < 1:
         raise InputError(f"max_new_tokens is {wanted}, expected 1 or more")
     if steps < 1:
         raise InputError(f"steps is {steps}, expected 1 or more")
-    if turns is not None and len(prompts) != 1:
+    if request.turns is not None and len(prompts) != 1:
         raise InputError(f"a conversation has one prompt at a time, not {len(prompts)}")
     if not prompts or not all(prompts):
         raise InputError("the prompt is empty")
@@ -210,10 +209,11 @@ def _check(model: Model, prompts: Sequence[Sequence[int]], wanted: int, steps: i
         )
 
 
-def _result(canvases: Tensor, used: list[list[int]], eos: Sequence[int], wanted: int, steps: int) -> Result:
+def _result(canvases: Tensor, steps: list[list[int]], request: Request) -> Result:
     tokens, ended = [], []
     for row in canvases.tolist():
-        stop = next((i for i, token in enumerate(row) if token in eos), len(row))
-        tokens.append(row[: min(stop, wanted)])
-        ended.append(stop < min(len(row), wanted))
-    return Result(tokens, ended, canvases, used, [[count < steps for count in counts] for counts in used])
+        stop = next((i for i, token in enumerate(row) if token in request.generation.eos_ids), len(row))
+        tokens.append(row[: min(stop, request.wanted)])
+        ended.append(stop < min(len(row), request.wanted))
+    allowed = request.sampler.steps
+    return Result(tokens, ended, canvases, steps, [[count < allowed for count in counts] for counts in steps])

@@ -1,16 +1,19 @@
-"""A model's session.Passes by kernels, in bfloat16 on a GPU: block.py's layer in few launches, nothing waited for.
+"""A model's passes by kernels, in bfloat16 on a GPU: block.py's layer in few launches, none of which waits for the
+host.
 
     x ───────────────────────────────────────(+)──┬────────────────────────────────────────────(+)── × scalar ── x
     normed ─ qkv ─ place ─> slots ─ attend ─ o ─┘ mixed ─┬─ gate·up ─ gelu · ─ down ──┬─ fed ───┘             normed
                                                          └─ router ─ route ─ experts ─┘
 
-Weights that share their input are multiplied at once (q, k and v; gate and up). Logits stay bfloat16 and uncapped, and
-a step's last product is the expected embedding for the next one.
+Weights that share their input are multiplied in one product: q, k and v; gate and up. Each layer leaves its result in x
+and hands the next layer's normed input on. Logits stay bfloat16 and uncapped: the sampler's kernels cap them. The last
+product of a step makes the expected embedding for the next step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,17 +23,28 @@ from dgq.runtime.kernels import dense, fused, moe
 from dgq.runtime.model.memory import PREFILL
 from dgq.runtime.model.model import Model
 from dgq.runtime.model.rng import CounterRandom
-from dgq.runtime.model.slots import Canvas, Prompt
+from dgq.runtime.model.slots import CanvasView, PromptView
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import DECODER
 from dgq.runtime.shape.pictured import Pictures
 from dgq.runtime.shape.settings import SamplerConfig
 
-View = Canvas | Prompt
+View = CanvasView | PromptView
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What all layers of one pass share. rotations: cos and sin of the tokens' positions, for sliding layers (True) and
+    full ones; causal: whether this is the encoder's pass; reach: see cached_attention.Mask."""
+
+    rotations: dict[bool, tuple[Tensor, Tensor]]
+    view: View
+    causal: bool
+    reach: Tensor | None
 
 
 class Fast:
-    """See session.Passes."""
+    """The session.Backend of a model whose weights were repacked for the kernels."""
 
     prefill = PREFILL
 
@@ -49,12 +63,12 @@ class Fast:
 
     def new_state(self, rows: int, sampler: SamplerConfig) -> FastState:
         positions = rows * self.config.canvas
-        if len(self._room) < positions:  # the first state is the largest
+        if len(self._room) < positions:  # once only: the first state is the largest
             self._room = torch.empty(positions, self.config.vocab, dtype=self.dtype, device=self.device)
         return FastState(self.config, self._table, rows, sampler, self._room[:positions])
 
-    def decode(self, state: FastState, view: Canvas) -> Tensor:
-        """bfloat16 logits (rows * canvas, vocab), not capped."""
+    def decode(self, state: FastState, view: CanvasView) -> Tensor:
+        """Logits (rows * canvas, vocab), bfloat16 and not capped."""
         eps, factor = self.config.norm_eps, self.config.hidden**0.5
         ordered = self._gate_up.packed
         soft = fused.norm(
@@ -67,7 +81,7 @@ class Fast:
     def encode(self, ids: Tensor, view: View) -> None:
         self._run(self._embed(ids), view, self._model.encoder_scalars, causal=True)
 
-    def encode_prompt(self, ids: Tensor, view: Prompt, images: Pictures | None) -> None:
+    def encode_prompt(self, ids: Tensor, view: PromptView, images: Pictures | None) -> None:
         x, reach = self._embed(ids), None
         if images is not None:
             images.put_into(x)
@@ -80,9 +94,10 @@ class Fast:
     def _run(
         self, x: Tensor, view: View, scalars: Sequence[Tensor], causal: bool, reach: Tensor | None = None
     ) -> Tensor:
-        """x (rows * tokens, hidden), overwritten, through all layers -> normed for the head. reach: see attend()."""
+        """Send x (rows * tokens, hidden), which is overwritten, through all layers -> normed for the head."""
         tokens = len(x) // len(view.lengths)
-        turns = {s: fused.rotations(view.lengths, f, tokens) for s, f in self._model.frequencies.items()}
+        rotations = {s: fused.rotations(view.lengths, f, tokens) for s, f in self._model.frequencies.items()}
+        around = Pass(rotations, view, causal, reach)
         first, eps = self._layers[0], self.config.norm_eps
         normed = fused.norm(x, first.norm("input_layernorm"), eps, ordered=first.ordered)
         for layer, scalar in zip(self._layers, scalars, strict=True):
@@ -90,12 +105,13 @@ class Fast:
             if layer.index + 1 < len(self._layers):
                 following = self._layers[layer.index + 1]
                 after, ordered = following.norm("input_layernorm"), following.ordered
-            normed = layer(x, normed, turns[layer.sliding], view, scalar, after, ordered, causal, reach)
+            normed = layer(x, normed, around, scalar, after, ordered)
         return normed
 
 
 class FastLayer:
-    """block.Layer on x in place, its input normed before and the next layer's after."""
+    """block.Layer by kernels. It changes x in place; its input was normed by the layer before, and it norms the next
+    layer's. side: a stream on which the MLP runs beside the experts."""
 
     def __init__(self, model: Model, index: int, side: torch.cuda.Stream | None) -> None:
         layer, config = model.layers[index], model.config
@@ -119,40 +135,28 @@ class FastLayer:
 
     @property
     def ordered(self) -> bool:
-        """Whether its input is to be in the instruction's order: see dense.py."""
+        """Whether the columns of its input must be in the order of repack.in_order(), which packed weights need."""
         return self._qkv.packed
 
     def norm(self, name: str) -> Tensor:
         """A norm's weight, float32."""
         return self._norms[name + ".weight"]
 
-    def __call__(
-        self,
-        x: Tensor,
-        normed: Tensor,
-        turns: tuple[Tensor, Tensor],
-        view: View,
-        scalar: Tensor,
-        after: Tensor,
-        ordered: bool,
-        causal: bool,
-        reach: Tensor | None,
-    ) -> Tensor:
-        eps = self._config.norm_eps
-        seen = self._attention(normed, turns, view, causal, reach)
-        feed = fused.mixed(
-            x, seen, self.norm("post_attention_layernorm"), self.norm("pre_feedforward_layernorm"),
-            self.norm("pre_feedforward_layernorm_2"), self._router_scale, eps,
-            ordered=self._gate_up.packed,
-        )  # fmt: skip
+    def __call__(self, x: Tensor, normed: Tensor, around: Pass, scalar: Tensor, after: Tensor, ordered: bool) -> Tensor:
+        """Change x (n, hidden) in place -> its norm by `after`, the next norm's weight. normed: x, normed for this
+        layer. scalar: the layer's, one element. ordered: whether the result's columns must be ordered."""
+        eps, norm = self._config.norm_eps, self.norm
+        seen = self._attention(normed, around)
+        inputs = norm("pre_feedforward_layernorm"), norm("pre_feedforward_layernorm_2")
+        weights = norm("post_attention_layernorm"), *inputs
+        feed = fused.mixed(x, seen, weights, self._router_scale, eps, ordered=self._gate_up.packed)
         mlp, routed = self._both(feed)
-        names = ("post_feedforward_layernorm_1", "post_feedforward_layernorm_2", "post_feedforward_layernorm")
-        one, two, both = (self.norm(name) for name in names)
-        return fused.fed(x, mlp, routed, (one, two, both), scalar, after, eps, ordered=ordered)
+        ends = norm("post_feedforward_layernorm_1"), norm("post_feedforward_layernorm_2")
+        return fused.fed(x, mlp, routed, (*ends, norm("post_feedforward_layernorm"), after), scalar, eps, ordered)
 
     def _both(self, feed: fused.Feed) -> tuple[Tensor, Tensor]:
-        """What MLP (n, hidden) and experts (n, k, hidden) make of it. In a graph the MLP, whose products are too small
-        to fill the GPU, runs beside router and experts."""
+        """The results of the MLP, (n, hidden), and of the experts, (n, k, hidden). In a graph the MLP, whose products
+        are too small to fill the GPU, runs beside router and experts."""
         if self._side is None or not torch.cuda.is_current_stream_capturing():
             return self._mlp(feed), self._experts(feed)
         here = torch.cuda.current_stream()
@@ -176,26 +180,24 @@ class FastLayer:
         self._offload.leave(self.index)
         return parts
 
-    def _attention(
-        self, x: Tensor, turns: tuple[Tensor, Tensor], view: View, causal: bool, reach: Tensor | None
-    ) -> Tensor:
-        shape, config = self._shape, self._config
+    def _attention(self, x: Tensor, around: Pass) -> Tensor:
+        shape, config, view = self._shape, self._config, around.view
         queries, keys_too = config.heads * shape.head_dim, (config.heads + shape.kv_heads) * shape.head_dim
         parts = dense.linear(x, self._qkv, self._qkv.packed)
         q, k = parts[:, :queries], parts[:, queries:keys_too]
         v = parts[:, keys_too:] if shape.has_v_proj else k
         norms = self.norm("self_attn.q_norm"), self.norm("self_attn.k_norm")
-        keys, values, lengths = view.room(self.index)
-        q = fused.place(q, k, v, norms, turns, keys, values, lengths, config.norm_eps)
-        window = config.window if self.sliding else None
-        seen = fused.attend(q, keys, values, lengths, window, causal, ordered=self._o.packed, reach=reach)
+        cache = fused.KeyValues(*view.room(self.index))
+        q = fused.place(q, k, v, norms, around.rotations[self.sliding], cache, config.norm_eps)
+        mask = fused.Mask(config.window if self.sliding else None, around.causal, reach=around.reach)
+        seen = fused.attend(q, cache, mask, ordered=self._o.packed)
         view.close(self.index)
         return dense.linear(seen.view(len(x), -1), self._o, self._o.packed)
 
 
 class FastState:
-    """See session.State. soft (rows * canvas, hidden), scale (rows * canvas,): their product is the expected embedding
-    that the next step is conditioned on, zero before the first."""
+    """The session.State of Fast. soft (rows * canvas, hidden) times scale (rows * canvas,) is the expected embedding
+    that the next step is conditioned on; zero before the first step. probabilities: memory for the sampler's."""
 
     def __init__(
         self,
@@ -235,7 +237,7 @@ class FastState:
 
 
 class PlainTable:
-    """dense.Table of a bfloat16 embedding (vocab, hidden)."""
+    """What dense.Table does, for an embedding (vocab, hidden) in bfloat16."""
 
     def __init__(self, table: Tensor) -> None:
         self._table = table

@@ -1,4 +1,4 @@
-"""A model's session.Passes by the reference's operations: what kernels and graphs are held against, on any device."""
+"""A model's passes by the reference's operations, on any device: what kernels and CUDA graphs are tested against."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dgq.runtime.model.layers import soft_embed
 from dgq.runtime.model.model import Model
 from dgq.runtime.model.rng import CounterRandom, inverse_cdf
 from dgq.runtime.model.sampler import decide
-from dgq.runtime.model.slots import Canvas, Prompt
+from dgq.runtime.model.slots import CanvasView, PromptView
 from dgq.runtime.shape.pictured import Pictures
 from dgq.runtime.shape.settings import SamplerConfig
 
 
 class Plain:
-    """See session.Passes."""
+    """The session.Backend of any model that holds its weights for the reference."""
 
     prefill = 512
     capturable = False
@@ -27,23 +27,23 @@ class Plain:
     def new_state(self, rows: int, sampler: SamplerConfig) -> PlainState:
         return PlainState(self._model, rows, sampler)
 
-    def decode(self, state: PlainState, view: Canvas) -> Tensor:
+    def decode(self, state: PlainState, view: CanvasView) -> Tensor:
         masks = {sliding: view.decoder_mask(sliding) for sliding in (False, True)}
         return self._model.logits(self._model.refined(state.canvas, state.soft, view.positions(), masks, view))
 
-    def encode(self, ids: Tensor, view: Canvas) -> None:
+    def encode(self, ids: Tensor, view: CanvasView) -> None:
         masks = {sliding: view.encoder_mask(sliding) for sliding in (False, True)}
         self._model.append(ids, view.positions(), masks, view)
 
-    def encode_prompt(self, ids: Tensor, view: Prompt, images: Pictures | None) -> None:
+    def encode_prompt(self, ids: Tensor, view: PromptView, images: Pictures | None) -> None:
         masks = {sliding: view.mask(sliding, images) for sliding in (False, True)}
         self._model.append(ids, view.positions(), masks, view, images)
 
 
 class PlainState:
-    """See session.State. canvas: the next step's input; soft (rows, canvas, hidden): the expected embedding that it is
-    conditioned on, zeros before the first step. A block's random numbers are made beforehand, u and fresh (steps, rows,
-    canvas)."""
+    """The session.State of Plain. canvas (rows, canvas): the next step's input; soft (rows, canvas, hidden): the
+    expected embedding that conditions it, zeros before the first step. All random numbers of a block are made when it
+    begins."""
 
     def __init__(self, model: Model, rows: int, sampler: SamplerConfig) -> None:
         self._model, self._sampler = model, sampler
@@ -55,12 +55,12 @@ class PlainState:
         self._done = torch.zeros(rows, dtype=torch.bool, device=device)
         self._entropy = torch.zeros(shape, device=device)
         self._past = torch.zeros(sampler.stability, *shape, dtype=torch.int64, device=device)
-        self._step = torch.zeros(1, dtype=torch.int64, device=device)  # how many were made
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)  # how many steps were made
 
     def begin(self, random: CounterRandom, rows: Tensor, block: int) -> None:
         missing = len(self.took) - len(rows)
-        own = torch.cat((rows, rows[:1].expand(missing)))
-        self.canvas[:], self._u, self._fresh = random.ahead(own, block, self._sampler.steps)
+        places = torch.cat((rows, rows[:1].expand(missing)))
+        self.canvas[:], self._u, self._fresh = random.ahead(places, block, self._sampler.steps)
         self.argmax.copy_(self.canvas)
         for state in (self.soft, self.took, self._done, self._step):
             state.zero_()

@@ -1,13 +1,16 @@
-"""Keys and values that a conversation keeps from one turn to the next.
+"""The keys and values that a conversation keeps from one turn to the next.
 
     in the cache    prompt of turn 1 ··········· | its reply, block by block
     turn 2          the same ··········· the same x written anew ······ and what is new
                     <-------- kept -------------> <------------- encoded ------------->
 
-A turn's prompt is the whole conversation as the chat template renders it, which may write an earlier turn anew (it
-drops thoughts; or a reply's text has other tokens than the reply). What both have in common is kept. Full layers can be
-cut at any token. A sliding layer has only its last window, of no use further back: so the windows are saved where the
-next prompt is expected to part, before the generation prompt. Where it parts earlier than that, all is encoded anew.
+A turn's prompt is the whole conversation as the chat template renders it. The template may render an earlier turn
+differently than before: it drops thoughts, and a reply's text may have other tokens than the reply. The tokens that
+the cache and the new prompt begin with in common are kept.
+
+The cache of a full layer can be cut at any token. A sliding layer holds only its last window, which is of no use
+further back. So copies of the windows are saved at the token where the next prompt is expected to differ, which is
+before the generation prompt. A prompt that differs earlier than that is encoded as a whole.
 """
 
 from __future__ import annotations
@@ -20,58 +23,66 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dgq.runtime.engine.batch import PREFILL, OnSlots, Reference, passes_of, session_for
+from dgq.runtime.engine.batch import PREFILL, OnCache, OnSlots, backend_of, session_for
 from dgq.runtime.model.model import Model
 from dgq.runtime.model.rng import CounterRandom, Random
 from dgq.runtime.model.session import Session
-from dgq.runtime.shape.pictured import part, pictures, pieces, told
+from dgq.runtime.shape.pictured import marks_of, part, pictures, pieces
 from dgq.runtime.shape.settings import SamplerConfig
 
-ROOM = 4096  # tokens that a conversation's slots are made for at first; twice as many whenever they are full
+ROOM = 4096  # tokens that a conversation's slots are first made for; the number doubles whenever they are full
 
 
 class Store(Protocol):
-    """Where the keys and values of one row are."""
+    """A place that holds the keys and values of one row."""
 
     @property
     def first(self) -> int:
-        """The first token that every layer still has."""
+        """The first token that every layer still holds."""
         ...
 
     def windows(self, length: int) -> list[Tensor]:
-        """Copies of the sliding layers' windows, `length` tokens being there."""
+        """Copies of the sliding layers' windows while the store holds `length` tokens."""
         ...
 
     def rewind(self, length: int, windows: Sequence[Tensor] | None = None) -> None:
-        """Forget what comes after `length` tokens; windows: what windows() gave for this length, if it is needed."""
+        """Forget all but the first `length` tokens. windows: what windows(length) returned earlier, where the sliding
+        layers no longer hold that window."""
         ...
 
     def extend(self, ids: Sequence[int], length: int) -> None:
-        """Encode tokens behind the `length` that are there."""
+        """Encode tokens behind the `length` tokens that are there."""
         ...
 
 
 @dataclass(frozen=True)
 class _Saved:
+    """The sliding layers' windows at the end of these tokens."""
+
     ids: list[int]
     windows: list[Tensor]
 
 
 class Turns:
-    """One conversation's. settled: tokens of the next prompt that no later turn is expected to write anew; encoded: of
-    the last prompt, those that were not kept. ids: as pictured.told() has them."""
+    """The turns of one conversation.
+
+    settled: how many tokens of the next prompt no later turn is expected to render differently. encoded: how many
+    tokens of the last prompt were not kept. ids: the tokens in the store, as pictured.marks_of() compares them; empty
+    while the store is being written to, so that half a turn is never kept.
+    """
 
     def __init__(self) -> None:
         self.settled = self.encoded = 0
         self.store: Store | None = None
-        self.ids: list[int] = []  # in the store; none while it is being written to: half a turn is never kept
+        self.ids: list[int] = []
         self._saved: _Saved | None = None
 
     def begin(self, store: Store, ids: Sequence[int], window: int) -> None:
-        """Make the store hold just `ids`; it is another than before if somebody else took that one."""
+        """Make the store hold `ids` and nothing else. It is another store than before if the earlier one was taken by
+        somebody else. window: of the sliding layers, in tokens."""
         if store is not self.store:
             self.store, self.ids, self._saved = store, [], None
-        marks = told(ids)
+        marks = marks_of(ids)
         length, saved, broken = common(self.ids, marks), self._saved, not self.ids
         if saved is not None and common(saved.ids, marks) < len(saved.ids):
             saved = self._saved = None
@@ -89,20 +100,20 @@ class Turns:
 
     @contextmanager
     def growing(self, canvas: Tensor) -> Iterator[None]:
-        """While a block (1, canvas) is encoded behind what is there."""
+        """A context in which a block (1, canvas) is encoded behind the tokens that are there."""
         ids, self.ids = self.ids, []
         yield
         self.ids = ids + canvas[0].tolist()
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """The number of tokens that both begin with in common."""
     differing = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differing, min(len(one), len(other)))
 
 
 class CacheStore:
-    """A growing cache."""
+    """A store that is a growing cache."""
 
     def __init__(self, model: Model, capacity: int) -> None:
         self._model, self.cache = model, model.new_cache(1, capacity)
@@ -125,7 +136,7 @@ class CacheStore:
 
 
 class SessionStore:
-    """The row of a session, which stays a conversation's while nobody else starts one on this model."""
+    """A store that is the row of a session. It is the conversation's while nobody else takes the model's session."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -144,8 +155,8 @@ class SessionStore:
         self.session.extend(ids, length)
 
 
-class TurnOnCache(Reference):
-    """batch.Reference, for one conversation."""
+class TurnOnCache(OnCache):
+    """batch.OnCache for the next turn of a conversation, in the cache that its earlier turns filled."""
 
     def __init__(
         self,
@@ -161,7 +172,7 @@ class TurnOnCache(Reference):
         self._cache, self.keep = store.cache, store.cache.keep
         self._cache.as_stacked(False)
         turns.begin(store, ids, model.config.window)
-        self._cache.as_stacked(random.independent)  # the blocks, as in any other batch
+        self._cache.as_stacked(random.independent)  # for the blocks, as in any other batch
 
     def commit(self, canvas: Tensor) -> None:
         with self._turns.growing(canvas):
@@ -169,7 +180,7 @@ class TurnOnCache(Reference):
 
 
 class TurnOnSlots(OnSlots):
-    """batch.OnSlots, for one conversation: in the slots that it has, as long as they are its own and large enough."""
+    """batch.OnSlots for the next turn of a conversation, in its own slots as long as these are large enough."""
 
     def __init__(
         self,
@@ -181,7 +192,7 @@ class TurnOnSlots(OnSlots):
         turns: Turns,
     ) -> None:
         self._model, self._sampler, self._random, self._turns = model, sampler, random, turns
-        store = _own(model, capacity, sampler, turns)
+        store = _store_for(model, capacity, sampler, turns)
         self._session, self._tenant = store.session, turns
         turns.begin(store, ids, model.config.window)
 
@@ -192,10 +203,15 @@ class TurnOnSlots(OnSlots):
             self._session.slots.reach(length)
 
 
-def _own(model: Model, capacity: int, sampler: SamplerConfig, turns: Turns) -> SessionStore:
-    """The conversation's session, moved to a larger one if it must be; or one without what was kept."""
+def _store_for(model: Model, capacity: int, sampler: SamplerConfig, turns: Turns) -> SessionStore:
+    """The conversation's store, moved to a larger session if it must be; an empty one if its session was taken."""
     store, session = turns.store, model.session
-    if not isinstance(store, SessionStore) or store.session is not session or session.tenant is not turns:
+    if (
+        not isinstance(store, SessionStore)
+        or session is None
+        or store.session is not session
+        or session.tenant is not turns
+    ):
         session = session_for(model, 1, max(capacity, min(ROOM, model.config.context)), sampler)
         session.tenant = turns
         return SessionStore(session)
@@ -204,9 +220,9 @@ def _own(model: Model, capacity: int, sampler: SamplerConfig, turns: Turns) -> S
     slots, room = session.slots, session.slots.capacity
     if capacity > room:
         room = max(capacity, min(2 * room, model.config.context))
-    model.session = None
-    del session, store.session  # graphs and all, before the next is made
-    model.session = store.session = Session(passes_of(model), 1, room, sampler)
+    model.drop_session()
+    del session, store.session  # its graphs are gone before the larger session is made
+    store.session = model.keep_session(Session(backend_of(model), 1, room, sampler))
     store.session.tenant = turns
     store.session.slots.take(slots, len(turns.ids))
     return store

@@ -1,4 +1,4 @@
-"""Open whatever dgq runs: a checkpoint directory, an artifact directory, or a bare .gguf.
+"""Opens everything that dgq runs: a checkpoint directory, an artifact directory, or a bare .gguf.
 
     DIR/config.json, *.safetensors, tokenizer     kind "safetensors"     config and tokenizer from their files
     the same, quantised as its config.json says   kind "nvfp4", "bnb4",  modelopt's, compressed-tensors', bitsandbytes'
@@ -30,12 +30,15 @@ from dgq.quant.formats.bnb import BitsAndBytes
 from dgq.quant.formats.bnb_experts import experts_apart
 from dgq.quant.formats.compressed_tensors import CompressedTensors
 from dgq.quant.formats.fp8_groups import Mixed
+from dgq.runtime.files.canonical import canonical, stored_tensors
+from dgq.runtime.files.folders import refuse_other
 from dgq.runtime.files.mmproj import ARCH, Mmproj, find_mmproj, is_mmproj, only_mmproj
-from dgq.runtime.files.quantization import quantization
+from dgq.runtime.files.quantization import quantization, stale_declaration
 from dgq.runtime.files.tied import TiedDir
 from dgq.runtime.files.weights import DirWeights, GGUFWeights, Weights
 from dgq.runtime.shape.config import ModelConfig
-from dgq.runtime.shape.settings import GenerationConfig
+from dgq.runtime.shape.names import expected_tensors
+from dgq.runtime.shape.settings import GenerationConfig, sampler_notices
 from dgq.runtime.shape.vision import expected_vision
 
 if TYPE_CHECKING:
@@ -55,6 +58,11 @@ class Artifact:
     generation: GenerationConfig
     weights: Weights
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Lines for whoever runs it: about its weights, and about how it is sampled."""
+        return (*self.weights.remarks, *sampler_notices(self.path, self.generation))
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The directory's tokenizer, or the one rebuilt from a bare .gguf. InputError if it is missing or broken."""
@@ -67,7 +75,8 @@ class Artifact:
 
     @cached_property
     def vision(self) -> Vision:
-        """How it sees; nothing is loaded. InputError if it cannot, or if what is there does not fit together."""
+        """The artifact's way to take images; nothing is loaded yet. InputError if it has no vision tower, or if its
+        files contradict each other."""
         from dgq.runtime.files.images import Vision
 
         folder = self.path if self.path.is_dir() else None
@@ -76,21 +85,21 @@ class Artifact:
         if isinstance(weights, GGUFWeights):
             mmproj = weights.mmproj or Mmproj(only_mmproj(self.file.parent, self.file), self.config.hidden)
             config, read = mmproj.config, mmproj.tensor
-        if not config:
+        if not config or not weights.sees:
             raise InputError(f"{self.path}: has no vision tower, which images need")
         return Vision(config, self.config.hidden, read, self._image_tokens(raw), folder, str(self.path))
 
     def _image_tokens(self, raw: Mapping[str, Any]) -> Tokens:
-        """config.json's, or else those that Gemma 4's tokenizer calls so."""
+        """The tokens around an image: config.json's, or else those with these names in Gemma 4's tokenizer."""
         from dgq.runtime.files.images import Tokens
 
         ids = []
         for key, token in (("boi", "<|image>"), ("image", "<|image|>"), ("eoi", "<image|>")):
-            found = raw.get(f"{key}_token_id")
-            found = self.tokenizer.token_id(token) if found is None else found
-            if type(found) is not int or not 0 <= found < self.config.vocab:
-                raise InputError(f"{self.path}: {key}_token_id is {found!r}, no token to put an image between")
-            ids.append(found)
+            token_id = raw.get(f"{key}_token_id")
+            token_id = self.tokenizer.token_id(token) if token_id is None else token_id
+            if type(token_id) is not int or not 0 <= token_id < self.config.vocab:
+                raise InputError(f"{self.path}: {key}_token_id is {token_id!r}, no token to put an image between")
+            ids.append(token_id)
         return Tokens(*ids)
 
     def load(
@@ -101,13 +110,12 @@ class Artifact:
         vram: int | None = None,
         kernels: bool | None = None,
     ) -> Model:
-        """The model on a device; the others as for Model. InputError for values no quantiser writes."""
-        from dgq.runtime.model.model import Model
+        """The model on a device; for activations, vram and kernels see model.LoadOptions. InputError for values that no
+        quantiser writes."""
+        from dgq.runtime.model.model import LoadOptions, Model
 
-        source = str(self.file)
-        return Model(
-            self.config, self.weights, device, dtype, source=source, activations=activations, vram=vram, kernels=kernels
-        )
+        options = LoadOptions(activations=activations, kernels=kernels, vram=vram)
+        return Model(self.config, self.weights, device, dtype, str(self.file), options=options)
 
 
 def open_artifact(path: Path | str) -> Artifact:
@@ -119,6 +127,7 @@ def open_artifact(path: Path | str) -> Artifact:
         if path.suffix != ".gguf":
             raise InputError(f"{path}: expected a directory or a .gguf file")
         return _open_gguf(path)
+    refuse_other(path)
     ggufs = sorted(file for file in path.glob("*.gguf") if not (is_mmproj(file) or is_later_part(file)))
     if len(ggufs) == 1 and not (path / "config.json").is_file():
         raise InputError(
@@ -143,35 +152,45 @@ def open_artifact(path: Path | str) -> Artifact:
 
 
 def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, DirWeights]:
-    """A safetensors directory without its sampler and tokenizer: its kind, its shape, its weights. raw: config.json."""
+    """The kind, the model's shape and the weights of a safetensors directory. raw: its config.json."""
     config = ModelConfig.from_json(raw, str(path / "config.json"))
-    said = quantization(path, raw)
-    layout = None if said is None else said.layout()
+    stored = stored_tensors(path)
+    quantised = quantization(path, raw, stored)
+    layout = None if quantised is None else quantised.layout()
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
     base = layout.base if isinstance(layout, Mixed) else layout
     tied = base is None or isinstance(base, (CompressedTensors, BitsAndBytes))
-    directory = TiedDir(path, config.experts) if tied else HFDir(path)
+    remarks: tuple[str, ...] = ()
+    if quantised is None:
+        named = canonical(stored, expected_tensors(config), vision)
+        stale = stale_declaration(path, raw, stored)
+        stored, vision, remarks = named.specs, named.vision, (*([stale] if stale else []), *named.notices)
+    directory = TiedDir(path, stored, config.experts) if tied else HFDir(path, stored)
     apart = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
     if isinstance(apart, Mixed):
         apart = dataclasses.replace(apart, specs=directory.specs)
-    return "safetensors" if said is None else said.kind, config, DirWeights(directory, config, apart, vision)
+    kind = "safetensors" if quantised is None else quantised.kind
+    return kind, config, DirWeights(directory, config, apart, vision, remarks)
 
 
 def _mmproj(path: Path, raw: Mapping[str, Any], config: ModelConfig) -> Mmproj | None:
-    """The directory's only one, in agreement with config.json; of several, whoever gives an image has to choose."""
+    """The directory's mmproj file if it has exactly one; it must agree with config.json. With several files, an image
+    is refused later."""
     files = find_mmproj(path)
     if len(files) != 1:
         return None
-    found = Mmproj(files[0], config.hidden)
-    said = raw.get("vision_config")
-    if not isinstance(said, dict):
-        return found
-    for key, value in found.config.items():
-        told = said.get(key, value)
-        same = math.isclose(told, value, rel_tol=1e-6) if isinstance(told, float) else told == value
+    mmproj = Mmproj(files[0], config.hidden)
+    vision = raw.get("vision_config")
+    if not isinstance(vision, dict):
+        return mmproj
+    for key, value in mmproj.config.items():
+        expected = vision.get(key, value)
+        same = math.isclose(expected, value, rel_tol=1e-6) if isinstance(expected, float) else expected == value
         if not same and key != "rope_parameters":
-            raise InputError(f"{path / 'config.json'}: vision_config.{key} is {told}, but {files[0].name} says {value}")
-    return found
+            raise InputError(
+                f"{path / 'config.json'}: vision_config.{key} is {expected}, but {files[0].name} says {value}"
+            )
+    return mmproj
 
 
 def _open_gguf(path: Path) -> Artifact:
@@ -184,7 +203,8 @@ def _open_gguf(path: Path) -> Artifact:
 
 
 def _check_agreement(ours: ModelConfig, files: ModelConfig, path: Path, file: Path) -> None:
-    """config.json and the .gguf's own metadata say the same of the model (floats to float32's precision)."""
+    """Refuse a directory whose config.json describes another model than its .gguf's metadata. Floats may differ by
+    float32's rounding."""
     for field in dataclasses.fields(ModelConfig):
         a, b = getattr(ours, field.name), getattr(files, field.name)
         same = math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) else a == b

@@ -1,10 +1,10 @@
-"""Image files into prompts: opened by Pillow, cut into patches by transformers' image processor (the PIL one).
+"""Puts images into prompts: Pillow opens them, transformers' image processor (the PIL one) cuts them into patches.
 
     cat.png ── RGB, upright ── resized, aspect kept ── patches ── tower.py ── soft tokens ─┐
     "what is this?" ── <bos> <|image|> what is this ? ── <bos> <|image> <|image|>·n <image|> what is this ?
 
-An image stands where the prompt says <|image|>; where it says it nowhere, images stand before the text. How large they
-get is the processor's setting (processor_config.json: max_soft_tokens, 280 unless given).
+An image stands where the prompt says <|image|>; if the prompt does not say it, images stand before the text. How many
+soft tokens an image gets is the processor's setting (processor_config.json: max_soft_tokens, 280 unless given).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SETTINGS = ("processor_config.json", "preprocessor_config.json")
 
 @dataclass(frozen=True)
 class Tokens:
-    """What stands for an image in a prompt: begin, soft tokens, end."""
+    """The ids that stand for an image in a prompt: one that begins it, one for each soft token, one that ends it."""
 
     begin: int
     image: int
@@ -49,8 +49,9 @@ class Tokens:
 
 
 class Vision:
-    """What an artifact knows of images. config: config.json's vision_config; hidden: the text model's width; read: a
-    canonical vision tensor; folder: with the processor's settings, if there are any; source: in error messages."""
+    """An artifact's way to take images. config: config.json's vision_config; hidden: the text model's width; read:
+    returns a canonical vision tensor; folder: holds the processor's settings, if there are any; source: the artifact's
+    name in error messages."""
 
     def __init__(
         self,
@@ -72,18 +73,18 @@ class Vision:
     def _processor(self) -> Any:
         from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-        sizes = {key: self.config.get(key, own) for key, own in (("patch_size", 16), ("pooling_kernel_size", 3))}
+        sizes = {key: self.config.get(key, size) for key, size in (("patch_size", 16), ("pooling_kernel_size", 3))}
         if self._folder is None or not any((self._folder / name).is_file() for name in SETTINGS):
             most = {"max_soft_tokens": self.config["max_soft_tokens"]} if "max_soft_tokens" in self.config else {}
             return self._checked(lambda: Gemma4ImageProcessorPil(**sizes, **most))
         folder = str(self._folder)
-        found = self._checked(lambda: Gemma4ImageProcessorPil.from_pretrained(folder, local_files_only=True))
-        for key, own in sizes.items():
-            if getattr(found, key) != own:
+        processor = self._checked(lambda: Gemma4ImageProcessorPil.from_pretrained(folder, local_files_only=True))
+        for key, size in sizes.items():
+            if getattr(processor, key) != size:
                 raise InputError(
-                    f"{self._source}: the image processor's {key} is {getattr(found, key)}, the tower's {own}"
+                    f"{self._source}: the image processor's {key} is {getattr(processor, key)}, the tower's {size}"
                 )
-        return found
+        return processor
 
     def _checked(self, make: Callable[[], Any]) -> Any:
         try:
@@ -96,18 +97,18 @@ class Vision:
         """An image file's, or an image's. InputError if it is none, is damaged or too large."""
         name, picture = open_image(image)
         try:
-            found = self._processor(picture, return_tensors="pt")
+            cut = self._processor(picture, return_tensors="pt")
         except ValueError as error:
             raise InputError(
                 f"{name}: {picture.width} x {picture.height} pixels do not fit the model ({error})"
             ) from None
-        positions = found["image_position_ids"]
+        positions = cut["image_position_ids"]
         places, most = self.config["position_embedding_size"], int(positions.max())
         if most >= places:
             raise InputError(
                 f"{name}: is {most + 1} patches long and narrow, the tower has places for {places}; crop it"
             )
-        return Patches(found["pixel_values"].float(), positions, int(found["num_soft_tokens_per_image"][0]))
+        return Patches(cut["pixel_values"].float(), positions, int(cut["num_soft_tokens_per_image"][0]))
 
     def prompt(
         self,
@@ -134,7 +135,7 @@ class Vision:
 
 
 class Once:
-    """A tower that is asked once for each image, in however many turns it is shown."""
+    """A tower that computes each image once, in however many turns of a conversation it is shown."""
 
     def __init__(self, tower: Callable[[Patches], Tensor]) -> None:
         self._tower = tower
@@ -219,9 +220,9 @@ def placed(
         messages[-1]["content"] = [*({"type": "image"} for _ in given), *written]
     elif parts:
         rest = iter(given)
-        own = [part.get("image", part.get("path")) for part in parts]
-        found = [next(rest, None) if one is None else one for one in own]
-        given = [one for one in found if one is not None] + list(rest)
+        named = [part.get("image", part.get("path")) for part in parts]
+        paired = [next(rest, None) if one is None else one for one in named]
+        given = [one for one in paired if one is not None] + list(rest)
     return _imaged(tokenizer, tokenizer.chat(messages), given), given, None
 
 

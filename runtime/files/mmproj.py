@@ -94,14 +94,14 @@ def is_mmproj(file: Path) -> bool:
 
 def only_mmproj(folder: Path, model: Path) -> Path:
     """The one beside `model`. InputError if there is none, or a choice."""
-    found = find_mmproj(folder)
-    if not found:
+    files = find_mmproj(folder)
+    if not files:
         raise InputError(
             f"{model}: has no vision tower, which images need: no mmproj*.gguf lies in {folder}; put it there, so named"
         )
-    if len(found) > 1:
-        raise InputError(f"{folder}: holds {len(found)} mmproj files ({found[0].name}, {found[1].name}, …); keep one")
-    return found[0]
+    if len(files) > 1:
+        raise InputError(f"{folder}: holds {len(files)} mmproj files ({files[0].name}, {files[1].name}, …); keep one")
+    return files[0]
 
 
 class Mmproj:
@@ -112,39 +112,39 @@ class Mmproj:
         """InputError if it is no Gemma 4 vision tower, not for a text model of this width, or incomplete."""
         self.reader = reader = GGUFReader(path)
         top = Fields(reader.metadata, str(path))
-        found = top.get("general.architecture", str, "")
-        if found != ARCH:
-            raise InputError(f"{path}: general.architecture is {found!r}, a vision tower's is {ARCH!r}")
+        arch = top.get("general.architecture", str, "")
+        if arch != ARCH:
+            raise InputError(f"{path}: general.architecture is {arch!r}, a vision tower's is {ARCH!r}")
         kind = reader.metadata.get(KEYS + "projector_type") or reader.metadata.get("clip.projector_type")
         if kind != PROJECTOR:
             raise InputError(f"{path}: its projector_type is {kind!r}, DiffusionGemma's is {PROJECTOR!r}")
-        said = Fields(reader.metadata, str(path), prefix=KEYS)
-        if (width := said.count("projection_dim")) != text_hidden:
+        fields = Fields(reader.metadata, str(path), prefix=KEYS)
+        if (width := fields.count("projection_dim")) != text_hidden:
             raise InputError(
                 f"{path}: is for a text model {width} wide, and this one is {text_hidden}: another model's"
             )
-        self.config = self._config(said)
+        self.config = self._config(fields)
         self.shapes = expected_vision({"vision_config": self.config}, text_hidden, str(path))
-        own = {mmproj_name(name): stored_shape(name, shape) for name, shape in self.shapes.items()}
-        check_tensors({name: reader.shape(name) for name in reader}, own, str(path))
+        stored_shapes = {mmproj_name(name): stored_shape(name, shape) for name, shape in self.shapes.items()}
+        check_tensors({name: reader.shape(name) for name in reader}, stored_shapes, str(path))
 
-    def _config(self, said: Fields) -> dict[str, Any]:
-        patch, pooling = said.count("patch_size"), said.count("projector.scale_factor", POOLING)
-        pixels = said.count("image_max_pixels", SOFT_TOKENS * (patch * pooling) ** 2)
-        heads, hidden = said.count("attention.head_count"), said.count("embedding_length")
+    def _config(self, fields: Fields) -> dict[str, Any]:
+        patch, pooling = fields.count("patch_size"), fields.count("projector.scale_factor", POOLING)
+        pixels = fields.count("image_max_pixels", SOFT_TOKENS * (patch * pooling) ** 2)
+        heads, hidden = fields.count("attention.head_count"), fields.count("embedding_length")
         table = _OTHER[TOWER + "patch_embedder.position_embedding_table"]
         if table not in self.reader:
             raise InputError(f"{self.reader.path}: tensor {table} is missing")
         return {
             "model_type": "gemma4_vision",
             "hidden_size": hidden,
-            "intermediate_size": said.count("feed_forward_length"),
-            "num_hidden_layers": said.count("block_count"),
+            "intermediate_size": fields.count("feed_forward_length"),
+            "num_hidden_layers": fields.count("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": heads,
             "head_dim": hidden // heads,
             "hidden_activation": "gelu_pytorch_tanh",
-            "rms_norm_eps": said.positive("attention.layer_norm_epsilon"),
+            "rms_norm_eps": fields.positive("attention.layer_norm_epsilon"),
             "patch_size": patch,
             "pooling_kernel_size": pooling,
             "max_soft_tokens": pixels // (patch * pooling) ** 2,  # the image processor's, where no file says it

@@ -1,4 +1,4 @@
-"""What a safetensors directory says of its own quantisation, and the layout it means.
+"""The quantisation that a safetensors directory declares, and the layout that the declaration means.
 
     config.json "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4" | "W4A16_NVFP4" | "FP8", …}
                                        {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION",
@@ -8,8 +8,8 @@
                                        {"quant_method": "dgq", "q8_0": […], …}
     hf_quant_config.json: {"quantization": {"quant_algo": …}}          modelopt's older place; alone, or in agreement
 
-Whatever else it says is refused by name: a directory in a layout that dgq does not read must never be opened as if
-it were another.
+Every other declaration is refused by name: a directory in a layout that dgq does not read must never be opened as if it
+were in another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dgq.quant.errors import InputError
-from dgq.quant.files.hf_dir import read_json
+from dgq.quant.files.hf_dir import FLOATS, read_json
 from dgq.quant.formats.bnb import BitsAndBytes
 from dgq.quant.formats.compressed_tensors import METHOD, CompressedTensors, layout_of, refused
 from dgq.quant.formats.fp8_groups import Mixed
@@ -30,8 +30,17 @@ from dgq.quant.formats.own_layout import OwnLayout
 from dgq.quant.formats.own_layout import layout_of as own_layout_of
 from dgq.quant.schemes.nf4 import BLOCK
 from dgq.quant.schemes.nvfp4 import BLOCK as NVFP4_BLOCK
+from dgq.quant.types import Spec
+from dgq.runtime.files.canonical import stored_tensors
 
 OPENS = "dgq opens modelopt's and compressed-tensors' NVFP4 and FP8, bitsandbytes' 4-bit and its own"
+MLX = "quantization"  # its key in config.json
+DECLARATIONS = ("quantization_config", MLX)
+# Last words of the names of what stands beside quantised values; router.scale and per_expert_scale are weights.
+COMPANIONS = (
+    "weight_scale", "weight_scale_2", "input_scale", "_global_scale", "_amax", "zero_point", ".scales", ".biases",
+    "weight_packed", "absmax", "quant_map", "SCB", "qweight", "qzeros", "g_idx",
+)  # fmt: skip
 _SEVERAL, _EIGHTS = "MIXED_PRECISION", ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")  # modelopt's quant_algos
 _BITSANDBYTES: dict[str, tuple[Any, ...]] = {  # a key's values that dgq reads, None: the key may be absent
     "load_in_8bit": (False, None),
@@ -45,8 +54,8 @@ _BITSANDBYTES: dict[str, tuple[Any, ...]] = {  # a key's values that dgq reads, 
 
 @dataclass(frozen=True)
 class Quantization:
-    """method: quant_method, "modelopt" for a directory with hf_quant_config.json alone. raw: what was said; source:
-    the file that says it."""
+    """A directory's declaration. method: quant_method, or "modelopt" if only hf_quant_config.json declares it. raw: the
+    declaring object; source: the file that holds it."""
 
     method: str
     raw: Mapping[str, Any]
@@ -56,7 +65,7 @@ class Quantization:
     def kind(self) -> str:
         """ "nvfp4" or "bnb4": the format's name; "fp8": nothing but that."""
         layout = self.layout()
-        if isinstance(layout, Mixed) and layout.said.get(""):
+        if isinstance(layout, Mixed) and layout.declared.get(""):
             return "fp8"
         return "bnb4" if isinstance(layout, BitsAndBytes) else "nvfp4"
 
@@ -70,8 +79,8 @@ class Quantization:
             if what := refused(self.raw):
                 raise InputError(f"{self.source}: compressed-tensors with {what}, which dgq does not open; {OPENS}")
             base, inputs, eights = layout_of(self.raw)
-            said = {} if inputs or not eights else {"": True}
-            return Mixed(base, len(inputs) > 1, said) if eights or len(inputs) > 1 else base
+            eight_bits = {} if inputs or not eights else {"": True}
+            return Mixed(base, len(inputs) > 1, eight_bits) if eights or len(inputs) > 1 else base
         if self.method == OWN:
             return own_layout_of(self.raw, str(self.source))
         raise InputError(f"{self.source}: quantised as {self.method[:40]!r}, which dgq does not open; {OPENS}")
@@ -89,9 +98,9 @@ class Quantization:
         _check_group_size({"config_groups": layers}, self.source)
         algos = {layer["quant_algo"] for layer in layers.values()}
         base = Modelopt(activations=W4A4 in algos)
-        said = {name: layer["quant_algo"] in _EIGHTS for name, layer in layers.items()}
-        said |= {"": True} if all(said.values()) else {}
-        return base if algos in ({W4A4}, {W4A16}) else Mixed(base, {W4A4, W4A16} <= algos, said)
+        eight_bits = {name: layer["quant_algo"] in _EIGHTS for name, layer in layers.items()}
+        eight_bits |= {"": True} if all(eight_bits.values()) else {}
+        return base if algos in ({W4A4}, {W4A16}) else Mixed(base, {W4A4, W4A16} <= algos, eight_bits)
 
     def _bitsandbytes(self) -> BitsAndBytes:
         for key, allowed in _BITSANDBYTES.items():
@@ -102,32 +111,55 @@ class Quantization:
         return BitsAndBytes(double=bool(self.raw.get("bnb_4bit_use_double_quant")))
 
 
-def quantization(path: Path, config: Mapping[str, Any]) -> Quantization | None:
-    """How the directory `path`, whose config.json is `config`, says it is quantised; None if it does not."""
-    said = config.get("quantization_config")
+def stale_declaration(path: Path, config: Mapping[str, Any], specs: Mapping[str, Spec]) -> str | None:
+    """A notice for a declaration of quantisation that the tensors contradict: all of `specs`, the header entries, are
+    BF16, F16 or F32, and none is a scale or the like. None if nothing is declared, or the tensors are quantised."""
+    places = [f"config.json: {key}" for key in DECLARATIONS if config.get(key) is not None]
+    places += [HF_QUANT_CONFIG] if (path / HF_QUANT_CONFIG).is_file() else []
+    plain = all(spec.dtype in FLOATS and not name.endswith(COMPANIONS) for name, spec in specs.items())
+    if not places or not plain:
+        return None
+    return f"{', '.join(places)} declares a quantisation, but every tensor is plain: stale, it is dropped"
+
+
+def quantization(path: Path, config: Mapping[str, Any], specs: Mapping[str, Spec] | None = None) -> Quantization | None:
+    """The declaration of the directory `path`, whose config.json is `config`; None if it declares no quantisation, or
+    if that is stale. specs: the directory's header entries, read from its files if they are not given."""
+    if config.get(MLX) is None and config.get("quantization_config") is None and not (path / HF_QUANT_CONFIG).is_file():
+        return None
+    if stale_declaration(path, config, stored_tensors(path) if specs is None else specs) is not None:
+        return None
+    for raw in (config.get(MLX), config.get("quantization_config")):
+        if isinstance(raw, dict) and {"group_size", "bits"} <= raw.keys() and "quant_method" not in raw:
+            raise InputError(
+                f"{path / 'config.json'}: quantised by MLX ({raw['bits']!r} bits, groups of {raw['group_size']!r}); dgq"
+                " opens no such, take the BF16 checkpoint that it was made from"
+            )
+    raw = config.get("quantization_config")
     older = path / HF_QUANT_CONFIG
     other: Any = read_json(older).get("quantization") if older.is_file() else None
     if older.is_file() and not isinstance(other, dict):
         raise InputError(f"{older}: has no object `quantization`; fetch the file again")
-    if said is None:
+    if raw is None:
         return None if other is None else Quantization("modelopt", other, older)
     file = path / "config.json"
-    if not isinstance(said, dict) or not isinstance(said.get("quant_method"), str):
+    if not isinstance(raw, dict) or not isinstance(raw.get("quant_method"), str):
         raise InputError(f"{file}: quantization_config has no quant_method, a text; fetch the file again")
-    if other is not None and other.get("quant_algo") != said.get("quant_algo"):
+    if other is not None and other.get("quant_algo") != raw.get("quant_algo"):
         raise InputError(
             f"{older}: quant_algo is {str(other.get('quant_algo'))[:40]!r}, but config.json says"
-            f" {str(said.get('quant_algo'))[:40]!r}; one of them is stale"
+            f" {str(raw.get('quant_algo'))[:40]!r}; one of them is stale"
         )
     if other is not None:
         _check_group_size(other, older)
-    return Quantization(said["quant_method"], said, file)
+    return Quantization(raw["quant_method"], raw, file)
 
 
-def _check_group_size(said: Mapping[str, Any], file: Path) -> None:
-    """Beside quant_algo in hf_quant_config.json, below config_groups.….weights in config.json."""
-    groups = said.get("config_groups")
-    places = [said, *(groups.values() if isinstance(groups, dict) else ())]
+def _check_group_size(raw: Mapping[str, Any], file: Path) -> None:
+    """Refuse group sizes that NVFP4 does not have. They stand beside quant_algo in hf_quant_config.json, and below
+    config_groups.….weights in config.json."""
+    groups = raw.get("config_groups")
+    places = [raw, *(groups.values() if isinstance(groups, dict) else ())]
     places += [place.get("weights") for place in places if isinstance(place, dict)]
     for place in places:
         size = place.get("group_size") if isinstance(place, dict) else None

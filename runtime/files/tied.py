@@ -1,22 +1,24 @@
 """A safetensors directory that may hold tied weights twice, as llm-compressor and trainers save them: the encoder's
-copies of the decoder's, and lm_head's of the embedding. One is listed; when it is read, the other is held against it,
-byte for byte. transformers' bitsandbytes saves the encoder's quant_states without weights: these are copies too.
+copies of the decoder's weights, and lm_head's copy of the embedding. One of the two is listed. When it is read, it is
+compared with the other, byte for byte. transformers' bitsandbytes saves the encoder's quant_states without the weights:
+these are copies too.
 
-input_global_scale is not compared: each side saw activations of its own. The decoder's is taken.
+input_global_scale is not compared, because encoder and decoder saw different activations. The decoder's is used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dgq.quant.errors import InputError
-from dgq.quant.files.hf_dir import HFDir, read_index
+from dgq.quant.files.hf_dir import HFDir
 from dgq.quant.formats.compressed_tensors import unfused
 from dgq.quant.types import Spec
-from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER
+from dgq.runtime.files.canonical import tied_name
 
 OWN = ("layer_scalar", "input_global_scale")  # last words of names that the encoder has values of its own for
 
@@ -25,32 +27,25 @@ class TiedDir(HFDir):
     """See the module. Global scales without dimensions (modelopt's, converted) are listed as [1], and stacks of
     `experts` experts in compressed-tensors' layout as a tensor a module."""
 
-    def __init__(self, path: Path, experts: int) -> None:
-        specs = {name: _with_dimension(spec) for name, spec in unfused(read_index(path), experts).items()}
-        copies = {name: original for name in specs if (original := _original(name)) in specs and original is not None}
+    def __init__(self, path: Path, stored: Mapping[str, Spec], experts: int) -> None:
+        """stored: the directory's header entries."""
+        specs = {name: _with_dimension(spec) for name, spec in unfused(stored, experts).items()}
+        copies = {name: original for name in specs if (original := tied_name(name)) in specs and original is not None}
         super().__init__(path, {name: spec for name, spec in specs.items() if name not in copies})
         twins = {original: specs[copy] for copy, original in copies.items() if not copy.endswith(OWN)}
         self._twins = HFDir(path, twins)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """InputError if its copy is another."""
-        found = super().tensor(name)
+        """The listed tensor. InputError if its copy differs."""
+        tensor = super().tensor(name)
         if name in self._twins.specs:
-            spec, own = self._twins.specs[name], self.specs[name]
-            same = (spec.dtype, spec.shape) == (own.dtype, own.shape)
+            copy, listed = self._twins.specs[name], self.specs[name]
+            same = (copy.dtype, copy.shape) == (listed.dtype, listed.shape)
             if not same or not torch.equal(
-                *(one.flatten().view(torch.uint8) for one in (found, self._twins.tensor(name)))
+                *(one.flatten().view(torch.uint8) for one in (tensor, self._twins.tensor(name)))
             ):
-                raise InputError(f"{spec.file}: {spec.name} is not a copy of {name}; the model ties them")
-        return found
-
-
-def _original(name: str) -> str | None:
-    if name == "lm_head.weight":
-        return EMBEDDING
-    if name.startswith(ENCODER) and not name.endswith("layer_scalar"):
-        return DECODER + name.removeprefix(ENCODER)
-    return None
+                raise InputError(f"{copy.file}: {copy.name} is not a copy of {name}; the model ties them")
+        return tensor
 
 
 def _with_dimension(spec: Spec) -> Spec:

@@ -1,4 +1,4 @@
-"""Text to ids and back, and chats to ids: the checkpoint's own tokenizer and chat template.
+"""Text to ids and back, and chats to ids, by the checkpoint's own tokenizer and chat template.
 
 Two sources give the same ids: a directory's tokenizer.json, or a .gguf's metadata, from which the tokenizer is rebuilt:
 
@@ -26,7 +26,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from dgq.quant.errors import InputError
-from dgq.quant.files.hf_dir import read_json
+from dgq.quant.files.hf_dir import BOM, read_json, refuse_pointer
 
 # GGUF token types (llama.h, enum llama_token_type): what a token is for.
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
@@ -56,7 +56,11 @@ class Tokenizer:
         if not file.is_file():
             raise InputError(f"{file}: no such file")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
+            raw = file.read_bytes()
+            refuse_pointer(file, raw)
+            backend = tokenizers.Tokenizer.from_buffer(raw.removeprefix(BOM))
+        except InputError:
+            raise
         except Exception as error:  # the library raises plain Exception
             raise InputError(f"{file}: not readable as a tokenizer: {error}") from None
         specials: dict[str, str] = {}
@@ -112,6 +116,11 @@ class Tokenizer:
         except Exception as error:  # a template is somebody's program: it may divide by zero as well
             what = f"{type(error).__name__}: {error}"
             raise InputError(f"{self._source}: the chat template refuses these messages ({what})") from None
+
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template."""
+        return self._template is not None
 
     def thinking(self, switch: bool | None) -> Tokenizer:
         """This tokenizer with the template's enable_thinking as given; None: as the template has it by itself.

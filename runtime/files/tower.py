@@ -1,9 +1,9 @@
-"""transformers' own vision tower and projector, on an artifact's vision tensors: an image's patches in, its soft tokens
-in the text model's width out.
+"""transformers' own vision tower and projector over an artifact's vision tensors. They turn an image's patches into
+soft tokens as wide as the text model.
 
     patches ── tower (bidirectional layers, pooling) ── norm ── projection ── (soft tokens, hidden)
 
-Never quantised. One image at a time: what it takes does not grow with their number.
+The tower is never quantised. It takes one image at a time, so that its memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ class Tower:
         weights = {name: read(name).to(dtype) for name in expected_vision({"vision_config": config}, hidden, source)}
         tower = {name.removeprefix(TOWER): weights[name] for name in weights if name.startswith(TOWER)}
         try:
-            said = Gemma4VisionConfig.from_dict(dict(config))
-            self._tower = Gemma4VisionModel.from_pretrained(None, config=said, state_dict=tower, dtype=dtype)
+            vision_config = Gemma4VisionConfig.from_dict(dict(config))
+            self._tower = Gemma4VisionModel.from_pretrained(None, config=vision_config, state_dict=tower, dtype=dtype)
         except Exception as error:  # whatever odd settings lead the library into
             what = f"{type(error).__name__}: {error}"
             raise InputError(f"{source}: transformers does not build this vision tower ({what})") from None
         with torch.device("meta"):
-            self._project = DiffusionGemmaMultimodalEmbedder(said, SimpleNamespace(hidden_size=hidden))
-        own = {name.removeprefix(EMBED): weights[name] for name in weights if name.startswith(EMBED)}
-        self._project.load_state_dict(own, assign=True)
+            self._project = DiffusionGemmaMultimodalEmbedder(vision_config, SimpleNamespace(hidden_size=hidden))
+        projection = {name.removeprefix(EMBED): weights[name] for name in weights if name.startswith(EMBED)}
+        self._project.load_state_dict(projection, assign=True)
         self._tower, self._project = self._tower.to(self._device).eval(), self._project.to(self._device).eval()
 
     @torch.inference_mode()

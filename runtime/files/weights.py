@@ -1,4 +1,5 @@
-"""An artifact's weights under their canonical names, whatever the files call them: checked when opened, read on use.
+"""An artifact's weights under their canonical names, whatever its files call them. They are checked when the artifact
+is opened and read when they are used.
 
     GGUFWeights   blk.7.attn_output.weight                      one tensor a weight
     DirWeights    model.decoder.layers.7.self_attn.o_proj.weight   one tensor, or those of the directory's layout
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,16 +48,21 @@ class Stored:
 
 
 class Weights(Mapping[str, Packed]):
-    """The text weights, canonical name -> Packed, and what is known of all weights before reading."""
+    """The text weights, canonical name -> Packed, and what is known of every weight before it is read."""
 
     @abstractmethod
     def everything(self) -> dict[str, Stored]:
-        """Every weight of the files by canonical name, the vision part's too."""
+        """Every weight in the files by its canonical name, those of the vision part included."""
 
     @property
     @abstractmethod
     def files(self) -> list[Path]:
         """The files that hold them."""
+
+    @property
+    def sees(self) -> bool:
+        """Whether the files hold a vision tower, as far as that is known before an image is given."""
+        return True
 
     @property
     def only_dgq(self) -> bool:
@@ -65,16 +71,17 @@ class Weights(Mapping[str, Packed]):
 
     @property
     def without_import(self) -> str | None:
-        """What transformers does with it unless `import dgq.runtime.hf` came before; None if that changes nothing."""
+        """What transformers does with the artifact without `import dgq.runtime.hf`; None if the import changes
+        nothing."""
         return None
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What whoever runs them should know, a line each."""
+        """Lines for whoever runs the artifact, such as weights that take more memory than disk."""
         return ()
 
     def own_name(self, name: str) -> str:
-        """What the file calls a weight."""
+        """The name that the file has for a weight."""
         return name
 
     def vision_tensor(self, name: str) -> Tensor:
@@ -86,17 +93,20 @@ class GGUFWeights(Weights):
     """A .gguf's tensors under their canonical names, checked against the config when made. mmproj: its vision tower."""
 
     def __init__(self, reader: GGUFReader, config: ModelConfig, mmproj: Mmproj | None = None) -> None:
-        """InputError naming the .gguf's own tensor: missing, unknown, renamed, mis-shaped, or another RoPE."""
+        """InputError naming the tensor as the .gguf does: missing, unknown, renamed, mis-shaped, or another RoPE."""
         self.reader, self.mmproj = reader, mmproj
         self._names: dict[str, str] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for own in reader:
-            if own != ROPE_FREQS:
-                name = hf_name(own) or own  # an unknown name stays as it is, and check_tensors refuses it
+        for stored_name in reader:
+            if stored_name != ROPE_FREQS:
+                # An unknown name stays as it is, and check_tensors() refuses it.
+                name = hf_name(stored_name) or stored_name
                 if name in self._names:
-                    raise InputError(f"{reader.path}: {own} and {self._names[name]} are two names of one tensor")
-                self._names[name] = own
-                shapes[name] = reader.shape(own)
+                    raise InputError(
+                        f"{reader.path}: {stored_name} and {self._names[name]} are two names of one tensor"
+                    )
+                self._names[name] = stored_name
+                shapes[name] = reader.shape(stored_name)
         expected = expected_tensors(config)
         check_tensors(shapes, expected, str(reader.path), shown=self.own_name)
         _check_rope(reader, config)
@@ -111,14 +121,14 @@ class GGUFWeights(Weights):
         return self.reader[self._names[name]]
 
     def everything(self) -> dict[str, Stored]:
-        found = {name: self._stored(self.reader, own) for name, own in self._names.items()}
+        stored = {name: self._stored(self.reader, stored_name) for name, stored_name in self._names.items()}
         if self.mmproj is not None:
-            found |= {name: self._stored(self.mmproj.reader, mmproj_name(name)) for name in self.mmproj.shapes}
-        return found
+            stored |= {name: self._stored(self.mmproj.reader, mmproj_name(name)) for name in self.mmproj.shapes}
+        return stored
 
     @staticmethod
-    def _stored(reader: GGUFReader, own: str) -> Stored:
-        return Stored(reader.scheme(own).name, math.prod(reader.shape(own)), reader.nbytes(own))
+    def _stored(reader: GGUFReader, name: str) -> Stored:
+        return Stored(reader.scheme(name).name, math.prod(reader.shape(name)), reader.nbytes(name))
 
     def vision_tensor(self, name: str) -> Tensor:
         assert self.mmproj is not None
@@ -126,17 +136,17 @@ class GGUFWeights(Weights):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """The types that are decoded, and what that costs."""
+        """The ggml types that have no kernels, and the memory that decoding them costs."""
         decoded = {
-            own: scheme
-            for own in self._names.values()
-            if isinstance(scheme := self.reader.scheme(own), Guest) and not stays_packed(scheme)
+            name: scheme
+            for name in self._names.values()
+            if isinstance(scheme := self.reader.scheme(name), Guest) and not stays_packed(scheme)
         }
         if not decoded:
             return ()
         kinds = ", ".join(sorted({scheme.name.upper() for scheme in decoded.values()}))
         stored = sum(map(self.reader.nbytes, decoded)) / MIB
-        taken = sum(2 * math.prod(self.reader.shape(own)) for own in decoded) / MIB
+        taken = sum(2 * math.prod(self.reader.shape(name)) for name in decoded) / MIB
         return (
             f"{self.reader.path.name}: {len(decoded)} tensors are {kinds}, which dgq has no kernels for: decoded to "
             f"BF16 when loaded, they take {taken:,.1f} MiB of memory instead of the file's {stored:,.1f}",
@@ -165,15 +175,21 @@ def _check_rope(reader: GGUFReader, config: ModelConfig) -> None:
 
 
 class DirWeights(Weights):
-    """A safetensors directory's text weights. layout: how its quantised ones are stored; None: there are none."""
+    """A safetensors directory's text weights. layout: how the quantised ones are stored; None if there are none."""
 
     def __init__(
-        self, directory: HFDir, config: ModelConfig, layout: Layout | None, vision: Mapping[str, tuple[int, ...]]
+        self,
+        directory: HFDir,
+        config: ModelConfig,
+        layout: Layout | None,
+        vision: Mapping[str, tuple[int, ...]],
+        remarks: Sequence[str] = (),
     ) -> None:
         """InputError naming file and tensor: missing, unknown, mis-shaped, or of another dtype than the layout's.
 
-        vision: the tensors of the vision part, which must be there too.
+        vision: the tensors of the vision part, which must be there too. remarks: what was odd about the directory.
         """
+        self._odd = tuple(remarks)
         self._dir, self._layout, self._vision = directory, layout, tuple(vision)
         self.shapes = expected_tensors(config)
         specs = directory.specs
@@ -189,19 +205,19 @@ class DirWeights(Weights):
                 self._quantised[name] = layout.entries(name, shape)
                 expected |= {entry: size for entry, (_, size) in self._quantised[name].items()}
         if layout is not None and not self._quantised:
-            said = f"{directory.path}: said to be {layout.slices.name}, but every weight is plain"
-            raise InputError(f"{said}; fetch it again, or delete what its config says of quantisation")
-        # a quant_state is a text, whose length is its writer's affair
+            wrong = f"{directory.path}: said to be {layout.slices.name}, but every weight is plain"
+            raise InputError(f"{wrong}; fetch it again, or delete what its config says of quantisation")
+        # A quant_state is a JSON text, whose length depends on who wrote it.
         states = {name: specs[name].shape for name in expected if name.endswith(STATE) and name in specs}
         expected |= {name: shape for name, shape in states.items() if len(shape) == 1 and shape[0] <= LONGEST_STATE}
-        found = {name: spec.shape for name, spec in specs.items()}
-        check_tensors(found, expected, str(directory.path), file=lambda name: str(directory.file(name)))
+        shapes = {name: spec.shape for name, spec in specs.items()}
+        check_tensors(shapes, expected, str(directory.path), file=lambda name: str(directory.file(name)))
         dtypes = {entry: {kind} for entries in self._quantised.values() for entry, (kind, _) in entries.items()}
         for name in expected:
             allowed = dtypes.get(name, set(FLOATS))
             if specs[name].dtype not in allowed:
-                said = f"{name} has dtype {specs[name].dtype}, expected {' or '.join(sorted(allowed))}"
-                raise InputError(f"{directory.file(name)}: {said}")
+                wrong = f"{name} has dtype {specs[name].dtype}, expected {' or '.join(sorted(allowed))}"
+                raise InputError(f"{directory.file(name)}: {wrong}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -216,7 +232,6 @@ class DirWeights(Weights):
 
     @property
     def sees(self) -> bool:
-        """Whether there is a vision tower."""
         return bool(self._vision)
 
     @property
@@ -258,19 +273,19 @@ class DirWeights(Weights):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What is decoded, FP8 or double quantisation's absmax, and what that costs."""
+        """What is decoded when it is loaded (FP8, or double quantisation's absmax), and the memory that it costs."""
         if isinstance(self._layout, Mixed):
             eights = [self._stored(name) for name in self._quantised if self._layout.scheme_of(name) is FP8]
             numel = sum(one.numel for one in eights)
-            said = f"{len(eights)} weights are FP8, which dgq has no kernels for: on a GPU they are decoded to BF16"
+            what = f"{len(eights)} weights are FP8, which dgq has no kernels for: on a GPU they are decoded to BF16"
             memory = f"{2 * numel / MIB:,.1f} MiB of memory instead of {numel / MIB:,.1f}"
-            return (f"{self._dir.path.name}: {said} when loaded, {memory}",) if eights else ()
+            return (f"{self._dir.path.name}: {what} when loaded, {memory}",) if eights else ()
         if not isinstance(self._layout, ExpertsApart) or not self._layout.base.double:
-            return ()
+            return self._odd
         experts = sum(math.prod(self.shapes[name]) for name in self._quantised if len(self.shapes[name]) == 3)
         more = 3 * experts / BLOCK / MIB  # a byte becomes four
-        said = f"absmax quantised an expert at a time become float32 when loaded, {more:,.1f} MiB more"
-        return (f"{self._dir.path.name}: {said}",)
+        what = f"absmax quantised an expert at a time become float32 when loaded, {more:,.1f} MiB more"
+        return (f"{self._dir.path.name}: {what}",)
 
     def vision_tensor(self, name: str) -> Tensor:
         return self._dir.tensor(name)
@@ -289,12 +304,12 @@ class DirWeights(Weights):
 
 
 def _check_room(layout: Layout, name: str, shape: tuple[int, ...], held: int, path: Path) -> None:
-    """That a quantised weight can be there at all, before its tensors are named: they may be four for each of millions
-    of experts. held: bytes of the files' tensors."""
+    """Refuse a quantised weight that cannot be in the files, before the names of its tensors are listed: a damaged
+    config may ask for four tensors for each of millions of experts. held: bytes of the files' tensors."""
     scheme = layout.scheme_of(name)
     if shape[-1] % scheme.block:
-        said = f"rows of {shape[-1]} in {name} are no multiple of {scheme.name}'s block of {scheme.block}"
-        raise InputError(f"{path}: {said}; dgq opens no others")
+        what = f"rows of {shape[-1]} in {name} are no multiple of {scheme.name}'s block of {scheme.block}"
+        raise InputError(f"{path}: {what}; dgq opens no others")
     if (size := scheme.nbytes(shape)) > held:
-        said = f"{name} {list(shape)}, as the config has it, takes {size} bytes as {scheme.name}"
-        raise InputError(f"{path}: {said}, but the files hold {held}")
+        what = f"{name} {list(shape)}, as the config has it, takes {size} bytes as {scheme.name}"
+        raise InputError(f"{path}: {what}, but the files hold {held}")

@@ -1,4 +1,4 @@
-"""Packed weights as modules of transformers' DiffusionGemma: what is multiplied, moved and saved is what lies on disk.
+"""Packed weights as modules of transformers' DiffusionGemma, which multiply, move and save what lies on disk.
 
     PackedLinear            in nn.Linear's place                     one Holder
     PackedExperts           in DiffusionGemmaTextExperts' place      two: gate_up_proj, down_proj

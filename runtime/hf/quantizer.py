@@ -41,12 +41,12 @@ _FOR = "DiffusionGemmaForBlockDiffusion"
 class ModeloptConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """config.json's quantization_config, kept as it is."""
 
-    def __init__(self, quant_method: str = "modelopt", **said: Any) -> None:
+    def __init__(self, quant_method: str = "modelopt", **settings: Any) -> None:
         self.quant_method = quant_method
-        self._said = said
+        self._settings = settings
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self._said, "quant_method": self.quant_method}
+        return {**self._settings, "quant_method": self.quant_method}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()

@@ -1,5 +1,5 @@
-"""Triton kernels of attention over a cache: softmax(q k^T) v with running sums, the keys split among programs where
-there are few queries, and the splits joined.
+"""Triton kernels of attention over a cache: softmax(q k^T) v with running sums. Where there are few queries, the keys
+are split among programs, and `join` adds the splits up.
 
     keys     . . . | x x x x | x x x x | x x . .      blocks of a ring or of pages; x: seen by all queries of a block
                   ^first  whole            ^last      whole blocks need no mask; the edges do
@@ -22,8 +22,8 @@ def _attended(
     queries, keys, values, places, value_places, key, first, last, since, until, top, total, sums,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys more. MASKED: some are not seen by all, and what lies in empty slots may be no number. CAUSAL:
-    a query sees keys `since` to `until`."""
+    """Add one block of keys to the running sums. MASKED: not every query sees every key of it, and empty slots may hold
+    NaNs. CAUSAL: a query sees the keys from `since` to `until`."""
     k = tl.load(keys + places)
     if INTERPRETED:
         k = k.to(tl.float32)

@@ -1,7 +1,10 @@
-"""Attention over what fused.place() has put into a cache: a ring, or pages, with lengths that only the device knows.
+"""Attention over the cache that fused.place() fills: a ring or pages, whose lengths only the device knows.
 
-torch's kernels take neither: beside them (with the group of query heads folded into the queries, as here) these are
-1.4 times as fast at head_dim 256 and 2.2 times at 512, where torch has no flash kernel at all.
+    ring     position p of a row lies in slot p % size                                  keys (rows, kv heads, size, d)
+    pages    position p of a row lies in slot p % size of page pages[row, p // size]    keys (pages, kv heads, size, d)
+
+torch's kernels take neither. Against torch's over plain keys, with the group of query heads folded into the queries as
+here, these kernels are 1.4 times as fast at head_dim 256, and 2.2 times at 512, where torch has no flash kernel.
 """
 
 from __future__ import annotations
@@ -17,20 +20,47 @@ from dgq.runtime.kernels.repack import COLUMNS
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """How attend() cuts its work: queries and keys of a program, warps, stages of loads; apart: whether keys that all
-    queries see are gone through without masks; pieces: of the values' columns, a program each."""
+class KeyValues:
+    """One layer's cache. keys, values: bfloat16 of equal strides, as in the module's picture; size is a multiple of 64.
+    lengths: int32 (rows,), the tokens that were in each row before the new ones. pages: int32 (rows, n); None:
+    rings."""
 
-    queries: int
-    keys: int
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    pages: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which tokens a query sees: the row's earlier tokens and all new ones; if causal, no token behind itself.
+
+    window: of the earlier tokens only the last window - 1; if causal, of those before the query. start: int32 (rows,),
+    no token before that. reach: int32 (2, tokens) of a causal single row with images: each query also sees so many
+    tokens before it, window or not, and so many behind it, which are those of its image (pictured.py).
+    """
+
+    window: int | None = None
+    causal: bool = False
+    start: Tensor | None = None
+    reach: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How attend() cuts its work into programs."""
+
+    queries: int  # of a program
+    keys: int  # of one iteration
     warps: int
-    stages: int
-    apart: bool = True
-    pieces: int = 1
+    stages: int  # of loads
+    apart: bool = True  # whether blocks of keys that all queries see are computed without masks
+    pieces: int = 1  # of the values' columns, a program each
 
 
 def blocks_for(dim: int, device: torch.device) -> Blocks:
-    """As measured on Hopper; where shared memory is smaller, what fits there."""
+    """The fastest cut for heads of `dim`, as measured on Hopper; where shared memory is smaller, one that fits
+    there."""
     room = 227 << 10
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -44,49 +74,39 @@ def blocks_for(dim: int, device: torch.device) -> Blocks:
 
 def attend(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    length: Tensor,
-    window: int | None = None,
-    causal: bool = False,
-    start: Tensor | None = None,
-    pages: Tensor | None = None,
+    cache: KeyValues,
+    mask: Mask,
     ordered: bool = False,
-    out: Tensor | None = None,
     blocks: Blocks | None = None,
     splits: int | None = None,
-    reach: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q k^T) v, unscaled: place()'s queries over the tokens in the cache -> bfloat16 (rows, tokens, heads *
-    head_dim).
+    """softmax(q k^T) v, unscaled -> bfloat16 (rows, tokens, heads * head_dim).
 
-    A row's queries see the length[row] tokens that are there and all of the queries' own ones; causal: only those up
-    to themselves. window: only the last window - 1 of the length[row], or, causal, of those before the query. start
-    int32 (rows,): no token before that. keys, values, pages: as place() has them; size is a multiple of 64, and at
-    least window - 1 + tokens, or whatever length + tokens will be. ordered: a token's columns as repack.in_order puts
-    them. reach int32 (2, tokens), of a causal single row: each query also sees so many of the row's tokens before it,
-    window or not, and so many of its own ones behind it (those of its image: pictured.py).
+    q: (rows, heads, tokens, head_dim) as place() returned it, after it put the new tokens into the cache. A ring has at
+    least window - 1 + tokens slots, or as many as the row will ever have tokens. ordered: each token's columns are in
+    the order of repack.in_order(). blocks, splits (parts of the keys): chosen by measurement unless given.
     """
     rows, heads, tokens, dim = q.shape
+    keys, values, pages, reach = cache.keys, cache.values, cache.pages, mask.reach
     _, kv_heads, size, _ = keys.shape
     group = heads // kv_heads
     cut = blocks_for(dim, q.device) if blocks is None else blocks
     assert q.is_contiguous() and keys.stride() == values.stride() and size % cut.keys == 0
     assert not ordered or heads * dim % COLUMNS == 0
-    assert reach is None or (causal and rows == 1 and reach.shape == (2, tokens) and reach.is_contiguous())
+    assert reach is None or (mask.causal and rows == 1 and reach.shape == (2, tokens) and reach.is_contiguous())
     row_blocks, heads_and_pieces = triton.cdiv(group * tokens, cut.queries), kv_heads * cut.pieces
     splits = _splits(row_blocks * heads_and_pieces * rows, q.device) if splits is None else splits
-    out = torch.empty(rows, tokens, heads * dim, dtype=torch.bfloat16, device=q.device) if out is None else out
+    out = torch.empty(rows, tokens, heads * dim, dtype=torch.bfloat16, device=q.device)
     parts, weights = out, None
     if splits > 1:
         parts = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
         weights = torch.empty(splits, *q.shape[:3], dtype=torch.float32, device=q.device)
     table = 0 if pages is None else pages.stride(0)
     attend_kernels.attend[(row_blocks, heads_and_pieces, rows * splits)](
-        q, keys, values, pages, length, start, reach, parts, weights, tokens, group, *keys.stride()[:3], table, size,
-        1 << 30 if window is None else window, splits, D=dim, WIDTH=dim // cut.pieces, BLOCK_M=cut.queries,
-        BLOCK_N=cut.keys, SPLIT=splits > 1, CAUSAL=causal, PAGED=pages is not None, ORDERED=ordered, APART=cut.apart,
-        STAGES=cut.stages, num_warps=cut.warps,
+        q, keys, values, pages, cache.lengths, mask.start, reach, parts, weights, tokens, group, *keys.stride()[:3],
+        table, size, 1 << 30 if mask.window is None else mask.window, splits, D=dim, WIDTH=dim // cut.pieces,
+        BLOCK_M=cut.queries, BLOCK_N=cut.keys, SPLIT=splits > 1, CAUSAL=mask.causal, PAGED=pages is not None,
+        ORDERED=ordered, APART=cut.apart, STAGES=cut.stages, num_warps=cut.warps,
     )  # fmt: skip
     if weights is not None:
         attend_kernels.join[(rows * tokens,)](
@@ -97,7 +117,7 @@ def attend(
 
 
 def _splits(programs: int, device: torch.device) -> int:
-    """As many parts of the keys as make one wave of programs."""
+    """How many parts the keys are split into, so that all programs together fill the processors once."""
     processors = 132
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,10 +1,10 @@
-"""The sampler and a step's decision on the device: sampler.py with rng.CounterRandom, for CUDA graphs.
+"""The sampler and a step's decisions on the device, for CUDA graphs: what sampler.py does with rng.CounterRandom.
 
     logits ── sample ── entropy, argmax, sampled; probabilities ─> soft embedding of the next step
                            └── decide ── accepted, next canvas, done
 
-Nothing waits for the host, and nothing depends on values that the host would have to know: steps, blocks, temperatures
-and settings lie on the device.
+Nothing waits for the host, and nothing depends on values that the host would have to know: the numbers of steps and
+blocks, temperatures and settings lie on the device.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor
 from dgq.runtime.kernels import sample_kernels
 from dgq.runtime.shape.settings import SamplerConfig
 
-_SLICE = 4096  # of the vocabulary, tokens
+_SLICE = 4096  # tokens of the vocabulary for one program
 _LEAST = 512  # the sampler's chunk
 
 
 @dataclass(frozen=True)
 class Denoising:
-    """The canvases of a batch, and where each is on its way; a row's numbers are its own, so rows may be out of step.
+    """The canvases of a batch and the state of each row. Rows have numbers of their own and may be at different steps.
 
-    canvas: what the next step reads; argmax: what would be committed now. took: steps made; block and step (from 1)
-    count the random numbers; temperature: the next step's divisor; streak: how many steps the argmax has stood.
-    Of the last step: sampled, found (argmax), entropy in nats (NaN where a logit is no number), accepted, mean entropy.
-    A row that is done changes no more.
+    canvas: the next step's input; argmax: what would be committed now. took: the steps made; block and step (from 1)
+    number the random words; temperature: the next step's divisor; streak: for how many steps the argmax has not
+    changed. Of the last step: sampled tokens, newest (its argmax), entropy in nats (NaN where a logit is not a number),
+    accepted, and the mean entropy. A row that is done changes no more.
     """
 
     settings: Tensor  # float32 (6,)
@@ -43,10 +43,10 @@ class Denoising:
     done: Tensor  # int8 (rows,)
     temperature: Tensor  # float32 (rows,)
     mean: Tensor  # float32 (rows,)
-    canvas: Tensor  # int64 (rows, canvas), like argmax, sampled and found
+    canvas: Tensor  # int64 (rows, canvas), like argmax, sampled and newest
     argmax: Tensor
     sampled: Tensor
-    found: Tensor
+    newest: Tensor
     accepted: Tensor  # bool (rows, canvas)
     entropy: Tensor  # float32 (rows, canvas)
     scale: Tensor  # float32 (rows * canvas,), what a row of sample()'s probabilities is to be multiplied with
@@ -62,7 +62,7 @@ class Denoising:
     def new(
         cls, rows: int, canvas: int, vocab: int, softcap: float, config: SamplerConfig, device: torch.device | str
     ) -> Denoising:
-        """Room for a batch; start() makes it the first one."""
+        """Memory for a batch. start() chooses the random stream, begin() makes the first canvases."""
 
         def room(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -84,7 +84,7 @@ class Denoising:
             canvas=room(rows, canvas),
             argmax=room(rows, canvas),
             sampled=room(rows, canvas),
-            found=room(rows, canvas),
+            newest=room(rows, canvas),
             accepted=room(rows, canvas, dtype=torch.bool),
             entropy=room(rows, canvas, dtype=torch.float32),
             scale=whole[:, 0],
@@ -100,7 +100,7 @@ class Denoising:
         return state
 
     def configure(self, config: SamplerConfig) -> None:
-        """Take other settings; graphs that were captured heed them."""
+        """Use other settings, also in graphs that were captured before."""
         values = (
             config.t_min,
             config.t_max - config.t_min,
@@ -112,7 +112,7 @@ class Denoising:
         self.settings.copy_(torch.tensor(values, dtype=torch.float32))
 
     def start(self, seed: int, numbers: Sequence[int]) -> None:
-        """Another random stream: see rng.CounterRandom. begin() makes the canvases."""
+        """Choose the random stream, see rng.CounterRandom. numbers: of the rows."""
         self.seed.fill_((seed & (1 << 64) - 1) - ((seed >> 63 & 1) << 64))  # the same 64 bits, with a sign
         self.numbers.copy_(torch.tensor(numbers))
 
@@ -123,7 +123,7 @@ def _slice(vocab: int) -> int:
 
 
 def begin(state: Denoising, block: Tensor) -> None:
-    """New canvases of noise: block int32 (rows,), each row's number of the block, from 0."""
+    """Fill the canvases with noise. block: int32 (rows,), the number of each row's block, from 0."""
     rows, canvas = state.canvas.shape
     state.block.copy_(block)
     sample_kernels.begin[(rows,)](
@@ -133,11 +133,11 @@ def begin(state: Denoising, block: Tensor) -> None:
 
 
 def sample(state: Denoising, logits: Tensor, probabilities: Tensor | None = None) -> None:
-    """What a step's logits say: fills state's entropy, found, sampled and scale.
+    """Fill the state's entropy, newest, sampled and scale from a step's logits.
 
-    logits (rows, canvas, vocab), bfloat16 or float32, as the head's product gives them: neither capped nor divided by
-    the temperature. probabilities bfloat16 (rows * canvas, vocab), contiguous, gets the next step's self-conditioning:
-    each row times its scale is the softmax of the capped logits over the temperature.
+    logits: (rows, canvas, vocab), bfloat16 or float32, the head's product: neither capped nor divided by the
+    temperature. probabilities: bfloat16 (rows * canvas, vocab), contiguous, is overwritten for the next step's
+    self-conditioning: each row times its scale is the softmax of the capped logits over the temperature.
     """
     rows, canvas = state.canvas.shape
     vocab, softcap = state.vocab, state.softcap
@@ -152,7 +152,7 @@ def sample(state: Denoising, logits: Tensor, probabilities: Tensor | None = None
     )  # fmt: skip
     sample_kernels.pick[(positions,)](
         flat, state.temperature, state.done, state.seed, state.step, state.block, state.numbers, largest, first, mass,
-        weighted, state.entropy, state.found, state.sampled, state._whole, flat.stride(0), canvas, vocab, count,
+        weighted, state.entropy, state.newest, state.sampled, state._whole, flat.stride(0), canvas, vocab, count,
         softcap, SLICE=width, COUNT=triton.next_power_of_2(count), CHUNKS=width // _LEAST, num_warps=4,
     )  # fmt: skip
     if probabilities is not None:
@@ -163,10 +163,11 @@ def sample(state: Denoising, logits: Tensor, probabilities: Tensor | None = None
 
 
 def decide(state: Denoising) -> None:
-    """After sample(): accept by the entropy bound, scramble the rest, stop or go on; sampler.py is the reference."""
+    """After sample(): accept positions by the entropy bound, scramble the others, and mark rows that are done.
+    sampler.py is the reference."""
     rows, canvas = state.canvas.shape
     sample_kernels.decide[(rows,)](
         state.settings, state.seed, state.step, state.block, state.numbers, state.temperature, state.done,
-        state.streak, state.took, state.canvas, state.argmax, state.accepted, state.mean, state.entropy, state.found,
+        state.streak, state.took, state.canvas, state.argmax, state.accepted, state.mean, state.entropy, state.newest,
         state.sampled, canvas, state.vocab, C=triton.next_power_of_2(canvas), PART=32,
     )  # fmt: skip

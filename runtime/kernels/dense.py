@@ -1,12 +1,13 @@
-"""Products with packed weights that every token goes through, by Triton kernels: attention, MLPs, embedding and head.
+"""Products with the weights that every token goes through, by Triton kernels: attention, MLPs, embedding and head.
 
     Linear   weights that share their input, side by side: one launch for each scheme among them
     Gated    gate and up of an MLP
-    Table    the embedding as ggml stores it: rows looked up, and both vocabulary products, piece by piece
+    Table    the embedding as ggml stores it: row lookup, and both vocabulary products, piece by piece
 
-Weights of 16 bits stay as they are and go to cuBLAS. Packed ones are repack.py's tiles; their products take x with its
-columns in repack.in_order's order, which fused.py's functions write if asked to: else x is copied into it here.
-Beyond MANY tokens a packed weight is decoded as a whole and multiplied by cuBLAS.
+Weights of 16 bits stay as they are and are multiplied by cuBLAS. Packed weights are repack.py's tiles. Their products
+read x with its columns in the order of repack.in_order(), which fused.py's functions write if they are asked to;
+otherwise x is copied into that order here. For more than MANY tokens a packed weight is decoded as a whole and then
+multiplied by cuBLAS.
 """
 
 from __future__ import annotations
@@ -22,25 +23,26 @@ from torch.nn import functional
 from dgq.quant.schemes.nf4 import NF4, NF4Scheme
 from dgq.quant.types import Packed
 from dgq.runtime.kernels import dense_kernels
-from dgq.runtime.kernels.repack import COLUMNS, ROWS, Tiles, in_order, tile
+from dgq.runtime.kernels.repack import COLUMNS, ROWS, Tiles, in_order, natural_order, tile
 
 MANY = 1024  # tokens
 PIECE = 16384  # rows of a table decoded at a time
 _ADDED = 1024
-_PLAIN = ("bf16", "f16", "f32")
 
 
 @dataclass(frozen=True)
 class Linear:
-    """parts: bfloat16 (rows, columns), or tiles whose factors are one a row tile; each part's rows go to the next
-    columns of the product. shape: (rows, columns) of all."""
+    """One or more weights side by side: the rows of each part are the next columns of the product.
+
+    parts: bfloat16 (rows, columns), or tiles with a factor for each row tile. shape: (rows, columns) of all parts.
+    """
 
     parts: tuple[Tensor | Tiles, ...]
     shape: tuple[int, int]
 
     @property
     def packed(self) -> bool:
-        """Whether the product wants its input in the instruction's order."""
+        """Whether the weights are tiles, whose product reads its input in the order of repack.in_order()."""
         return isinstance(self.parts[0], Tiles)
 
     @property
@@ -50,7 +52,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Gated:
-    """A gate and an up (inner, columns): one packed weight with their rows interleaved, or both side by side."""
+    """A gate and an up, both (inner, columns): tiles in which their rows alternate, or both side by side."""
 
     both: Tiles | Linear
     inner: int
@@ -65,8 +67,8 @@ class Gated:
 
 
 def pack(weights: Sequence[Packed], name: str = "the weight") -> Linear:
-    """weights (rows, columns) of the same columns, on their device. InputError naming the weight if one holds values
-    that are not finite. All or none of them may be of 16 or 32 bits."""
+    """Join weights (rows, columns) of equal columns into one product, on their device. Either all of them have 16 or 32
+    bits, or none has. InputError naming `name` for values that are not finite."""
     parts: list[Tensor | Tiles] = []
     for weight in weights:
         part = _part(weight, name)
@@ -82,16 +84,16 @@ def pack(weights: Sequence[Packed], name: str = "the weight") -> Linear:
 
 
 def pack_gated(gate: Packed, up: Packed, name: str = "the weight") -> Gated:
-    """gate and up (inner, columns)."""
-    joined = None if gate.scheme.name in _PLAIN else _stacked(gate, up)
+    """Join a gate and an up, both (inner, columns), into one product. InputError as for pack()."""
+    joined = None if _is_plain(gate) else _stacked(gate, up)
     if joined is None:
         return Gated(pack((gate, up), name), gate.shape[0])
     return Gated(_by_row_tile(tile(_one(joined), True, name)), gate.shape[0])
 
 
 def linear(x: Tensor, weight: Linear, ordered: bool = False, out: Tensor | None = None) -> Tensor:
-    """x (n, columns) bfloat16 @ weight^T -> (n, rows). ordered: x (n, columns up to whole tiles) has the instruction's
-    order, for packed weights only."""
+    """x bfloat16 (n, columns) @ weight^T -> (n, rows). ordered: x (n, columns up to whole tiles) already is in the
+    order of repack.in_order(); for packed weights only."""
     if isinstance(weight.parts[0], Tensor):
         assert not ordered
         return functional.linear(x, weight.parts[0]) if out is None else torch.mm(x, weight.parts[0].T, out=out)
@@ -113,7 +115,7 @@ def gated_mlp(x: Tensor, gate_up: Gated, down: Linear, ordered: bool = False, ou
         wide = gate_up.inner + -gate_up.inner % COLUMNS
         inner = torch.empty(len(x), wide, dtype=x.dtype, device=x.device)
         _product(x, gate_up.both, inner, gated=True)
-        return linear(inner if down.packed else _natural(inner, gate_up.inner), down, down.packed, out)
+        return linear(inner if down.packed else natural_order(inner, gate_up.inner), down, down.packed, out)
     return linear(gated(linear(x, gate_up.both, ordered)), down, False, out)
 
 
@@ -127,21 +129,21 @@ def gated(both: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def decoded(weight: Tiles, gated: bool = False) -> Tensor:
-    """The weight in bfloat16 (rows, columns up to whole tiles), columns in the instruction's order; a gated one: the
-    gate's rows, then the up's, both up to whole tiles and in that order too."""
+    """The weight in bfloat16 (rows, columns up to whole tiles), its columns in the order of repack.in_order(). A gated
+    weight: the gate's rows and then the up's, both up to whole tiles and in that order too."""
     row_tiles, column_tiles = weight.codes.shape[1:3]
     rows = row_tiles * ROWS if gated else weight.shape[1]
     out = torch.empty(rows, column_tiles * COLUMNS, dtype=torch.bfloat16, device=weight.codes.device)
     dense_kernels.unpack[(row_tiles, column_tiles)](
         out, weight.codes, weight.scales, weight.high, weight.factors, rows, column_tiles, rows // 2,
-        SCHEME=weight.scheme, GATED=gated, num_warps=4,
+        SCHEME=weight.form, GATED=gated, num_warps=4,
     )  # fmt: skip
     return out
 
 
 @dataclass(frozen=True)
 class Cut:
-    """How a product is cut: tokens of a program, splits of the columns, stages of loads."""
+    """How a product is cut into programs: tokens of each, splits of the columns, stages of loads."""
 
     tokens: int
     splits: int
@@ -149,12 +151,12 @@ class Cut:
 
 
 def cut_for(tokens: int, weight: Tiles) -> Cut:
-    """As measured on Hopper. NF4 is bound by its permutes, so that more tokens should share what was decoded; before
-    Hopper the sums of so many do not fit a thread's registers."""
+    """The fastest cut, as measured on Hopper. Tables are bound by their permute instructions, so that more tokens
+    should share a decoded weight; before Hopper the sums of so many tokens do not fit a thread's registers."""
     row_tiles, column_tiles = weight.codes.shape[1:3]
     device = weight.codes.device
     wide = (
-        weight.scheme.startswith("nf4") and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+        weight.form.startswith("table") and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     )
     power: int = triton.next_power_of_2(tokens)
     block = min(128 if wide else 64, max(16, power))
@@ -182,7 +184,7 @@ def _product(x: Tensor, weight: Tiles, out: Tensor, gated: bool, cut: Cut | None
     dense_kernels.product[(triton.cdiv(tokens, cut.tokens), row_tiles, cut.splits)](
         x, parts, weight.codes, weight.scales, weight.high, weight.factors, x.stride(0), parts.stride(-2),
         parts.stride(0), out.shape[1], tokens, column_tiles,
-        SCHEME=weight.scheme, GATED=gated, SPLIT=cut.splits > 1, BLOCK_N=cut.tokens, STAGES=cut.stages,
+        SCHEME=weight.form, GATED=gated, SPLIT=cut.splits > 1, BLOCK_N=cut.tokens, STAGES=cut.stages,
         num_warps=4,
     )  # fmt: skip
     if cut.splits > 1:
@@ -202,16 +204,16 @@ class Table:
 
     @classmethod
     def of(cls, weight: Packed) -> Table:
-        assert weight.scheme.name in ("q6_k", "q8_0")
+        assert weight.scheme.gpu.embedding
         rows, columns = weight.shape
         return cls(weight.scheme.name, (rows, columns), weight.parts[""].contiguous())
 
     def rows(self, ids: Tensor, factor: float = 0.0, out: Tensor | None = None) -> Tensor:
-        """Rows ids (n,), bfloat16 (n, hidden), as Packed.dequantize gives them; times factor unless that is 0."""
+        """Rows ids (n,) as Packed.dequantize() decodes them, bfloat16 (n, hidden); times factor unless that is 0."""
         return self._decode(ids, 0, len(ids), factor, out)
 
     def head(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x (n, hidden) bfloat16 @ table^T -> (n, vocab) bfloat16, not capped."""
+        """Logits: x bfloat16 (n, hidden) @ table^T -> bfloat16 (n, vocab), not capped."""
         vocab = self.shape[0]
         out = torch.empty(len(x), vocab, dtype=x.dtype, device=x.device) if out is None else out
         for first, piece in self._pieces():
@@ -219,7 +221,7 @@ class Table:
         return out
 
     def soft_embed(self, probabilities: Tensor, out: Tensor | None = None) -> Tensor:
-        """fused.soft_embed with this table: the pieces' products are added up in float32."""
+        """See fused.soft_embed(); the products with the table's pieces are summed in float32."""
         total = torch.zeros(len(probabilities), self.shape[1], dtype=torch.float32, device=probabilities.device)
         for first, piece in self._pieces():
             some = probabilities[:, first : first + len(piece)]
@@ -230,7 +232,7 @@ class Table:
         return total.to(probabilities.dtype) if out is None else out.copy_(total)
 
     def _pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """Where each begins, and its rows, all in the same memory."""
+        """The first row of each piece, and its rows, which are decoded into the same memory every time."""
         rows, columns = self.shape
         room = torch.empty(min(PIECE, rows), columns, dtype=torch.bfloat16, device=self.blocks.device)
         for first in range(0, rows, PIECE):
@@ -247,22 +249,27 @@ class Table:
         return out
 
 
+def _is_plain(weight: Packed) -> bool:
+    """Whether it goes to cuBLAS in bfloat16, by its scheme's decision."""
+    return weight.scheme.gpu.tiles == "bf16"
+
+
 def _part(weight: Packed, name: str) -> Tensor | Tiles:
-    if weight.scheme.name in _PLAIN:
+    if _is_plain(weight):
         return weight.dequantize(torch.bfloat16)
     return _by_row_tile(tile(_one(weight), False, name))
 
 
 def _one(weight: Packed) -> Packed:
-    """As a stack of one expert."""
-    weight = _own_scales(weight)
+    """The weight as a stack of one expert, which tile() takes."""
+    weight = _single_scales(weight)
     parts = {key: part[None] for key, part in weight.parts.items() if key != "input_scale"}
     return Packed(weight.scheme, (1, *weight.shape), parts)
 
 
 def _stacked(first: Packed, second: Packed) -> Packed | None:
-    """second's rows below first's, unless their schemes or their scales for the whole differ."""
-    first, second = _own_scales(first), _own_scales(second)
+    """second's rows below first's; None if their schemes or their per-tensor scales differ."""
+    first, second = _single_scales(first), _single_scales(second)
     whole = [weight.parts.get("weight_scale_2") for weight in (first, second)]
     if first.scheme.name != second.scheme.name:
         return None
@@ -272,8 +279,8 @@ def _stacked(first: Packed, second: Packed) -> Packed | None:
     return Packed(first.scheme, (first.shape[0] + second.shape[0], first.shape[1]), parts)
 
 
-def _own_scales(weight: Packed) -> Packed:
-    """Without double quantisation, which ties rows together."""
+def _single_scales(weight: Packed) -> Packed:
+    """The weight without double quantisation, whose blocks of scales span rows."""
     if not isinstance(weight.scheme, NF4Scheme):
         return weight
     return Packed(NF4, weight.shape, {"": weight.parts[""], "absmax": weight.scheme.absmax(weight.parts)})
@@ -281,25 +288,19 @@ def _own_scales(weight: Packed) -> Packed:
 
 def _by_row_tile(tiles: Tiles) -> Tiles:
     factors = tiles.factors.expand(tiles.codes.shape[1]).contiguous()
-    return Tiles(tiles.scheme, tiles.shape, tiles.codes, tiles.scales, tiles.high, factors)
+    return Tiles(tiles.form, tiles.shape, tiles.codes, tiles.scales, tiles.high, factors)
 
 
 def _may_join(first: Tiles, second: Tiles) -> bool:
-    return first.scheme == second.scheme and first.shape[1] % ROWS == 0
+    return first.form == second.form and first.shape[1] % ROWS == 0
 
 
 def _joined(first: Tiles, second: Tiles) -> Tiles:
     """second's rows below first's."""
     shape = 1, first.shape[1] + second.shape[1], first.shape[2]
-    high = first.high if first.high.dim() == 2 else torch.cat((first.high, second.high), 1)  # NF4's table is the same
+    high = first.high if first.high.dim() == 2 else torch.cat((first.high, second.high), 1)  # a table is the same
     both = [torch.cat(pair, 1) for pair in ((first.codes, second.codes), (first.scales, second.scales))]
-    return Tiles(first.scheme, shape, both[0], both[1], high, torch.cat((first.factors, second.factors)))
-
-
-def _natural(x: Tensor, width: int) -> Tensor:
-    """The inverse of repack.in_order."""
-    pairs = x.view(torch.int32).view(len(x), -1, 8, 4)
-    return pairs.transpose(2, 3).reshape(len(x), -1).view(x.dtype)[:, :width]
+    return Tiles(first.form, shape, both[0], both[1], high, torch.cat((first.factors, second.factors)))
 
 
 def _processors(device: torch.device) -> int:

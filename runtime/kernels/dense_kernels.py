@@ -1,9 +1,10 @@
 """Triton kernels for packed weights that every token goes through: repack.py's tiles and ggml's embedding tables.
 
-`product` is moe_kernels.expert_product without experts: 128 rows of the weight, decoded in registers, times a block of
-tokens. A weight has few rows where there are few tokens, so its columns can be split among programs, too, and `add`
-sums what they found. `unpack` writes the weight decoded, for products of so many tokens that decoding it once and for
-all is cheaper; `table_rows` decodes rows of a table as ggml stores it, a lookup and a piece of the head alike.
+product      128 rows of the weight, decoded in registers, times a block of tokens: moe_kernels.expert_product
+             without experts. With few tokens the columns can be split among programs as well
+add          the sum of the splits
+unpack       the whole weight decoded, for so many tokens that decoding it once is cheaper
+table_rows   rows of a table as ggml stores it, for lookups and for pieces of the head alike
 """
 
 # mypy: ignore-errors

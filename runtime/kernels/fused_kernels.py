@@ -1,5 +1,5 @@
-"""Triton kernels between a layer's products: norms with what is added before them, routing, rotation and the cache's
-slots. Float32 within, bfloat16 outside; a program does a token, or a few."""
+"""Triton kernels between a layer's products: norms and the additions before them, routing, RoPE, and writing to the
+cache's slots. They compute in float32, and read and write bfloat16. A program computes one token, or a few."""
 
 # mypy: ignore-errors
 
@@ -24,7 +24,7 @@ def instruction_order(column):
 
 @triton.jit
 def _store(out, column, value, wide, ORDERED: tl.constexpr):
-    """A row's columns, of which those that do not exist are zero, to `wide` places."""
+    """Store a row of `wide` columns, of which those behind the width are zero."""
     if ORDERED:
         tl.store(out + instruction_order(column), to_bfloat16(value), column < wide)
     else:

@@ -1,7 +1,11 @@
-"""The routed experts' sum by Triton kernels: what layers.experts does, for weights that repack.tile() has prepared.
+"""The routed experts' sum by Triton kernels: what layers.experts() does, for weights that repack.tile() prepared.
 
-Everything happens on the device and nothing is waited for: how many tiles of tokens there are is only bounded here, and
-programs without a tile end at once.
+    sort            picks (token, expert) by expert, cut into tiles of tokens
+    first_product   gelu(gate) * up of every pick
+    weighted        share * down of every pick        second_product   the same, summed over each token's picks
+
+Everything happens on the device, and nothing waits for the host. The host knows only a bound for the number of tiles of
+tokens; programs without a tile end at once.
 """
 
 from __future__ import annotations
@@ -21,8 +25,9 @@ _COMBINED_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Sorted:
-    """Picks (token, expert) by expert. order int32 (picks,): numbers token * k + rank, each expert's together and
-    rising; tile_map int32 (tiles, 3): expert, first and last + 1 in order, at most `block` apart; -1 for no tile."""
+    """Picks (token, expert) sorted by expert. order: int32 (picks,), the numbers token * k + rank, those of each expert
+    together and rising. tile_map: int32 (tiles, 3), each tile's expert, and its first place in `order` and the place
+    behind its last, at most `block` apart; expert -1 for no tile."""
 
     order: Tensor
     tile_map: Tensor
@@ -33,21 +38,21 @@ class Sorted:
 def experts(x: Tensor, chosen: Tensor, share: Tensor, gate_up: Tiles, down: Tiles) -> Tensor:
     """x (tokens, hidden) bfloat16, chosen (tokens, k) expert numbers, share (tokens, k) float32 -> (tokens, hidden).
 
-    A token's k experts are summed in the order of `chosen`. What lies between the products is bfloat16, sums float32.
+    A token's k experts are summed in float32, in the order of `chosen`. The inner activations are bfloat16.
     """
     picks = sort(chosen, gate_up.shape[0])
     return second_product(first_product(x, picks, gate_up), picks, share, down)
 
 
 def parts(x: Tensor, chosen: Tensor, share: Tensor, gate_up: Tiles, down: Tiles) -> Tensor:
-    """experts() of x whose columns are as repack.in_order() puts them, before the sum: (tokens, k, hidden)."""
+    """experts() before the sum, (tokens, k, hidden), of x whose columns are in the order of repack.in_order()."""
     picks = sort(chosen, gate_up.shape[0])
     inner = torch.empty(len(picks.order), gate_up.codes.shape[1] * ROWS // 2, dtype=x.dtype, device=x.device)
     return weighted(_product(x, inner, picks, None, gate_up), picks, share, down)
 
 
 def sort(chosen: Tensor, experts: int) -> Sorted:
-    """chosen (tokens, k) int32 or int64, experts: how many there are."""
+    """Sort the picks chosen (tokens, k), int32 or int64. experts: how many there are."""
     picks, k = chosen.numel(), chosen.shape[1]
     block = _tokens_a_tile(picks, experts)
     tiles = min(experts, picks) + picks // block
@@ -60,7 +65,8 @@ def sort(chosen: Tensor, experts: int) -> Sorted:
 
 
 def first_product(x: Tensor, picks: Sorted, gate_up: Tiles) -> Tensor:
-    """gelu(gate) * up of each pick, in `order`: (picks, inner up to whole tiles), columns as second_product wants."""
+    """gelu(gate) * up of each pick, in `order`: (picks, inner up to whole tiles), its columns in the order in which
+    second_product() reads them."""
     inner = gate_up.codes.shape[1] * ROWS // 2
     out = torch.empty(len(picks.order), inner, dtype=x.dtype, device=x.device)
     return _product(in_order(x), out, picks, None, gate_up)
@@ -84,18 +90,19 @@ def weighted(inner: Tensor, picks: Sorted, share: Tensor, down: Tiles) -> Tensor
 
 def _product(x: Tensor, out: Tensor, picks: Sorted, share: Tensor | None, weight: Tiles) -> Tensor:
     row_tiles, column_tiles = weight.codes.shape[1:3]
-    # as measured: NF4 is bound by its permutes, the others by memory, and then longer steps with fewer stages do better
-    unroll = 2 if column_tiles % 2 == 0 and not weight.scheme.startswith("nf4") else 1
+    # Measured: tables are bound by their permute instructions. The others are bound by memory, and longer steps with
+    # fewer stages are faster for them.
+    unroll = 2 if column_tiles % 2 == 0 and not weight.form.startswith("table") else 1
     moe_kernels.expert_product[(row_tiles, len(picks.tile_map))](
         x, out, weight.codes, weight.scales, weight.high, weight.factors, picks.order, share, picks.tile_map,
         x.stride(0), out.stride(0), out.shape[1], row_tiles, column_tiles, picks.k,
-        SCHEME=weight.scheme, GATED=share is None, BLOCK_N=picks.block, STAGES=5 - unroll, UNROLL=unroll, num_warps=4,
+        SCHEME=weight.form, GATED=share is None, BLOCK_N=picks.block, STAGES=5 - unroll, UNROLL=unroll, num_warps=4,
     )  # fmt: skip
     return out
 
 
 def _tokens_a_tile(picks: int, experts: int) -> int:
-    """Columns of the matrix instruction: with more, a busy expert's weights are decoded less often; fewer than 32 only
-    make more tiles."""
+    """Tokens of a tile, the columns of the matrix instruction. With more, a busy expert's weights are decoded less
+    often; fewer than 32 only make more tiles."""
     power: int = triton.next_power_of_2(picks // experts)
     return min(128, max(32, power))

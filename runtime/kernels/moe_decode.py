@@ -15,7 +15,7 @@ a 32-bit word, decoded together as two bfloat16:
     q8_0, q6_k     a byte in each half is the bits of q * 2^-133, a subnormal; times a scale, minus the scale's offset
     q5_0, q4_k     the same with a nibble (and a fifth bit); q4_k's codes minus 8 first, then times a scale, plus a rest
     nvfp4          sign to bit 15, the rest to bits 8 to 6: the bits of w * 2^-126; times a scale's code
-    nf4            bytes of the table's 16 entries by permute instructions, times the block's absmax
+    tables         bytes of the table's 16 entries by permute instructions, times the block's scale: NF4, IQ4_NL
 
 NVFP4's weights are exact; the others are rounded, as ggml's scales and NF4's table were before. The powers of two go
 into the float32 factor of an expert. Where Triton interprets, on a CPU, assembly and bfloat16 arithmetic are spelt out.
@@ -133,24 +133,28 @@ def _entries(table, index, upper):
 
 
 @triton.jit
-def _nf4_pairs(table, index, upper):
+def _table_pairs(table, index, upper):
     low, high = _entries(table, index, upper), _entries(table + 512, index, upper)
     return _permute(low, high, 0x5140), _permute(low, high, 0x7362)
 
 
 @triton.jit
-def _nf4(w, scales, table, tile, lane, mh, M6: tl.constexpr, SPLIT: tl.constexpr):
+def _table(w, scales, table, tile, lane, mh, M6: tl.constexpr, SCHEME: tl.constexpr):
+    """table64: a scale for 64 columns; table64_split: and what its rounding lost; table32: one for 32 columns."""
     index, upper = w & 0x77777777, (w >> 1 & 0x44444444) | 0x32103210
-    p0, p1 = _nf4_pairs(table, index, upper)
-    p2, p3 = _nf4_pairs(table, index >> 16, upper >> 16)
-    if SPLIT:
+    p0, p1 = _table_pairs(table, index, upper)
+    p2, p3 = _table_pairs(table, index >> 16, upper >> 16)
+    if SCHEME == "table64_split":
         at = scales + tile * 128 + M6 * 64 + lane // 4 * 2
         scale, lost = _twice(tl.load(at), mh), _twice(tl.load(at + 1), mh)
         l0, l1 = _fma(p0, lost, _MINUS_ZERO), _fma(p1, lost, _MINUS_ZERO)
         l2, l3 = _fma(p2, lost, _MINUS_ZERO), _fma(p3, lost, _MINUS_ZERO)
         return _scaled(p0, p1, p2, p3, scale, l0, l1, l2, l3)
-    else:
+    elif SCHEME == "table64":
         scale = _twice(tl.load(scales + tile * 64 + M6 * 32 + lane // 4), mh)
+        return _scaled(p0, p1, p2, p3, scale, _MINUS_ZERO, _MINUS_ZERO, _MINUS_ZERO, _MINUS_ZERO)
+    else:
+        scale = _twice(tl.load(scales + tile * 128 + M6 * 64 + lane // 2), mh)
         return _scaled(p0, p1, p2, p3, scale, _MINUS_ZERO, _MINUS_ZERO, _MINUS_ZERO, _MINUS_ZERO)
 
 
@@ -181,8 +185,8 @@ def _four_bits(codes, scales, high, tile, lane, M6: tl.constexpr, SCHEME: tl.con
     word = tl.arange(0, 4)[None, :]
     if SCHEME == "nvfp4":
         return _nvfp4(w, scales, tile, lane, word // 2, M6)
-    elif SCHEME == "nf4" or SCHEME == "nf4_split":
-        return _nf4(w, scales, high + lane, tile, lane, word // 2, M6, SCHEME == "nf4_split")
+    elif SCHEME == "table64" or SCHEME == "table64_split" or SCHEME == "table32":
+        return _table(w, scales, high + lane, tile, lane, word // 2, M6, SCHEME)
     elif SCHEME == "q5_0":
         return _q5_0(w, scales, high, tile, lane, word, word // 2, M6)
     else:

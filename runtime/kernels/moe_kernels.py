@@ -79,22 +79,22 @@ def expert_product(
 def sort_picks(chosen, order, bounds, picks, BLOCK: tl.constexpr):
     """Program e: the picks of expert e, rising, into order (picks,); where they begin, into bounds (E + 1,)."""
     expert = tl.program_id(0)
-    below, own = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
+    below, mine = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
     for start in range(0, picks, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        found = tl.load(chosen + at, at < picks, other=1 << 30)
-        below += (found < expert).to(tl.int32)
-        own += (found == expert).to(tl.int32)
+        picked = tl.load(chosen + at, at < picks, other=1 << 30)
+        below += (picked < expert).to(tl.int32)
+        mine += (picked == expert).to(tl.int32)
     begin = tl.sum(below)
     tl.store(bounds + expert, begin)
     if expert == tl.num_programs(0) - 1:
-        tl.store(bounds + expert + 1, begin + tl.sum(own))
+        tl.store(bounds + expert + 1, begin + tl.sum(mine))
     for start in range(0, picks, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        mine = tl.load(chosen + at, at < picks, other=1 << 30) == expert
-        rank = tl.cumsum(mine.to(tl.int32))
-        tl.store(order + begin + rank - 1, at, mine)
-        begin += tl.sum(mine.to(tl.int32))
+        hit = tl.load(chosen + at, at < picks, other=1 << 30) == expert
+        rank = tl.cumsum(hit.to(tl.int32))
+        tl.store(order + begin + rank - 1, at, hit)
+        begin += tl.sum(hit.to(tl.int32))
 
 
 @triton.jit

@@ -6,11 +6,11 @@ row's and a column's number in its tile, highest first:
     row     m w w n r r r    m: half of the tile; w: warp; n: which of a warp's two times 8 rows; r: row
     column  t t a b h p      t: thread, of a row's four; a, b: matrix instruction; h: its half; p: place in a pair
 
-    codes    4 bits: (m, w, r, t, n, a) words of (p, b, h), NF4 of (b, h, p); Q5_0's fifth bits: (m, w, r, t) words
+    codes    4 bits: (m, w, r, t, n, a) words of (p, b, h), of a table (b, h, p); Q5_0's fifth bits: (m, w, r, t) words
              8 bits: (m, n, w, r, t, a, b) words of (p, h)
             16 bits: (m, n, a, w, r, t, b, h) words of p
     scales   bfloat16: (m, w, r, t's first bits if it has blocks of its own) words of n; Q4_K: two words, scales and
-             rests; NF4: two words, absmax and what its rounding lost, unless that is nothing
+             rests; tables of blocks of 64: two words, the scale and what its rounding lost, unless that is nothing
              NVFP4: (w, r, t) words of (m, n): E4M3 codes as 8 * (exponent + 10) + mantissa, so that none is subnormal
     factors  float32 (E,): what the expert's products are multiplied with
 
@@ -28,14 +28,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dgq.quant.errors import InputError
-from dgq.quant.schemes.ggml import GGMLScheme
-from dgq.quant.schemes.nf4 import QUANT_MAP, NF4Scheme
-from dgq.quant.types import Packed
+from dgq.quant.schemes.ggml.blocks import GGMLScheme
+from dgq.quant.types import Packed, Table
 
 ROWS, COLUMNS = 128, 64
 GROUP_ELEMENTS = 1 << 25  # repacked at a time
 _SIZES = {"m": 2, "w": 4, "n": 2, "r": 8, "a": 2, "b": 2, "h": 2, "p": 2}
-_CODES = {"bf16": "mnawrtbhp", "q8_0": "mnwrtabph", "q6_k": "mnwrtabph", "nf4": "mwrtnabhp"}
+_CODES = {"bf16": "mnawrtbhp", "q8_0": "mnwrtabph", "q6_k": "mnwrtabph", "table": "mwrtnabhp"}
 _FOUR_BITS = "mwrtnapbh"
 _OFFSETS = {"q8_0": 128, "q6_k": 32, "q5_0": 16, "q4_k": 0}  # added to a code, so that it has no sign
 _CODE_EXPONENT = 133  # a code q is read as the bfloat16 q * 2^-133,
@@ -46,13 +45,14 @@ _UNDONE = torch.tensor(2.0 ** (_CODE_EXPONENT - _SCALE_EXPONENT))
 
 @dataclass(frozen=True)
 class Tiles:
-    """A weight for the kernels. scheme: the one its codes are in; shape: (E, rows, columns) before zeros were added.
+    """A weight for the kernels. form: how moe_decode.py reads it; shape: (E, rows, columns) before zeros were added.
 
-    codes, scales, high: int32 (E, tiles of rows, tiles of columns, words), of no words where the scheme has none; NF4's
-    high is its table, int32 (8, threads).
+    codes, scales, high: int32 (E, tiles of rows, tiles of columns, words), of no words where the form has none; high of
+    a "table" form is the table, int32 (8, threads). Of those, "table64" and "table32" have a bfloat16 scale for so many
+    columns, and "table64_split" a pair of them, the scale and what its rounding lost.
     """
 
-    scheme: str
+    form: str
     shape: tuple[int, ...]
     codes: Tensor
     scales: Tensor
@@ -68,29 +68,39 @@ def tile(weight: Packed, gated: bool, name: str = "the weight") -> Tiles:
     """weight (E, rows, columns), repacked on its device. gated: its rows are the gate's and then the up's.
 
     Scales of ggml's schemes are rounded to bfloat16. Q4_K grows to 5 bits a weight, Q6_K to 9, NF4 with double
-    quantisation to 4.5; NF4 shrinks to 4.25 where that loses nothing. InputError naming the weight if it holds values
-    that are not finite.
+    quantisation to 4.5; NF4 shrinks to 4.25 where that loses nothing. The scheme's GPUForm decides which tiles it
+    becomes. InputError naming the weight if it holds values that are not finite; ValueError for a scheme whose tiles
+    nobody makes.
     """
     experts, rows, columns = weight.shape
-    unpack = _UNPACK.get(weight.scheme.name, _dense)
+    gpu = weight.scheme.gpu
+    if gpu.tiles not in REPACK:
+        raise ValueError(f"{name}: {weight.scheme.name} wants tiles {gpu.tiles!r}, and there are {', '.join(REPACK)}")
+    repack = REPACK[gpu.tiles]
     step = max(1, GROUP_ELEMENTS // (rows * columns))
     whole: list[Tensor] = []
     for start in range(0, experts, step):
-        parts = unpack(weight[start : start + step], gated)
+        parts = repack(weight[start : start + step], gated)
         if not bool(parts[-1].isfinite().all()):
             raise InputError(f"{name} holds values that are not finite; the file is damaged")
         whole = whole or [part.new_empty(experts, *part.shape[1:]) for part in parts]
         for to, part in zip(whole, parts, strict=True):
             to[start : start + step] = part
+    if gpu.table is not None:
+        return _with_table(gpu.table, weight.shape, whole)
     codes, scales, high, factors = whole
-    scheme = "bf16" if unpack is _dense else weight.scheme.name.removesuffix("_dq")
-    if scheme == "nf4":
-        high = _nf4_table().to(high.device)
-        if bool(scales[..., 1::2].any()):
-            scheme = "nf4_split"
-        else:  # as in bitsandbytes' own bytes of a bfloat16 weight: its largest value, exactly
-            scales = scales[..., ::2].contiguous()
-    return Tiles(scheme, weight.shape, codes, scales, high, factors)
+    return Tiles(gpu.tiles, weight.shape, codes, scales, high, factors)
+
+
+def _with_table(table: Table, shape: tuple[int, ...], parts: list[Tensor]) -> Tiles:
+    """Tiles of a table's codes. Where all scales are bfloat16, as bitsandbytes' of a bfloat16 weight are (its largest
+    value, exactly), what rounding lost is left out; ggml's halves are rounded, as everywhere here."""
+    codes, scales, _, factors = parts
+    split = table.group == COLUMNS and bool(scales[..., 1::2].any())
+    if not split:
+        scales = scales[..., ::2].contiguous()
+    form = f"table{table.group}" + ("_split" if split else "")
+    return Tiles(form, shape, codes, scales, _table_words(table.values).to(codes.device), factors)
 
 
 def in_order(x: Tensor) -> Tensor:
@@ -98,6 +108,12 @@ def in_order(x: Tensor) -> Tensor:
     x = pad(x, (0, -x.shape[1] % COLUMNS)).contiguous()
     pairs = x.view(_PAIRS[x.itemsize]).view(len(x), -1, 4, 8)
     return pairs.transpose(2, 3).reshape(len(x), -1).view(x.dtype)
+
+
+def natural_order(x: Tensor, width: int) -> Tensor:
+    """Undo in_order(): bfloat16 x (n, whole tiles) -> its first `width` columns, counted as the model counts them."""
+    pairs = x.view(torch.int32).view(len(x), -1, 8, 4)
+    return pairs.transpose(2, 3).reshape(len(x), -1).view(x.dtype)[:, :width]
 
 
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor]  # of Tiles; factors that are not finite where the weight isn't
@@ -110,7 +126,7 @@ def _dense(weight: Packed, gated: bool) -> _Parts:
 
 
 def _nvfp4(weight: Packed, gated: bool) -> _Parts:
-    codes, scales = _nibbles(weight.parts[""], 0), weight.parts["weight_scale"]
+    codes, scales = _nibbles(weight.parts[""]), weight.parts["weight_scale"]
     scale_codes = _scale_codes().to(codes.device)[scales.view(torch.uint8).int()]
     codes = torch.where(scales.view(torch.uint8).repeat_interleave(16, -1) == 0, 0, codes)
     packed = _pack_nibbles(_arrange(_rows(codes, gated), COLUMNS, _FOUR_BITS))
@@ -126,25 +142,28 @@ def _scale_codes() -> Tensor:
     return pad(((exponent + 9) * 8 + (2 * mantissa - 1) * 8).to(torch.uint8)[1:], (1, 129))
 
 
-def _nf4(weight: Packed, gated: bool) -> _Parts:
-    assert isinstance(weight.scheme, NF4Scheme)
-    codes = _pack_nibbles(_arrange(_rows(_nibbles(weight.parts[""], 1), gated), COLUMNS, _CODES["nf4"]))
-    absmax = weight.scheme.absmax(weight.parts)
-    rounded = absmax.bfloat16()
-    halves = [_arrange(_rows(half, gated), 1, "mwrtn") for half in (rounded, (absmax - rounded).bfloat16())]
-    return codes, _words(torch.stack(halves, -2)), _none(codes), _if_finite(absmax, torch.ones_like(absmax[:, 0, 0]))
+def _table(weight: Packed, gated: bool) -> _Parts:
+    """Sixteen values by code. Scales are words of two: rounded, and what rounding lost."""
+    table = weight.scheme.gpu.table
+    assert table is not None
+    unpacked, exact = table.codes_and_scales(weight.parts)
+    codes = _pack_nibbles(_arrange(_rows(unpacked, gated), COLUMNS, _CODES["table"]))
+    rounded = exact.bfloat16()
+    per_tile = COLUMNS // table.group
+    halves = [_arrange(_rows(half, gated), per_tile, "mwrtn") for half in (rounded, (exact - rounded).bfloat16())]
+    return codes, _words(torch.stack(halves, -2)), _none(codes), _if_finite(exact, torch.ones_like(exact[:, 0, 0]))
 
 
 @cache
-def _nf4_table() -> Tensor:
+def _table_words(values: tuple[float, ...]) -> Tensor:
     """The table in bfloat16: four words of low bytes, four of high ones; once a thread, which keeps it in registers."""
-    entries = QUANT_MAP.bfloat16().view(torch.uint8).view(16, 2)
+    entries = torch.tensor(values).bfloat16().view(torch.uint8).view(16, 2)
     return entries.t().contiguous().view(torch.int32).view(8, 1).repeat(1, 128)
 
 
 def _ggml(weight: Packed, gated: bool) -> _Parts:
     assert isinstance(weight.scheme, GGMLScheme)
-    name = weight.scheme.name
+    name = weight.scheme.gpu.tiles
     integers, scales, minimums = weight.scheme.unpack(weight.parts)
     per_tile = COLUMNS // integers.shape[-1]
     finite = scales if minimums is None else scales + minimums
@@ -178,8 +197,9 @@ def _scale_and_rest(integers: Tensor, scales: Tensor, minimums: Tensor) -> tuple
     return scale.bfloat16(), rest.bfloat16()
 
 
-_UNPACK: dict[str, Callable[[Packed, bool], _Parts]] = {"nvfp4": _nvfp4, "nf4": _nf4, "nf4_dq": _nf4}
-_UNPACK |= dict.fromkeys(_OFFSETS, _ggml)
+REPACK: dict[str, Callable[[Packed, bool], _Parts]] = {"bf16": _dense, "nvfp4": _nvfp4, "table": _table}
+REPACK |= dict.fromkeys(_OFFSETS, _ggml)
+"""GPUForm.tiles -> what makes them. moe_decode.weights() has a branch for each."""
 
 
 def _if_finite(values: Tensor, factors: Tensor) -> Tensor:
@@ -215,10 +235,9 @@ def _words(part: Tensor) -> Tensor:
     return part.flatten(3).contiguous().view(torch.int32)
 
 
-def _nibbles(packed: Tensor, first: int) -> Tensor:
-    """Two codes a byte -> uint8, one a byte; first: 0 if the low one is, 1 if the high one."""
-    low, high = packed & 15, packed >> 4
-    return torch.stack((high, low) if first else (low, high), -1).flatten(-2)
+def _nibbles(packed: Tensor) -> Tensor:
+    """Two codes a byte, the low one first -> uint8, one a byte."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
-"""Triton kernels of the sampler and of a step's decision; sampler.py and rng.py say what they compute.
+"""Triton kernels of the sampler and of a step's decisions. sampler.py and rng.py define what they compute.
 
-Every logit is read once. A vocabulary is cut into slices, a program each, which holds its slice in registers:
+Every logit is read once. The vocabulary is cut into slices, and each program holds one slice in registers:
 
     logits ── slices ─┬─ largest, its place, sum of e, sum of e * log e ── pick ── entropy, argmax, sampled token
     (n, vocab)        └─ e in bfloat16 (n, vocab), every row with a factor of its own, which pick finds
 
-with e = 2^(y - the slice's largest), y = log2 of a token's unscaled probability. So an entropy near zero is a sum of
-small numbers, not a difference of large ones, and no temperature overflows. A token is found as rng.inverse_cdf finds
-it, on three levels: slice, chunk, token.
+with e = 2^(y - the slice's largest y), where y is the log2 of a token's unscaled probability. So an entropy near zero
+is a sum of small numbers and not a difference of large ones, and no temperature overflows. A token is sampled as
+rng.inverse_cdf() does, but on three levels: slice, chunk, token.
 
-Where Triton interprets, on a CPU, assembly is spelt out.
+Triton's interpreter, on a CPU, has no inline assembly: there the same operations are written out.
 """
 
 # mypy: ignore-errors
@@ -158,15 +158,15 @@ def pick(
     u = tl.sum((word.to(tl.float64) + 0.5) * 2.3283064365386963e-10)
     wide = sums.to(tl.float64)
     number, rest = _search(wide, u * tl.sum(wide), COUNT)
-    own = tl.load(largest + position * count + number)
+    slice_top = tl.load(largest + position * count + number)
     rest /= tl.sum(tl.where(index == number, share, 0.0)).to(tl.float64)
     begin = logits + position * stride
     token = number * SLICE + tl.arange(0, SLICE)
-    e = exp2(_log2_share(tl.load(begin + token, token < vocab, other=0.0).to(tl.float32), softcap, heat) - own)
+    e = exp2(_log2_share(tl.load(begin + token, token < vocab, other=0.0).to(tl.float32), softcap, heat) - slice_top)
     e = tl.where(token < vocab, e, 0.0)
     chunk, rest = _search(tl.sum(e.reshape(CHUNKS, _CHUNK), 1).to(tl.float64), rest, CHUNKS)
     token = number * SLICE + chunk * _CHUNK + tl.arange(0, _CHUNK)
-    e = exp2(_log2_share(tl.load(begin + token, token < vocab, other=0.0).to(tl.float32), softcap, heat) - own)
+    e = exp2(_log2_share(tl.load(begin + token, token < vocab, other=0.0).to(tl.float32), softcap, heat) - slice_top)
     inside, _ = _search(tl.where(token < vocab, e, 0.0).to(tl.float64), rest, _CHUNK)
     tl.store(sampled + position, (number * SLICE + chunk * _CHUNK + inside).to(tl.int64))
 
@@ -213,30 +213,30 @@ def begin(
 @triton.jit
 def decide(
     settings, seed, step, block, numbers, temperature, done, streak, took, canvas, argmax, accepted, mean, entropy,
-    found, sampled, length, vocab, C: tl.constexpr, PART: tl.constexpr,
+    newest, sampled, length, vocab, C: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Program row: accept, scramble the others, stop or go on. found: this step's argmax."""
+    """Program row: accept, scramble the others, stop or go on. newest: this step's argmax."""
     row, place = tl.program_id(0), tl.arange(0, C)
     if tl.load(done + row) != 0:
         return
     now, run = tl.load(step + row), tl.load(streak + row)  # before others may have stored theirs
     real, at = place < length, row * length + place
-    own = tl.load(entropy + at, real, other=float("inf"))
+    mine = tl.load(entropy + at, real, other=float("inf"))
     before = tl.zeros((C,), tl.float32)
     for start in range(0, length, PART):
         other = start + tl.arange(0, PART)
         others = tl.load(entropy + row * length + other, other < length, other=float("inf"))[None, :]
-        less = (others < own[:, None]) | ((others == own[:, None]) & (other[None, :] < place[:, None]))
+        less = (others < mine[:, None]) | ((others == mine[:, None]) & (other[None, :] < place[:, None]))
         before += tl.sum(tl.where(less, others, 0.0), 1)
     kept = before <= tl.load(settings + 3)
     _, word = _words(seed, place, now, tl.load(block + row), tl.load(numbers + row))
     tl.store(accepted + at, kept, real)
     tl.store(canvas + at, tl.where(kept, tl.load(sampled + at, real, other=0), _fresh(word, vocab)), real)
 
-    new, old = tl.load(found + at, real, other=0), tl.load(argmax + at, real, other=0)
+    new, old = tl.load(newest + at, real, other=0), tl.load(argmax + at, real, other=0)
     same = (tl.sum((new != old).to(tl.int32)) == 0) & (now > 1)
     run = tl.where(same, run + 1, 0)
-    average = tl.sum(tl.where(real, own, 0.0)) / length
+    average = tl.sum(tl.where(real, mine, 0.0)) / length
     stop = (average < tl.load(settings + 4)) & (run.to(tl.float32) >= tl.load(settings + 5))
     tl.store(argmax + at, new, real)
     tl.store(streak + row, run)

@@ -1,3 +1,3 @@
-"""The model by the reference's operations over packed weights: layers, attention, caches, the sampler, loading and
-offloading. What a kernel replaces is defined here.
+"""The model by the reference's operations over packed weights: layers, attention, caches and the sampler; and how
+weights are loaded, placed and offloaded. Everything that a kernel replaces is defined here.
 """

@@ -1,13 +1,13 @@
-"""Rotary positions, who sees whom, and the attention product.
+"""RoPE, the masks of encoder and decoder, and the attention product.
 
 One row of the sequence while a canvas is denoised (window 4; P padding, t tokens, c canvas):
 
     positions         0 1 2 3 4 5 6 | 7 8 9        positions count the padding
     tokens            P P t t t t t | c c c
-    encoder, full         x x x x x                token 6 sees itself and everything before it
-    encoder, sliding          x x x x              … the last `window` of them
-    decoder, full         x x x x x | x x x        every canvas token sees all
-    decoder, sliding            x x x | x x x        … the last window-1 cached ones, and the whole canvas
+    encoder, full         x x x x x                token 6 sees itself and every token before it
+    encoder, sliding          x x x x              token 6 sees the last `window` of these
+    decoder, full         x x x x x | x x x        every canvas token sees all tokens
+    decoder, sliding            x x x | x x x        every canvas token sees the last window-1 cached ones and canvas
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dgq.runtime.shape.config import LayerConfig, ModelConfig
 from dgq.runtime.shape.pictured import Pictures
 
-# Not cuDNN's: it makes a plan, which takes a third of a second, for every other length.
+# cuDNN's kernel is left out: it makes a plan for every new length, which takes a third of a second.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 

@@ -1,4 +1,4 @@
-"""One transformer layer over packed weights. Encoder and decoder run the same one, with another scalar and mask.
+"""One transformer layer over packed weights. Encoder and decoder run the same layer with different scalars and masks.
 
 x ── norm ── attention ── norm ──(+)──┬── norm ── MLP ───────── norm ──(+)── norm ──(+)── × scalar
 └─────────────────────────────────┘   ├── norm_2 ── experts ── norm_2 ──┘            │
@@ -23,22 +23,22 @@ from dgq.runtime.shape.names import DECODER
 
 
 class Keys(Protocol):
-    """What a layer needs of a cache; see cache.Cache."""
+    """What a layer needs of a cache: see cache.Cache for the methods."""
 
     def starts(self, layer: int) -> list[int] | None: ...
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-class Batch(Keys, Protocol):
-    """Those of a whole batch."""
+class BatchKeys(Keys, Protocol):
+    """The keys and values of a whole batch. stacked: whether each row is computed as though it were alone."""
 
     @property
     def stacked(self) -> bool: ...
 
 
 class Layer:
-    """Layer `index` of the model. weights: the layer's tensors by their name below "layers.N."; observe: see Model;
-    routed: gate_up and down of the experts, where they were repacked for the kernels."""
+    """Layer `index` of the model. weights: the layer's tensors by their names below "layers.N."; observe: see
+    layers.Observer; routed: gate_up and down of the experts if they were repacked for the kernels."""
 
     def __init__(
         self,
@@ -60,19 +60,19 @@ class Layer:
         self._per_expert_scale = weights["router.per_expert_scale"].dequantize(dtype)
 
     def __call__(
-        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Batch, scalar: Tensor
+        self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: BatchKeys, scalar: Tensor
     ) -> Tensor:
-        """x (rows, tokens, hidden) -> the same. tables: cos and sin of the tokens' positions; mask: see attend();
-        keys and values are written to the cache, behind what it holds, and not committed."""
+        """x (rows, tokens, hidden) -> the same shape. tables: cos and sin of the tokens' positions; mask: see attend().
+        Keys and values are written to the cache behind what it holds, and not committed."""
         return self.feed(self.mix(x, tables, mask, cache), STEADY_ROWS if cache.stacked else 1) * scalar
 
     def mix(self, x: Tensor, tables: tuple[Tensor, Tensor], mask: Tensor | None, cache: Keys) -> Tensor:
-        """The first half, where tokens see each other."""
+        """The first half: attention, in which tokens see each other."""
         a = self._attention(self._norm(x, "input_layernorm"), tables, mask, cache)
         return x + self._norm(a, "post_attention_layernorm")
 
     def feed(self, x: Tensor, least: int = 1) -> Tensor:
-        """The second half, without the scalar, for tokens of any sequences: x (…, hidden). least: see experts()."""
+        """The second half without the scalar: x (…, hidden), tokens of any sequences. least: see layers.experts()."""
         return x + self._norm(self.dense(x) + self.routed(x, least), "post_feedforward_layernorm")
 
     def dense(self, x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Layer:
         return experts(rows, chosen, share, gate_up, down, watch, least).view_as(x)
 
     def _observer(self, part: str = "") -> Observer | None:
-        """The model's observer, told full names by one that is told those below `part`."""
+        """An observer of names below `part` that passes the full names on to the model's observer."""
         observe, prefix = self._observe, f"{DECODER}layers.{self.index}.{part}"
         return None if observe is None else lambda name, *seen: observe(prefix + name, *seen)
 

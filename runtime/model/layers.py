@@ -1,6 +1,6 @@
-"""Products with packed weights: decode a piece, multiply, forget the piece.
+"""Products with packed weights: a piece is decoded, multiplied and forgotten.
 
-Weights stay packed in memory; what is decoded at any moment is bounded by DECODE_BUDGET, whatever the model:
+Weights stay packed in memory. DECODE_BUDGET bounds what is decoded at any moment, whatever the model is:
 
     linear       the whole matrix (the largest dense one of the 26B has 23 M elements)
     embed        only the rows asked for
@@ -11,8 +11,8 @@ Weights stay packed in memory; what is decoded at any moment is bounded by DECOD
                  picks (token, expert)   0→2 0→5 1→2 1→7        sorted by expert   0→2 1→2 | 0→5 | 1→7
                                                                 one product each   W2        W5    W7
 
-All functions compute in the dtype of their activations and decode weights to it; they run on the activations'
-device, where the weights must be too. These are the slow and exact ones, against which faster kernels are checked.
+All functions compute in the dtype of their activations and decode weights to it. They run on the activations' device,
+where the weights must be too. They are slow and exact: faster kernels are tested against them.
 """
 
 from __future__ import annotations
@@ -25,23 +25,33 @@ from torch import Tensor
 from torch.nn import functional
 
 from dgq.quant.schemes.nvfp4 import round_activations
+from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.kernels.repack import Tiles
 
 # Elements decoded at once: 268 MB in float32, 16 experts of the 26B. Large enough that a small model is one piece.
 DECODE_BUDGET = 1 << 26
 
-# MKL multiplies fewer rows than this by another path, which rounds otherwise; from here on, and on one thread, a row's
-# result is the same whatever other rows are multiplied with it.
+# With fewer rows than this MKL takes another path, which rounds differently. With at least so many, and on one thread,
+# a row's result does not depend on the other rows.
 STEADY_ROWS = 4
 
-# Sees a product: the weight's name, rows (…, in) that go in and (…, out) that come out; of an expert its number, and
-# which tokens the rows are, int64 (rows,). What it returns goes on in the output's place.
+# A function that is called with every product: the weight's name, its input (…, in) and its output (…, out); for an
+# expert also its number, and which tokens the rows belong to, int64 (rows,). It returns what takes the output's place.
 Observer = Callable[[str, Tensor, Tensor, int | None, Tensor | None], Tensor]
 
 
+_PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}  # the scheme that holds a dtype as it is
+
+
+def decoded(weight: Packed, dtype: torch.dtype) -> Packed:
+    """The weight decoded once and for all to `dtype`; its input scale, if it has one, stays with it."""
+    scale = {key: part for key, part in weight.parts.items() if key == "input_scale"}
+    return Packed(SCHEMES[_PLAIN[dtype]], weight.shape, {"": weight.dequantize(dtype)} | scale)
+
+
 class _DecodedTwice(torch.autograd.Function):
-    """x @ weight^T, for which the way back decodes the weight anew: else a whole layer would lie there decoded."""
+    """x @ weight^T whose backward pass decodes the weight again; autograd would keep a whole layer decoded instead."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Packed) -> Tensor:
@@ -71,13 +81,13 @@ def _goes_back(x: Tensor) -> bool:
 
 
 def rounded(x: Tensor, weight: Packed) -> Tensor:
-    """x (…, in) as a W4A4 product with weight (out, in) sees it: in NVFP4 if the weight carries an input scale."""
+    """The input x (…, in) of a product with weight (out, in): rounded to NVFP4 if the weight carries an input scale."""
     scale = weight.parts.get("input_scale")
     return x if scale is None else round_activations(x, scale[:1])
 
 
 def gated_mlp(x: Tensor, weights: tuple[Packed, Packed, Packed], observe: Observer | None = None) -> Tensor:
-    """down(gelu(gate x) * up x), x (…, hidden); weights: gate, up, down."""
+    """down(gelu(gate x) * up x): x (…, hidden) -> (…, hidden). weights: of gate, up and down."""
     gate, up, down = weights
     inner = _gelu(linear(x, gate, observe, "gate_proj.weight")) * linear(x, up, observe, "up_proj.weight")
     return linear(inner, down, observe, "down_proj.weight")
@@ -88,14 +98,14 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 def embed(ids: Tensor, table: Packed, dtype: torch.dtype) -> Tensor:
-    """Rows of table (vocab, hidden), times sqrt(hidden): ids (…) -> (…, hidden) in `dtype`."""
+    """Rows of the table (vocab, hidden), times sqrt(hidden): ids (…) -> (…, hidden) in `dtype`."""
     hidden = table.shape[-1]
     rows = table[ids.flatten()].dequantize(dtype).view(*ids.shape, hidden)
     return rows * embedding_scale(hidden, rows)
 
 
 def embedding_scale(hidden: int, like: Tensor) -> Tensor:
-    """sqrt(hidden), rounded to the activations' dtype as the model was trained with."""
+    """sqrt(hidden), rounded to the activations' dtype, as it was when the model was trained."""
     return torch.full((), hidden**0.5, dtype=like.dtype, device=like.device)
 
 
@@ -109,8 +119,8 @@ def head(x: Tensor, table: Packed, softcap: float) -> Tensor:
 
 
 def head_gradient(x: Tensor, table: Packed, softcap: float, drawn: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The gradient at x (…, hidden) of -log p(y) under head(x), y drawn from p; and the size (…, 1) of the one at the
-    products with the table, before the cap."""
+    """The gradient of -log p(y) at x (…, hidden), where p is the softmax of head(x) and y is drawn from p; and the norm
+    (…, 1) of the gradient at the products with the table, before the cap."""
     gradient = head(x, table, softcap)
     slope = 1 - (gradient / softcap).square_()
     gradient = gradient.softmax(-1)
@@ -153,11 +163,12 @@ def experts(
 
     gate_up (E, 2 * inner, hidden) has the gate's rows first; down (E, hidden, inner). Returns (tokens, hidden) in
     x's dtype. A token's k experts are summed in float32 by rising expert number, and an expert's tokens are ordered
-    as transformers orders them (rank in `chosen`, then token): deterministic, and in float32 on a CPU its very bits,
-    without which a near-tie in a later router flips sooner or later and the generated tokens part. least: rows that a
-    product is filled up to; with STEADY_ROWS a token's bits do not depend on the tokens beside it either.
+    as transformers orders them: by rank in `chosen`, then by token. This gives transformers' exact bits in float32 on a
+    CPU. Other bits would sooner or later flip a near-tie in a later router, and the generated tokens would differ.
+    least: the number of rows that each product is padded to; with STEADY_ROWS a token's bits do not depend on the other
+    tokens either.
 
-    Weights that repack.tile() prepared go through moe.experts instead: fast, and no bits promised.
+    Weights that repack.tile() prepared go through moe.experts() instead, which is fast and promises no bits.
     """
     if isinstance(gate_up, Tiles) or isinstance(down, Tiles):
         from dgq.runtime.kernels import moe  # needs Triton
@@ -170,7 +181,7 @@ def experts(
     counts = torch.bincount(picks, minlength=gate_up.shape[0]).tolist()
     whose = order % tokens
     rows = x[whose]
-    # On the way back one sum; slices would each make a whole one.
+    # split() has one gradient for all parts; a slice for each part would make a gradient as large as `rows`.
     parts, seen = rows.split(counts), whose.split(counts)
     results: list[Tensor] = []
     per_expert = gate_up.shape[1] * gate_up.shape[2] + down.shape[1] * down.shape[2]
@@ -195,12 +206,17 @@ def experts(
                 results.append(out)
     unsorted = torch.empty_like(rows)
     unsorted[order] = torch.cat(results) if results else rows
-    weighted = unsorted.view(k, tokens, -1).float() * share.t().unsqueeze(-1)
+    return _summed(unsorted.view(k, tokens, -1), chosen, share).to(x.dtype)
+
+
+def _summed(outputs: Tensor, chosen: Tensor, share: Tensor) -> Tensor:
+    """Each token's outputs (k, tokens, hidden) times its shares, added up by rising expert number: float32."""
+    weighted = outputs.float() * share.t().unsqueeze(-1)
     rising = chosen.argsort(dim=-1).t().unsqueeze(-1).expand_as(weighted)
     total = torch.zeros_like(weighted[0])
     for part in weighted.gather(0, rising):
         total += part
-    return total.to(x.dtype)
+    return total
 
 
 def _product(x: Tensor, weight: Tensor | Packed, least: int) -> Tensor:

@@ -1,10 +1,9 @@
-"""Weights on their way from an artifact to where they are used: read ahead, checked, moved, repacked for the kernels.
+"""Weights on their way from an artifact to the kernels: read ahead, checked, moved, repacked.
 
-    files ── read, on threads ──> pinned memory ── copied ──> GPU ── repacked, a group at a time ──> tiles, products
+    files ── read, on threads ──> pinned memory ── copied ──> GPU ── repacked ──> tiles, products (products.py)
 
-A group is what the kernels multiply together: q, k and v; gate and up. What was read is forgotten when its group is
-repacked, so there are never two copies of the weights. The reference's functions (Model.encode and decode) read
-repacked ones through Repacked, which decodes them at every use.
+What was read is forgotten as soon as its product or its tiles are made, so that there are never two copies of the
+weights. The experts come last, when it is known how much memory is left for them (placement.py).
 """
 
 from __future__ import annotations
@@ -15,51 +14,37 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dgq.quant.schemes.dense import BF16
+from dgq.quant.errors import InputError
 from dgq.quant.schemes.fp8 import FP8
 from dgq.quant.types import Packed
 from dgq.runtime.kernels.repack import Tiles, tile
-from dgq.runtime.model.layers import DECODE_BUDGET
+from dgq.runtime.model.memory import CONTEXT, GIB, SHORT, working_bytes
 from dgq.runtime.model.offload import Host, Offload, Pair
+from dgq.runtime.model.placement import place
+from dgq.runtime.model.products import Repacked, join, plain, products_of, table
 from dgq.runtime.shape.config import ModelConfig
-from dgq.runtime.shape.names import DECODER, EMBEDDING, expected_tensors
+from dgq.runtime.shape.names import EMBEDDING, check_tensors, expected_tensors, layer_of
 
 if TYPE_CHECKING:
     from dgq.runtime.kernels.dense import Gated, Linear, Table
 
-TABLES = ("q6_k", "q8_0")  # schemes that the embedding stays in
-READERS = 4  # threads, and weights ahead of the one that is being repacked
-
-# Products below "layers.N." or "self_conditioning.", and their weights.
-PRODUCTS = {
-    "self_attn.qkv": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "self_attn.o": ("self_attn.o_proj.weight",),
-    "mlp.gate_up": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.down": ("mlp.down_proj.weight",),
-    "self_conditioning.gate_up": ("self_conditioning.gate_proj.weight", "self_conditioning.up_proj.weight"),
-    "self_conditioning.down": ("self_conditioning.down_proj.weight",),
-}
-
-
-@dataclass(frozen=True)
-class Repacked(Packed):
-    """A weight that has no parts of its own any more: read() makes it again, bfloat16."""
-
-    read: Callable[[], Tensor] = field(default=lambda: torch.empty(0), kw_only=True)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.read().to(dtype)
+READERS = 4  # threads, and weights that are read ahead of the one that is being repacked
 
 
 @dataclass
 class ForKernels:
-    """weights: by canonical name, as the reference reads them; products: by prefix of the layer, as the kernels do;
-    experts: of the layers whose experts are on the GPU, gate_up and down; offload: the others; table: the embedding."""
+    """A model's weights, repacked.
+
+    weights: every weight by its canonical name, as the reference reads it. products: the products of products.py, by
+    their full names, as the kernels read them. experts: gate_up and down of the layers whose experts are on the GPU;
+    offload: those of the other layers. table: the embedding.
+    """
 
     weights: dict[str, Packed] = field(default_factory=dict)
     experts: dict[int, Pair] = field(default_factory=dict)
@@ -68,30 +53,68 @@ class ForKernels:
     table: Tensor | Table | None = None
 
     def linear(self, name: str) -> Linear:
+        """The product `name`, which is no gated one."""
         from dgq.runtime.kernels.dense import Linear
 
-        found = self.products[name]
-        assert isinstance(found, Linear)
-        return found
+        product = self.products[name]
+        assert isinstance(product, Linear)
+        return product
 
     def gated(self, name: str) -> Gated:
+        """The gated product `name`."""
         from dgq.runtime.kernels.dense import Gated
 
-        found = self.products[name]
-        assert isinstance(found, Gated)
-        return found
+        product = self.products[name]
+        assert isinstance(product, Gated)
+        return product
 
     @property
     def nbytes(self) -> int:
-        """On the GPU."""
+        """Bytes on the GPU."""
         experts = sum(tiles.nbytes for pair in self.experts.values() for tiles in pair)
         products = sum(product.nbytes for product in self.products.values() if product.packed)
-        own = sum(weight.nbytes for weight in self.weights.values() if not isinstance(weight, Repacked))
-        return experts + products + own + (self.offload.nbytes if self.offload else 0)
+        others = sum(weight.nbytes for weight in self.weights.values() if not isinstance(weight, Repacked))
+        return experts + products + others + (self.offload.nbytes if self.offload else 0)
+
+
+def load_for_kernels(
+    config: ModelConfig, weights: Mapping[str, Packed], device: torch.device, source: str, vram: int | None
+) -> ForKernels:
+    """Read, check and repack all weights of a model. vram: bytes of the GPU to use, all if None. InputError naming
+    `source` for wrong shapes, for values that are not finite, or if too little memory is left for any experts."""
+    if find_spec("triton") is None:
+        raise InputError("bfloat16 on a GPU needs Triton: pip install triton, or use --dtype fp32")
+    shapes = expected_tensors(config)
+    names = sorted(shapes, key=lambda name: ".experts." in name)
+    read = map(partial(_checked, shapes, source), read_ahead(weights, names, device))
+    if device.type != "cuda":
+        return for_kernels(names, read, source, decode=False)
+    whole = torch.cuda.mem_get_info()[1]
+    if vram is None:
+        return for_kernels(names, read, source, decodes(config, whole))
+
+    def room() -> int:
+        others = torch.cuda.memory_allocated() + CONTEXT + working_bytes(config, SHORT)
+        left = vram - others
+        if left <= 0:  # more is needed for experts, but their size is not known yet
+            raise InputError(
+                f"--vram: {vram / GIB:.1f} GiB is too little; all but the routed experts takes {others / GIB:.1f}"
+            )
+        return left
+
+    return for_kernels(names, read, source, decodes(config, min(vram, whole)), room)
+
+
+def _checked(shapes: Mapping[str, tuple[int, ...]], source: str, read: tuple[str, Packed]) -> tuple[str, Packed]:
+    """A name and its weight, if that has the right shape; without its input scale, which kernels do not use."""
+    name, weight = read
+    check_tensors({name: weight.shape}, {name: shapes[name]}, source)
+    parts = {key: part for key, part in weight.parts.items() if key != "input_scale"}
+    return name, Packed(weight.scheme, weight.shape, parts)
 
 
 def read_ahead(weights: Mapping[str, Packed], names: list[str], device: torch.device) -> Iterator[tuple[str, Packed]]:
-    """Each name and its weight on the device; for a GPU, read by threads meanwhile."""
+    """Yield each name with its weight on the device. For a GPU, threads read the next weights meanwhile."""
     if device.type != "cuda":
         for name in names:
             yield name, weights[name].to(device)
@@ -103,25 +126,28 @@ def read_ahead(weights: Mapping[str, Packed], names: list[str], device: torch.de
             while len(ahead) < READERS and (following := next(rest, None)) is not None:
                 ahead.append((following, pool.submit(_read, weights, following)))
             assert ahead[0][0] == name
-            yield name, ahead.popleft()[1].result().to(device, non_blocking=True)  # not held here while the next moves
+            # The weight has no name here: it must not be held while the next one moves.
+            yield name, ahead.popleft()[1].result().to(device, non_blocking=True)
 
 
 def _read(weights: Mapping[str, Packed], name: str) -> Packed:
-    """In pinned memory, from which copies are fast; a weight on a GPU stays there."""
+    """The weight in pinned memory, from which copies to the GPU are fast; parts that lie on a GPU stay there."""
     packed = weights[name]
     parts = {key: part if part.is_cuda else _pinned(part) for key, part in packed.parts.items()}
     return Packed(packed.scheme, packed.shape, parts)
 
 
 def _pinned(part: Tensor) -> Tensor:
-    if any(step == 0 for step in part.stride()):  # expanded: a number a row
+    if any(step == 0 for step in part.stride()):  # expanded from a few numbers: pinning would store them all
         return part
     return part.contiguous().pin_memory()
 
 
 def decodes(config: ModelConfig, memory: int) -> bool:
-    """Whether every weight but the routed experts is decoded to bfloat16 when it is loaded, where a GPU has so many
-    bytes: at 256 tokens their products are faster so, and it is worth memory as long as that is a quarter at most."""
+    """Whether a GPU of `memory` bytes gets every weight but the routed experts decoded to bfloat16.
+
+    Products of 256 tokens are faster so. That is worth the memory as long as it is a quarter of the GPU at most.
+    """
     shapes = expected_tensors(config).items()
     return 2 * sum(math.prod(shape) for name, shape in shapes if ".experts." not in name) <= memory // 4
 
@@ -133,145 +159,56 @@ def for_kernels(
     decode: bool,
     room: Callable[[], int] | None = None,
 ) -> ForKernels:
-    """Repack what is read: all of `names`, the experts last. decode: see decodes(). room: asked when only the experts
-    are missing, how many bytes they may take; None: all. InputError naming a weight that holds values that are not
-    finite."""
+    """Repack what is read: all of `names`, the experts last.
+
+    decode: whether other weights than the experts are decoded, see decodes(). room: called when only the experts are
+    missing, returns the bytes that they may take on the GPU; None: all experts stay there. InputError naming a weight
+    that holds values that are not finite.
+    """
     loaded = ForKernels()
-    products = _products(names)
+    products = products_of(names)
     product_of = {name: key for key, members in products.items() for name in members}
-    waiting: dict[str, Packed] = {}
-    placing: _Placing | None = None
+    waiting: dict[str, Packed] = {}  # weights whose product is not complete yet
+    experts: _Experts | None = None
     for name, weight in read:
         if ".experts." in name:
-            placing = placing or _Placing(loaded, sum("experts.down" in one for one in names), room and room())
-            placing.add(name, tile(weight, name.endswith("gate_up_proj"), f"{source}: {name}"))
+            experts = experts or _Experts(loaded, sum("experts.down" in one for one in names), room and room())
+            experts.add(layer_of(name), tile(weight, name.endswith("gate_up_proj"), f"{source}: {name}"))
         elif name == EMBEDDING:
-            loaded.table, loaded.weights[name] = _table(_plain(weight) if decode else weight)
+            loaded.table, loaded.weights[name] = table(plain(weight) if decode else weight)
         elif (key := product_of.get(name)) is None:
-            loaded.weights[name] = _plain(weight) if len(weight.shape) > 1 else weight
+            loaded.weights[name] = plain(weight) if len(weight.shape) > 1 else weight
         else:
-            waiting[name] = _plain(weight) if decode or weight.scheme is FP8 else weight
+            waiting[name] = plain(weight) if decode or weight.scheme is FP8 else weight
             if all(member in waiting for member in products[key]):
-                loaded.products[key], back = _product([waiting.pop(member) for member in products[key]], key, source)
-                loaded.weights |= dict(zip(products[key], back, strict=True))
+                members = [waiting.pop(member) for member in products[key]]
+                loaded.products[key], parts = join(members, key, source)
+                loaded.weights |= dict(zip(products[key], parts, strict=True))
+                del members, parts
         del weight  # before the next one takes memory
-    if placing is not None and placing.hosts:
-        loaded.offload = Offload(placing.hosts, loaded.weights[EMBEDDING].parts[""].device)
+    if experts is not None and experts.hosts:
+        loaded.offload = Offload(experts.hosts, loaded.weights[EMBEDDING].parts[""].device)
     return loaded
 
 
-class _Placing:
-    """Which layers' experts stay on the GPU: as many as `room` bytes hold beside two places, evenly spread."""
+class _Experts:
+    """Puts each layer's experts where placement.place() says: on the GPU, or in host memory."""
 
-    def __init__(self, loaded: ForKernels, layers: int, room: int | None) -> None:
-        self._loaded, self._layers, self._room = loaded, layers, room
-        self._half: Tiles | None = None
-        self._kept = self._largest = 0
+    def __init__(self, loaded: ForKernels, layers: int, budget: int | None) -> None:
+        self._loaded, self._layers, self._budget = loaded, layers, budget
+        self._gate_up: Tiles | None = None
+        self._sizes: list[int] = []
         self.hosts: dict[int, Host] = {}
 
-    def add(self, name: str, tiles: Tiles) -> None:
-        """gate_up and then down of each layer, rising."""
-        if self._half is None:
-            self._half = tiles
+    def add(self, layer: int | None, tiles: Tiles) -> None:
+        """Take a layer's next weight: its gate_up, then its down. Layers come in their order."""
+        assert layer is not None
+        if self._gate_up is None:
+            self._gate_up = tiles
             return
-        pair, self._half = (self._half, tiles), None
-        layer, size = layer_of(name), sum(one.nbytes for one in pair)
-        self._largest = max(self._largest, size)
-        share = 0.0 if self._room is None else (self._room - 2 * self._largest) * (layer + 1) / self._layers
-        if self._room is None or self._kept + size <= share:
+        pair, self._gate_up = (self._gate_up, tiles), None
+        self._sizes.append(sum(one.nbytes for one in pair))
+        if place(self._sizes, self._layers, self._budget).stays[-1]:
             self._loaded.experts[layer] = pair
-            self._kept += size
         else:
             self.hosts[layer] = Host.of(pair)
-
-
-def layer_of(name: str) -> int:
-    return int(name.removeprefix(DECODER + "layers.").partition(".")[0])
-
-
-def _products(names: Collection[str]) -> dict[str, list[str]]:
-    """Product -> the weights that it has; a full layer's qkv has no v."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        for product, members in PRODUCTS.items():
-            own = next((member for member in members if name == DECODER + member or name.endswith("." + member)), None)
-            if own is not None and (own.startswith("self_c") or not name.startswith(DECODER + "self_c")):
-                found.setdefault(name.removesuffix(own) + product, []).append(name)
-    return found
-
-
-def _product(weights: list[Packed], key: str, source: str) -> tuple[Linear | Gated, list[Packed]]:
-    """The product, and its weights as the reference reads them."""
-    from dgq.runtime.kernels import dense
-
-    said = f"{source}: {key}"
-    if len({weight.scheme.bits < 16 for weight in weights}) > 1:  # which the kernels have no product for
-        weights = [_plain(weight) for weight in weights]
-    if key.endswith("gate_up"):
-        gate, up = weights
-        both = dense.pack_gated(gate, up, said)
-        if isinstance(both.both, Tiles):
-            sides = (partial(_side, both.both, number) for number in (0, 1))
-            return both, [Repacked(w.scheme, w.shape, {}, read=side) for w, side in zip(weights, sides, strict=True)]
-        return both, _back(both.both, weights)
-    product = dense.pack(weights, said)
-    return product, _back(product, weights)
-
-
-def _back(product: Linear, weights: list[Packed]) -> list[Packed]:
-    parts, first = list(product.parts), 0
-    found: list[Packed] = []
-    for weight in weights:
-        part, last = parts[0], first + weight.shape[0]
-        if isinstance(part, Tiles):
-            own = partial(_rows, part, first, last)
-            found.append(Repacked(weight.scheme, weight.shape, {}, read=own))
-            height = part.shape[1]
-        else:
-            found.append(Packed(BF16, weight.shape, {"": part[first:last]}))
-            height = part.shape[0]
-        first = last
-        if first == height:
-            parts.pop(0)
-            first = 0
-    return found
-
-
-def _rows(tiles: Tiles, first: int, last: int) -> Tensor:
-    from dgq.runtime.kernels import dense
-
-    return in_order_again(dense.decoded(tiles), tiles.shape[2])[first:last]
-
-
-def _side(tiles: Tiles, number: int) -> Tensor:
-    """The gate (0) or the up (1)."""
-    from dgq.runtime.kernels import dense
-
-    both = in_order_again(dense.decoded(tiles, gated=True), tiles.shape[2]).chunk(2)[number]
-    return in_order_again(both.t().contiguous(), tiles.shape[1] // 2).t()
-
-
-def in_order_again(x: Tensor, width: int) -> Tensor:
-    """The inverse of repack.in_order() for x bfloat16, its first `width` columns."""
-    pairs = x.view(torch.int32).view(len(x), -1, 8, 4)
-    return pairs.transpose(2, 3).reshape(len(x), -1).view(x.dtype)[:, :width]
-
-
-def _table(weight: Packed) -> tuple[Tensor | Table, Packed]:
-    from dgq.runtime.kernels.dense import Table
-
-    if weight.scheme.name in TABLES:
-        return Table.of(weight), weight
-    plain = _plain(weight)
-    return plain.parts[""], plain
-
-
-def _plain(weight: Packed) -> Packed:
-    """In bfloat16, decoded a piece at a time."""
-    if weight.scheme is BF16:
-        return weight
-    plain = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.parts[""].device)
-    step = max(1, DECODE_BUDGET // weight.shape[-1])
-    for first in range(0, weight.shape[0], step):
-        plain[first : first + step] = weight[first : first + step].dequantize(torch.bfloat16)
-    return Packed(BF16, weight.shape, {"": plain})

@@ -6,30 +6,28 @@
              canvas ids ── embed ──(+)── norm ── layers ── norm ── head ── logits
     logits of the step before ── softmax ── @ E ── MLP ──┘             (self-conditioning; zeros at the first step)
 
-The weights are any mapping canonical name -> Packed, so a BF16 checkpoint, a .gguf and a mixture are the same model.
+The weights are any mapping canonical name -> Packed, so that a BF16 checkpoint, a .gguf and a mixture of formats are
+the same model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import copy
-from functools import partial
-from importlib.util import find_spec
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 
 from dgq.quant.errors import InputError
-from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.kernels.repack import Tiles
 from dgq.runtime.model.attention import decoder_mask, encoder_mask, rope_frequencies, rope_tables
-from dgq.runtime.model.block import Batch, Layer
+from dgq.runtime.model.block import BatchKeys, Layer
 from dgq.runtime.model.cache import Cache
-from dgq.runtime.model.layers import Observer, embed, gated_mlp, head, rms_norm, soft_embed
-from dgq.runtime.model.loading import ForKernels, decodes, for_kernels, read_ahead
-from dgq.runtime.model.memory import CONTEXT, GIB, SHORT, working_bytes
+from dgq.runtime.model.layers import Observer, decoded, embed, gated_mlp, head, rms_norm, soft_embed
+from dgq.runtime.model.loading import ForKernels, load_for_kernels
 from dgq.runtime.shape.config import LayerConfig, ModelConfig
 from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER, VISION, check_tensors, expected_tensors
 from dgq.runtime.shape.pictured import Pictures
@@ -37,24 +35,40 @@ from dgq.runtime.shape.pictured import Pictures
 if TYPE_CHECKING:
     from dgq.runtime.model.session import Session
 
-# Models whose weights, decoded, stay below this many bytes are decoded once instead of at every use. The 26B is far
-# above on any machine, the small models that tests and first tries run on are far below.
+# Weights that take at most so many bytes when decoded are decoded once instead of at every use. The 26B is far above
+# this on any machine; the small models of tests and first tries are far below.
 KEEP_DECODED = 1 << 28
-
-_PLAIN = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """Of activations: float32 on a CPU, bfloat16 elsewhere."""
+    """The dtype of activations on a device unless another is asked for: float32 on a CPU, bfloat16 elsewhere."""
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model holds its weights and multiplies with them.
+
+    keep_decoded: weights that take at most so many bytes when decoded are decoded once; 0 = decode at every use.
+    activations: None, or "nvfp4" to round the inputs of weights that carry an input scale, as W4A4 kernels do.
+    kernels: whether to repack weights for the kernels, which only bfloat16 can; None: in bfloat16 on a GPU, unless
+    `activations` or an observer needs the products of the reference. vram: bytes of the GPU to use; None: all.
+    """
+
+    keep_decoded: int = KEEP_DECODED
+    activations: str | None = None
+    kernels: bool | None = None
+    vram: int | None = None
 
 
 class Model:
     """DiffusionGemma's text model on one device.
 
-    dtype: of activations, and what weights are decoded to; float32 on CPU and bfloat16 elsewhere unless given.
-    Norms, softmaxes, the router's probabilities and logits are float32 in any case. In bfloat16 on a GPU the routed
-    experts are repacked for moe.py's kernels, unless something looks at their products: observe, or activations.
+    dtype: of activations, and what weights are decoded to; float32 on a CPU and bfloat16 elsewhere unless given.
+    Norms, softmaxes, the router's probabilities and logits are float32 in any case.
+
+    The model owns one session (session.py): the memory and the CUDA graphs of its last batch, which the next batch
+    uses again if they fit it.
     """
 
     def __init__(
@@ -64,38 +78,31 @@ class Model:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         source: str = "weights",
-        keep_decoded: int = KEEP_DECODED,
-        activations: str | None = None,
         observe: Observer | None = None,
-        kernels: bool | None = None,
-        vram: int | None = None,
+        options: LoadOptions = LoadOptions(),
     ) -> None:
-        """Check and move the weights. InputError for a missing, unknown or mis-shaped tensor; source is the file's
-        name in it. Vision tensors are passed over. keep_decoded: see KEEP_DECODED, 0 = decode at every use.
-
-        activations: None, or "nvfp4" to round the inputs of weights that carry an input scale, as W4A4 kernels do.
-        observe: sees every product of the layers; see layers.Observer. kernels: whether to repack weights for the
-        kernels; as said above unless given, and only bfloat16 can. vram: bytes of the GPU to use, all unless given.
-        """
+        """Check the weights and move them to the device; vision tensors are passed over. InputError for a missing,
+        unknown or mis-shaped tensor, in which `source` names the file. observe: see layers.Observer."""
         expected = expected_tensors(config)
-        # names now, shapes when each weight was read: reading can be expensive
+        # Names are checked now and shapes when each weight is read, since reading can be expensive.
         check_tensors({n: expected.get(n, ()) for n in weights if not n.startswith(VISION)}, expected, source)
         self.config, self._source = config, source
-        self.session: Session | None = None  # the memory and graphs of the last batch
+        self._session: Session | None = None
         self.device = torch.device(device)
         self.dtype = dtype or default_dtype(self.device)
-        able = self.device.type == "cuda" and self.dtype == torch.bfloat16 and not activations and observe is None
+        on_gpu = self.device.type == "cuda" and self.dtype == torch.bfloat16
+        able = on_gpu and not options.activations and observe is None
         self.kernels: ForKernels | None = None
-        self._observe, self._activations, self._keeps_decoded = observe, activations, False
-        if able if kernels is None else kernels:
-            self.kernels = self._load_for_kernels(weights, vram)
+        self._observe, self._activations, self._keeps_decoded = observe, options.activations, False
+        if able if options.kernels is None else options.kernels:
+            self.kernels = load_for_kernels(config, weights, self.device, source, options.vram)
             self.weights = self.kernels.weights
         else:
-            self.weights = self._load(weights, keep_decoded)
+            self.weights = self._load(weights, options.keep_decoded)
         self._build()
 
     def _build(self) -> None:
-        """Everything that is made of the weights."""
+        """Make everything that is made of the weights: layers, scalars, norms, RoPE frequencies."""
         config, layers = self.config, range(len(self.config.layers))
         self.layers = [
             Layer(config, i, self._below(f"{DECODER}layers.{i}."), self.dtype, self._observe, self.routed(i))
@@ -113,29 +120,43 @@ class Model:
         }
 
     @property
+    def session(self) -> Session | None:
+        """The session that the model owns, if a batch was started on one."""
+        return self._session
+
+    def keep_session(self, session: Session) -> Session:
+        """Own this session, in the place of the one before."""
+        self._session = session
+        return session
+
+    def drop_session(self) -> None:
+        """Give up the session; its memory and graphs are free as soon as nobody else holds it."""
+        self._session = None
+
+    @property
     def table(self) -> Packed:
         """The embedding, (vocab, hidden): also the head."""
         return self.weights[EMBEDDING]
 
     @property
     def nbytes(self) -> int:
-        """Of the weights in memory."""
+        """Bytes of the weights in memory; with kernels, of those on the GPU."""
         return self.kernels.nbytes if self.kernels else sum(weight.nbytes for weight in self.weights.values())
 
     def replaced(self, weights: Mapping[str, Packed]) -> Model:
-        """This model with these weights in the place of its own; it shares all others with this one, which stays. Only
-        without kernels."""
+        """A copy of this model with other values of some weights, which shares all other weights with this one. Only
+        models without kernels can be copied so."""
         if self.kernels is not None:
             raise ValueError("weights that were repacked for the kernels cannot be replaced")
         other = copy(self)
-        other.session = None
+        other.drop_session()
         moved = self._moved(weights, weights)
         other.weights = self.weights | (self._all_decoded(moved) if self._keeps_decoded else moved)
         other._build()
         return other
 
     def new_cache(self, rows: int, capacity: int = 0) -> Cache:
-        """An empty cache for a batch of `rows`; capacity: tokens to make room for at once, the canvas included."""
+        """An empty cache for a batch of `rows` rows. capacity: tokens, canvas included, to make room for at once."""
         return Cache(self.config, rows, self.device, self.dtype, capacity)
 
     @torch.inference_mode()
@@ -147,10 +168,11 @@ class Model:
         padding: Tensor | None = None,
         images: Pictures | None = None,
     ) -> None:
-        """Append tokens to the cache: ids (rows, tokens) int64; the cache grows by `tokens`. images: those in them.
+        """Append tokens to the cache: ids (rows, tokens) int64; the cache grows by `tokens`.
 
-        positions (rows or 1, tokens) default to counting on from the cache, padding included. padding (rows, tokens)
-        bool, True where a row has no token; only on the left of a row's first token does it make sense.
+        positions: (rows or 1, tokens) int64; they count on from the cache, padding included, unless given. padding:
+        (rows, tokens) bool, True where a row has no token, which may only be left of the row's first token. images:
+        those among the tokens.
         """
         new = ids.shape[1]
         self._refuse_offloaded()
@@ -169,15 +191,15 @@ class Model:
 
     @torch.inference_mode()
     def decode(self, canvas: Tensor, cache: Cache, self_conditioning_logits: Tensor | None = None) -> Tensor:
-        """Logits (rows, canvas, vocab) float32 for canvas (rows, canvas) int64; the cache is as before afterwards.
+        """Logits (rows, canvas, vocab) float32 for canvas (rows, canvas) int64; the cache is not changed.
 
-        self_conditioning_logits (rows, canvas, vocab), any float dtype: the previous step's, None on the first.
+        self_conditioning_logits: the previous step's, (rows, canvas, vocab) in any float dtype; None on the first step.
         """
         return self.logits(self.hidden(canvas, cache, self_conditioning_logits))
 
     @torch.inference_mode()
     def hidden(self, canvas: Tensor, cache: Cache, self_conditioning_logits: Tensor | None = None) -> Tensor:
-        """What decode() hands to the head: (rows, canvas, hidden) in the model's dtype, normed."""
+        """The normed hidden states that decode() hands to the head: (rows, canvas, hidden) in the model's dtype."""
         self._refuse_offloaded()
         new = canvas.shape[1]
         masks = {
@@ -190,14 +212,15 @@ class Model:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """(…, hidden) -> (…, vocab) float32."""
+        """The head's product, capped: hidden (…, hidden) -> (…, vocab) float32."""
         return head(hidden, self.table, self.config.softcap)
 
     def refined(
-        self, ids: Tensor, soft: Tensor | None, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: Batch
+        self, ids: Tensor, soft: Tensor | None, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: BatchKeys
     ) -> Tensor:
-        """hidden() on any cache. soft (rows, canvas, hidden): the expected embedding under the previous step's logits;
-        positions (rows or 1, canvas); masks: by is_sliding, see attention.attend()."""
+        """hidden() on any cache. soft: (rows, canvas, hidden), the expected embedding under the previous step's logits;
+        positions: (rows or 1, canvas); masks: for sliding layers (True) and full ones, as attention.attend() takes
+        them."""
         x = self._conditioned(embed(ids, self.table, self.dtype), soft)
         x = self._run(x, positions, masks, cache, self.decoder_scalars)
         return rms_norm(x, self.final_norm, self.config.norm_eps)
@@ -207,10 +230,10 @@ class Model:
         ids: Tensor,
         positions: Tensor,
         masks: Mapping[bool, Tensor | None],
-        cache: Batch,
+        cache: BatchKeys,
         images: Pictures | None = None,
     ) -> None:
-        """encode() on any cache, without committing."""
+        """encode() on any cache; the tokens are written and not committed."""
         x = embed(ids, self.table, self.dtype)
         if images is not None:
             images.put_into(x)
@@ -221,7 +244,7 @@ class Model:
             raise InputError("experts are in host memory (--vram): only generate() with rng=counter brings them")
 
     def refuse_weights(self) -> NoReturn:
-        """After logits that are not a number: InputError naming the first weight that holds such a value."""
+        """Explain logits that are not a number: InputError naming the first weight that holds such a value."""
         for name, weight in self.weights.items():
             pieces = [weight] if len(weight.shape) < 3 else [weight[e] for e in range(weight.shape[0])]
             if not all(bool(piece.dequantize(torch.float32).isfinite().all()) for piece in pieces):
@@ -231,12 +254,12 @@ class Model:
     def _conditioned(self, x: Tensor, soft: Tensor | None) -> Tensor:
         if soft is not None:
             soft = rms_norm(soft, self.condition_norm, self.config.norm_eps)
-            # Before the first step the signal is zero, and so is the MLP's output: it has no biases.
+            # Before the first step the signal is zero, and so is the output of an MLP without biases.
             x = x + gated_mlp(soft, self.condition_mlp)
         return rms_norm(x, None, self.config.norm_eps)
 
     def _run(
-        self, x: Tensor, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: Batch, scalars: list[Tensor]
+        self, x: Tensor, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: BatchKeys, scalars: list[Tensor]
     ) -> Tensor:
         tables = {sliding: rope_tables(f, positions, self.dtype) for sliding, f in self.frequencies.items()}
         for layer, scalar in zip(self.layers, scalars, strict=True):
@@ -245,37 +268,8 @@ class Model:
         return x
 
     def _one_of_each(self) -> list[tuple[int, LayerConfig]]:
-        """A sliding and a full layer: all of a kind share one mask."""
+        """One sliding and one full layer with their numbers: all layers of a kind share a mask."""
         return list({layer.is_sliding: (i, layer) for i, layer in enumerate(self.config.layers)}.values())
-
-    def _load_for_kernels(self, weights: Mapping[str, Packed], vram: int | None) -> ForKernels:
-        if find_spec("triton") is None:
-            raise InputError("bfloat16 on a GPU needs Triton: pip install triton, or use --dtype fp32")
-        shapes = expected_tensors(self.config)
-        names = sorted(shapes, key=lambda name: ".experts." in name)
-        read = map(partial(self._checked, shapes), read_ahead(weights, names, self.device))
-        if self.device.type != "cuda":
-            return for_kernels(names, read, self._source, decode=False)
-        whole = torch.cuda.mem_get_info()[1]
-        if vram is None:
-            return for_kernels(names, read, self._source, decodes(self.config, whole))
-
-        def room() -> int:
-            others = torch.cuda.memory_allocated() + CONTEXT + working_bytes(self.config, SHORT)
-            left = vram - others
-            if left <= 0:  # more is asked of it when the size of a layer's experts is known
-                raise InputError(
-                    f"--vram: {vram / GIB:.1f} GiB is too little; all but the routed experts takes {others / GIB:.1f}"
-                )
-            return left
-
-        return for_kernels(names, read, self._source, decodes(self.config, min(vram, whole)), room)
-
-    def _checked(self, shapes: Mapping[str, tuple[int, ...]], read: tuple[str, Packed]) -> tuple[str, Packed]:
-        name, weight = read
-        check_tensors({name: weight.shape}, {name: shapes[name]}, self._source)
-        parts = {key: part for key, part in weight.parts.items() if key != "input_scale"}
-        return name, Packed(weight.scheme, weight.shape, parts)
 
     def _load(self, weights: Mapping[str, Packed], keep_decoded: int) -> dict[str, Packed]:
         loaded = self._moved(weights, expected_tensors(self.config))
@@ -288,7 +282,7 @@ class Model:
         return self._all_decoded(loaded) if self._keeps_decoded else loaded
 
     def _moved(self, weights: Mapping[str, Packed], names: Iterable[str]) -> dict[str, Packed]:
-        """Checked, and on the device."""
+        """The named weights, their shapes checked, on the device."""
         shapes, moved = expected_tensors(self.config), {}
         for name in names:
             weight = weights[name]
@@ -298,18 +292,14 @@ class Model:
         return moved
 
     def _all_decoded(self, weights: dict[str, Packed]) -> dict[str, Packed]:
-        # vectors keep their precision: norms are computed in float32 whatever the dtype
-        return {name: self._decoded(w) if len(w.shape) > 1 else w for name, w in weights.items()}
-
-    def _decoded(self, weight: Packed) -> Packed:
-        scale = {k: v for k, v in weight.parts.items() if k == "input_scale"}
-        return Packed(SCHEMES[_PLAIN[self.dtype]], weight.shape, {"": weight.dequantize(self.dtype)} | scale)
+        # Vectors keep their precision: norms are computed in float32 whatever the model's dtype is.
+        return {name: decoded(w, self.dtype) if len(w.shape) > 1 else w for name, w in weights.items()}
 
     def _below(self, prefix: str) -> dict[str, Packed]:
         return {name[len(prefix) :]: weight for name, weight in self.weights.items() if name.startswith(prefix)}
 
     def routed(self, index: int) -> tuple[Tiles, Tiles] | None:
-        """Layer `index`'s experts if they were loaded for the kernels."""
+        """gate_up and down of layer `index`'s experts as the kernels read them; None without kernels."""
         if self.kernels is None:
             return None
         offload = self.kernels.offload

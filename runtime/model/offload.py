@@ -1,11 +1,13 @@
-"""Routed experts that do not fit the GPU: in pinned host memory, copied ahead of their use into one of two places.
+"""Routed experts that do not fit the GPU wait in pinned host memory; each layer's are copied into one of two places on
+the GPU before the layer needs them.
 
     copies   │ layer 5 ──> A │ layer 8 ──> B │        │ layer 11 ──> A │ …        a stream of its own
     layers   0 1 2 3 4 5(A) 6 7 8(B) …                 └ as soon as layer 5 has used A
 
-A pass ends when the first two are back in their places, so that every pass, in a graph or not, begins alike; after one
-that an error or Ctrl-C broke off, the next one puts them there before it begins. Layers that stay on the GPU lie evenly
-between the others: what limits a pass is the sum of the copies.
+A pass ends when the first two layers are back in their places, so that every pass begins in the same state, whether in
+a graph or not. After a pass that an error or Ctrl-C broke off, the next one puts them there before it begins. The
+layers that stay on the GPU lie evenly between the others (placement.py), so that the sum of the copies is what limits a
+pass.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dgq.runtime.kernels.repack import Tiles
+from dgq.runtime.model.placement import PLACES, copied
 
 _ALIGNED = 256  # bytes
 
@@ -25,14 +28,15 @@ Pair = tuple[Tiles, Tiles]
 
 @dataclass(frozen=True)
 class Host:
-    """A layer's two weights, all their parts one behind the other. like: of the same shapes, in whatever memory."""
+    """A layer's gate_up and down in one uint8 tensor, `flat`, their parts one behind the other. like: tiles of the same
+    shapes and dtypes, on the meta device."""
 
     flat: Tensor
     like: Pair
 
     @classmethod
     def of(cls, pair: Pair) -> Host:
-        """A copy of tiles on a GPU, in pinned memory."""
+        """A copy of a layer's tiles; in pinned memory if they are on a GPU."""
         size = sum(_whole(part.nbytes) for tiles in pair for part in _parts(tiles))
         flat = torch.empty(size, dtype=torch.uint8, pin_memory=pair[0].codes.is_cuda)
         host = cls(flat, tuple(_meta(tiles) for tiles in pair))  # type: ignore[arg-type]
@@ -42,32 +46,33 @@ class Host:
         return host
 
     def inside(self, place: Tensor) -> Pair:
-        """The weights as they lie in a place, uint8, that holds a copy of flat."""
-        at, found = 0, []
+        """Views of the weights in `place`, uint8, which holds a copy of flat."""
+        at, pair = 0, []
         for tiles in self.like:
             parts = []
             for part in _parts(tiles):
                 parts.append(place[at : at + part.nbytes].view(part.dtype).view(part.shape))
                 at += _whole(part.nbytes)
-            found.append(Tiles(tiles.scheme, tiles.shape, *parts))
-        return found[0], found[1]
+            pair.append(Tiles(tiles.form, tiles.shape, *parts))
+        return pair[0], pair[1]
 
 
 class Offload:
-    """hosts: of the layers that are not on the GPU, by layer and rising. device: of the places."""
+    """Brings each waiting layer's experts to the GPU in time. hosts: the waiting layers, rising; device: of the
+    places."""
 
     def __init__(self, hosts: dict[int, Host], device: torch.device) -> None:
         self._hosts: Sequence[Host] = list(hosts.values())
         size = max(len(host.flat) for host in self._hosts)
-        self._places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in hosts][:2]
+        self._places = [torch.empty(size, dtype=torch.uint8, device=device) for _ in hosts][:PLACES]
         self._numbers = {layer: number for number, layer in enumerate(hosts)}
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
         self._arrived: dict[int, torch.cuda.Event] = {}
-        self._next = 0  # the number that a pass gets to next
+        self._next = 0  # the waiting layer that a pass reaches next, counted among the waiting ones
         self._fill()
 
     def _fill(self) -> None:
-        """Put the first two in their places."""
+        """Put the first two layers into their places."""
         self._arrived.clear()
         for number in range(len(self._places)):
             self._copy(number)
@@ -80,21 +85,21 @@ class Offload:
 
     @property
     def nbytes(self) -> int:
-        """On the GPU."""
+        """Bytes on the GPU: those of the places."""
         return sum(place.nbytes for place in self._places)
 
     @property
     def copied(self) -> int:
         """Bytes that every pass copies."""
-        return sum(len(host.flat) for host in self._hosts) if len(self._hosts) > len(self._places) else 0
+        return copied([len(host.flat) for host in self._hosts])
 
     def weights(self, layer: int) -> Pair:
-        """Where the layer's weights are between arrive() and leave()."""
+        """The layer's weights, which are there between arrive() and leave()."""
         number = self._numbers[layer]
-        return self._hosts[number].inside(self._places[number % 2])
+        return self._hosts[number].inside(self._places[number % PLACES])
 
     def arrive(self, layer: int) -> None:
-        """What follows on the current stream reads weights(layer)."""
+        """Make the current stream wait until weights(layer) have been copied."""
         number = self._numbers[layer]
         if number != self._next:  # the pass before was broken off
             self._fill()
@@ -104,20 +109,21 @@ class Offload:
             torch.cuda.current_stream().wait_event(event)
 
     def leave(self, layer: int) -> None:
-        """What follows no longer reads them; after a pass's last layer, everything is as before the first."""
+        """Start the next copy into the layer's place. After the last waiting layer, make the current stream wait until
+        everything is as it was before the first."""
         number, count = self._numbers[layer], len(self._hosts)
-        if number + 2 < count:
-            self._copy(number + 2)
-        elif count > 2:  # the last user of a place brings back its first
-            self._copy(number % 2)
+        if number + PLACES < count:
+            self._copy(number + PLACES)
+        elif count > PLACES:  # the last layer that uses a place brings back the place's first layer
+            self._copy(number % PLACES)
         if number == count - 1 and self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
             self._arrived.clear()
         self._next = (number + 1) % count
 
     def _copy(self, number: int) -> None:
-        """Into its place, once what is on the current stream has been done."""
-        host, place = self._hosts[number], self._places[number % 2]
+        """Copy a waiting layer into its place, as soon as the current stream has done its work so far."""
+        host, place = self._hosts[number], self._places[number % PLACES]
         if self._stream is None:
             place[: len(host.flat)].copy_(host.flat)
             return
@@ -133,7 +139,7 @@ def _parts(tiles: Tiles) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _meta(tiles: Tiles) -> Tiles:
-    return Tiles(tiles.scheme, tiles.shape, *(part.to("meta") for part in _parts(tiles)))
+    return Tiles(tiles.form, tiles.shape, *(part.to("meta") for part in _parts(tiles)))
 
 
 def _whole(nbytes: int) -> int:

@@ -1,19 +1,19 @@
-"""Where the random tokens come from: counted, so that a row's depend on nothing but its own place; or torch's.
+"""The source of random tokens: counted words, which depend on nothing but a row's own place; or torch's generator.
 
     seed ─────────────────────────────┐
     row · block · step · position ─ Philox4x32-10 ─ word 0 ─ u in (0, 1) ─ the token sampled there
                                                  └─ word 1 ─ the fresh token, should that one be rejected;
                                                              at step 0 (before the first) the canvas's noise
 
-Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3") is a published bijection of the counter, whole
-numbers only: the same words on every device and in every batch, with no state to carry along. A token is found by
-inverse CDF in two levels, which costs one u and one pass however large the vocabulary:
+Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3") is a published bijection of the counter in whole
+numbers: it gives the same words on every device and in every batch, and has no state. A token is sampled by inverse CDF
+on two levels, which costs one u and one pass however large the vocabulary is:
 
     probabilities   .01 .02 .05 | .10 .20 .00 | .60 .02 .00        u · total = .35
     chunk sums              .08 |         .30 |         .62        .38 > .35: the second chunk; .27 of it are left
     within the chunk              .10 .30                          .30 > .27: its second token
 
-The sums are float64, so that their order does not matter to a token: only the probabilities do.
+The sums are float64, so that the order of summation does not change the token: only the probabilities do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One denoising step's decisions: which tokens to keep, which to scramble again, when to stop.
+"""The decisions of one denoising step: which tokens to keep, which to scramble again, when to stop.
 
     logits / temperature ── softmax ── draw (rng.py) ── sampled and fresh tokens
                                └─ entropy of each position, ascending:  .00 .01 .02 .06 | .09 .8 2.1
@@ -24,7 +24,7 @@ from dgq.runtime.shape.settings import SamplerConfig
 
 @dataclass(frozen=True)
 class Decision:
-    """What one step made of a canvas. All (rows, canvas), entropy in nats, logits (rows, canvas, vocab)."""
+    """The result of one step. All (rows, canvas), the entropy in nats; logits (rows, canvas, vocab)."""
 
     canvas: Tensor  # the next step's input
     argmax: Tensor

@@ -175,11 +175,11 @@ def _layers_from_json(text: Fields) -> tuple[LayerConfig, ...]:
         raise InputError(f"{text.source}: per_layer_config has an entry {strays[0]!r} for {n} layers")
     layers = []
     for i, kind in enumerate(kinds):
-        own = per_layer.section(str(i), {})
-        for key in own.raw:
+        entry = per_layer.section(str(i), {})
+        for key in entry.raw:
             if key not in ("head_dim", "num_key_value_heads"):
-                own.expect(key, text.raw.get(key))
-        shape = own.count("head_dim", head_dim), own.count("num_key_value_heads", kv_heads)
+                entry.expect(key, text.raw.get(key))
+        shape = entry.count("head_dim", head_dim), entry.count("num_key_value_heads", kv_heads)
         layers.append(LayerConfig(kind == "sliding_attention", *shape))
     return tuple(layers)
 

@@ -41,9 +41,18 @@ class Fields:
 
     def positive(self, key: str, default: float | None = None) -> float:
         """A finite number above zero."""
+        number = self.not_negative(key, default)
+        if number == 0:
+            raise InputError(
+                f"{self._name(key)} is {_short(self.raw.get(self._prefix + key))}, expected a number above 0"
+            )
+        return number
+
+    def not_negative(self, key: str, default: float | None = None) -> float:
+        """A finite number, zero included."""
         value = self.raw.get(self._prefix + key)
         number = self.get(key, int) if isinstance(value, int) else self.get(key, float, default)
-        if not 0 < number < 1e300:  # also of an int beyond what a float holds
+        if not 0 <= number < 1e300:  # also of an int beyond what a float holds
             raise InputError(f"{self._name(key)} is {_short(value)}, expected a number above 0")
         return float(number)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 from dgq.quant.errors import InputError
 from dgq.runtime.shape.config import ModelConfig
@@ -57,10 +58,49 @@ _OTHER = {
     DECODER + "self_conditioning.up_proj.weight": "self_cond_up.weight",
     DECODER + "self_conditioning.down_proj.weight": "self_cond_down.weight",
 }
+# A word of a .gguf name -> the part of the model that the tensor belongs to.
+_PARTS = {
+    "_exps.weight": "routed experts",
+    "attn_q.weight": "attention",
+    "attn_k.weight": "attention",
+    "attn_v.weight": "attention",
+    "attn_output.weight": "attention",
+    "token_embd": "embedding and head",
+    "self_cond_gate": "self-conditioning",
+    "self_cond_up": "self-conditioning",
+    "self_cond_down": "self-conditioning",
+    "ffn_gate_inp": "router",
+    "ffn_gate.weight": "dense MLP",
+    "ffn_up.weight": "dense MLP",
+    "ffn_down.weight": "dense MLP",
+}
 _ENCODER_SCALAR = "enc_layer_output_scale.weight"
 _LAYER_BACK = {gguf: hf for hf, gguf in _LAYER.items()}
 _OTHER_BACK = {gguf: hf for hf, gguf in _OTHER.items()}
 _OTHER_BACK["self_cond_norm.weight"] = DECODER + "self_conditioning.pre_norm.weight"  # in llama.cpp #24427
+
+
+def layer_of(name: str) -> int | None:
+    """The number N of the layer that a tensor belongs to: of `layers.N.` in a canonical name, of `blk.N.` in a .gguf's.
+
+    None for a tensor outside of the layers: the embedding, the last norm, the self-conditioning.
+    """
+    for before, part in pairwise(name.split(".")):
+        if before in ("blk", "layers") and part.isdigit():
+            return int(part)
+    return None
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a tensor belongs to, in words, by its canonical or its .gguf name.
+
+    "vision", "routed experts", "attention", "embedding and head", "self-conditioning", "router", "dense MLP"; all
+    others are "norms and scalars".
+    """
+    if name.startswith(VISION):
+        return "vision"
+    known = gguf_name(name) or name
+    return next((part for word, part in _PARTS.items() if word in known), "norms and scalars")
 
 
 def gguf_name(hf_name: str) -> str | None:
@@ -132,7 +172,7 @@ def _layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]
 
 
 def check_tensors(
-    found: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
     source: str,
     *,
@@ -142,10 +182,10 @@ def check_tensors(
     """Hold tensors (canonical name -> shape) against the expected ones: every one there, no other, right shapes.
 
     InputError names the first offender and how many there are. shown turns a canonical name into the file's own;
-    file says in which of source's files a found tensor lies, if there are several.
+    file says in which of source's files a tensor lies, if there are several.
     """
-    missing = [name for name in expected if name not in found]
-    extra = [name for name in found if name not in expected]
+    missing = [name for name in expected if name not in shapes]
+    extra = [name for name in shapes if name not in expected]
     if missing and extra:
         raise InputError(
             f"{source}: tensor {shown(missing[0])} is missing and {shown(extra[0])} is unknown; renamed, or another "
@@ -158,7 +198,7 @@ def check_tensors(
     if extra:
         raise InputError(f"{place(extra[0])}: tensor {shown(extra[0])} is not part of the model ({len(extra)} such)")
     for name, shape in expected.items():
-        if found[name] != shape:
+        if shapes[name] != shape:
             raise InputError(
-                f"{place(name)}: tensor {shown(name)} has shape {list(found[name])}, the config says {list(shape)}"
+                f"{place(name)}: tensor {shown(name)} has shape {list(shapes[name])}, the config says {list(shape)}"
             )

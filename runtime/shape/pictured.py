@@ -1,11 +1,12 @@
-"""Prompts with images: tokens, of which an image's have embeddings of their own and see each other.
+"""Prompts with images: the tokens of an image have embeddings of their own, and all of them see each other.
 
     ids      <bos> <|image> <|image|> <|image|> <|image|> <image|> what is this        one soft token a <|image|>
     ahead      0       0        2         1         0        0       0   0   0         tokens of its image behind it,
     behind     0       0        0         1         2        0       0   0   0         and before it
 
-A token sees everything up to itself, on sliding layers the window, and all of its own image, which may reach beyond
-either: from max(window - 1, behind) before it to `ahead` after it. A prompt is encoded in pieces that split no image.
+A text token sees every token up to itself, on sliding layers those in the window. An image's token also sees all of
+its image, which may reach beyond both: it sees from max(window - 1, behind) tokens before it to `ahead` tokens after
+it. A prompt is encoded in pieces that split no image.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch import Tensor
 
 
 class Pictured(Sequence[int]):
-    """A prompt's token ids, as any other prompt's; embeddings (image tokens, hidden) stand for those that are
-    `image_token`, in their order."""
+    """A prompt's token ids, which can be used as any other prompt's. embeddings (image tokens, hidden) take the place
+    of the embeddings of those ids that are `image_token`, in their order."""
 
     def __init__(self, ids: Sequence[int], embeddings: Tensor, image_token: int) -> None:
         self._ids, self.embeddings, self._image = tuple(ids), embeddings, image_token
@@ -38,15 +39,15 @@ class Pictured(Sequence[int]):
         return self._ids[index]
 
     def part(self, first: int, last: int) -> Pictured:
-        """Some of its tokens, images whole."""
+        """The tokens from `first` to `last`, which split no image."""
         before, own = sum(self.is_image[:first]), sum(self.is_image[first:last])
         return Pictured(self._ids[first:last], self.embeddings[before : before + own], self._image)
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """The images in a piece of a batch of prompts. at bool (rows, tokens): which tokens they are; embeddings (those,
-    hidden); behind, ahead int32 (rows, tokens): see above."""
+    """The images in a piece of a batch of prompts. at: bool (rows, tokens), which tokens belong to images; embeddings:
+    (those tokens, hidden); behind, ahead: int32 (rows, tokens), see the module."""
 
     at: Tensor
     embeddings: Tensor
@@ -54,17 +55,17 @@ class Pictures:
     ahead: Tensor
 
     def put_into(self, x: Tensor) -> None:
-        """Their embeddings into x (rows, tokens, hidden), or (tokens, hidden) of a single row."""
+        """Overwrite the image tokens' rows of x (rows, tokens, hidden), or of x (tokens, hidden) of a single row."""
         x[self.at if x.dim() == 3 else self.at[0]] = self.embeddings.to(x.dtype)
 
 
 def part(prompt: Sequence[int], first: int, last: int) -> Sequence[int]:
-    """Some tokens of a prompt, images whole."""
+    """The tokens from `first` to `last` of any prompt, which split no image."""
     return prompt.part(first, last) if isinstance(prompt, Pictured) else prompt[first:last]
 
 
-def told(prompt: Sequence[int]) -> list[int]:
-    """What one prompt can be held against another by: its ids, and for an image's tokens a number below 0 that is made
+def marks_of(prompt: Sequence[int]) -> list[int]:
+    """Numbers that are equal where two prompts are: the ids, and for an image's tokens a number below 0 that is a hash
     of its embeddings."""
     marks = list(prompt)
     if isinstance(prompt, Pictured):
@@ -72,13 +73,13 @@ def told(prompt: Sequence[int]) -> list[int]:
         starts = (at for at, image in enumerate(prompt.is_image) if image and not prompt.behind[at])
         for start in starts:
             stop = start + prompt.ahead[start] + 1
-            own = torch.stack([next(rows) for _ in range(start, stop)]).view(torch.uint8).numpy().tobytes()
-            marks[start:stop] = [-1 - int.from_bytes(sha256(own).digest()[:8])] * (stop - start)
+            values = torch.stack([next(rows) for _ in range(start, stop)]).view(torch.uint8).numpy().tobytes()
+            marks[start:stop] = [-1 - int.from_bytes(sha256(values).digest()[:8])] * (stop - start)
     return marks
 
 
 def pieces(prompts: Sequence[Sequence[int]], step: int) -> Iterator[slice]:
-    """The prompts, their ends aligned, in pieces of at most `step` tokens; longer only where an image is."""
+    """Cut prompts whose ends are aligned into pieces of at most `step` tokens; only an image makes a piece longer."""
     longest = max(map(len, prompts))
     starts = [(longest - len(prompt), prompt.behind) for prompt in prompts if isinstance(prompt, Pictured)]
 
@@ -95,7 +96,7 @@ def pieces(prompts: Sequence[Sequence[int]], step: int) -> Iterator[slice]:
 
 
 def pictures(prompts: Sequence[Sequence[int]], piece: slice, device: torch.device) -> Pictures | None:
-    """What is in one of those pieces; None if no image is."""
+    """The images in one of those pieces; None if there are none."""
     longest, length = max(map(len, prompts)), piece.stop - piece.start
     at = torch.zeros(len(prompts), length, dtype=torch.bool)
     spans = torch.zeros(2, len(prompts), length, dtype=torch.int32)
@@ -104,14 +105,14 @@ def pictures(prompts: Sequence[Sequence[int]], piece: slice, device: torch.devic
         if not isinstance(prompt, Pictured):
             continue
         before = longest - len(prompt)
-        own = slice(max(0, piece.start - before), max(0, piece.stop - before))
-        if not any(prompt.is_image[own]):
+        mine = slice(max(0, piece.start - before), max(0, piece.stop - before))  # counted in this prompt's tokens
+        if not any(prompt.is_image[mine]):
             continue
-        to = slice(own.start + before - piece.start, None)
-        at[row, to] = torch.tensor(prompt.is_image[own])
-        spans[:, row, to] = torch.tensor([prompt.behind[own], prompt.ahead[own]], dtype=torch.int32)
-        first = sum(prompt.is_image[: own.start])
-        embeddings.append(prompt.embeddings[first : first + sum(prompt.is_image[own])].to(device))
+        to = slice(mine.start + before - piece.start, None)
+        at[row, to] = torch.tensor(prompt.is_image[mine])
+        spans[:, row, to] = torch.tensor([prompt.behind[mine], prompt.ahead[mine]], dtype=torch.int32)
+        first = sum(prompt.is_image[: mine.start])
+        embeddings.append(prompt.embeddings[first : first + sum(prompt.is_image[mine])].to(device))
     if not embeddings:
         return None
     spans = spans.to(device)

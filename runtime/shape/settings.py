@@ -12,6 +12,7 @@ from dgq.quant.files.hf_dir import read_json
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.fields import Fields
 
+GENERATION_CONFIG = "generation_config.json"
 # A bare .gguf names one end-of-sequence token; these end a turn and hand over to a tool, and end an answer too.
 GGUF_END_TOKENS = ("<turn|>", "<|tool_response>")
 
@@ -21,7 +22,8 @@ class SamplerConfig:
     """Entropy-bound denoising of one canvas. The defaults are the released checkpoint's (and transformers').
 
     With n steps left of `steps`, logits are divided by t_min + (t_max - t_min) * n / steps. entropy_bound and
-    confidence are in nats; stability counts steps (0 = don't ask for stability).
+    confidence are in nats; stability counts steps (0 = don't ask for stability). confidence 0: no early stop, every
+    canvas takes all steps.
     """
 
     steps: int = 48
@@ -57,11 +59,11 @@ class GenerationConfig:
         bound.expect("_cls_name", "EntropyBoundSamplerConfig")
         sampler = SamplerConfig(
             steps=fields.count("max_denoising_steps", default.steps),
-            t_min=fields.positive("t_min", default.t_min),
+            t_min=fields.not_negative("t_min", default.t_min),
             t_max=fields.positive("t_max", default.t_max),
             entropy_bound=bound.positive("entropy_bound"),
             stability=fields.get("stability_threshold", int, default.stability),
-            confidence=fields.positive("confidence_threshold", default.confidence),
+            confidence=fields.not_negative("confidence_threshold", default.confidence),
         )
         eos = fields.ids("eos_token_id") or config.eos_ids
         pad = fields.get("pad_token_id", int, config.pad_id)
@@ -76,16 +78,27 @@ class GenerationConfig:
         fields, default = Fields(metadata, source, prefix="diffusion."), SamplerConfig()
         sampler = SamplerConfig(
             steps=fields.count("eb_max_steps", default.steps),
-            t_min=fields.positive("eb_t_min", default.t_min),
+            t_min=fields.not_negative("eb_t_min", default.t_min),
             t_max=fields.positive("eb_t_max", default.t_max),
             entropy_bound=fields.positive("eb_entropy_bound", default.entropy_bound),
             stability=fields.get("eb_stability_threshold", int, default.stability),
-            confidence=fields.positive("eb_confidence_threshold", default.confidence),
+            confidence=fields.not_negative("eb_confidence_threshold", default.confidence),
         )
         tokens = metadata["tokenizer.ggml.tokens"]
         more = [tokens.index(token) for token in GGUF_END_TOKENS if token in tokens]
         eos = tuple(dict.fromkeys((*config.eos_ids, *more)))
         return _checked(cls(sampler, eos, config.pad_id, config.canvas), config, source)
+
+
+def sampler_notices(path: Path, generation: GenerationConfig) -> tuple[str, ...]:
+    """A line for each unusual thing about how the model at `path`, a directory or a .gguf, is sampled."""
+    steps, lines = generation.sampler.steps, []
+    if path.is_dir() and not (path / GENERATION_CONFIG).is_file():
+        lines.append(f"no {GENERATION_CONFIG}: the released model's sampler is used, {steps} steps at most")
+    if generation.sampler.confidence == 0:
+        early = f"no early stop, every canvas takes all {steps} steps"
+        lines.append(f"confidence_threshold is 0: {early} (transformers refuses such a {GENERATION_CONFIG})")
+    return tuple(lines)
 
 
 def _checked(generation: GenerationConfig, config: ModelConfig, source: str) -> GenerationConfig:

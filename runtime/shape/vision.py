@@ -1,8 +1,10 @@
-"""The tensors of the vision part, from config.json's vision_config: checked like the text's, so that nothing unknown
-hides behind its prefix. A .gguf of this arch has no place for them; the plan says so and counts what is dropped."""
+"""The tensors of the vision part, from config.json's vision_config. They are checked like the text model's, so that no
+unknown tensor hides behind their prefix. A .gguf of this architecture has no place for them: they go into a file of
+their own (files/mmproj.py)."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from dgq.quant.errors import InputError
@@ -10,22 +12,26 @@ from dgq.quant.errors import InputError
 TOWER = "model.encoder.vision_tower."
 EMBED = "model.encoder.embed_vision."
 MAX_LAYERS = 1024
+NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+BOUNDS = ("input_min", "input_max", "output_min", "output_max")  # of a clipped linear
+
+
+def _count(vision: dict[str, Any], source: str, key: str) -> int:
+    value = vision.get(key)
+    if type(value) is not int or not 0 < value < 2**24:
+        raise InputError(f"{source}: vision_config.{key} is {value!r}, not a positive integer")
+    return value
 
 
 def expected_vision(raw: dict[str, Any], text_hidden: int, source: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every vision tensor. raw: the whole config.json; {} if it has no vision_config."""
+    """Canonical name -> shape of every vision tensor; {} for a config.json, `raw`, without vision_config. InputError
+    naming `source` and the key for settings that cannot be a vision tower's."""
     vision = raw.get("vision_config")
     if vision is None:
         return {}
     if not isinstance(vision, dict):
         raise InputError(f"{source}: vision_config is a {type(vision).__name__}, not an object")
-
-    def count(key: str) -> int:
-        value = vision.get(key)
-        if type(value) is not int or not 0 < value < 2**24:
-            raise InputError(f"{source}: vision_config.{key} is {value!r}, not a positive integer")
-        return value
-
+    count = partial(_count, vision, source)
     h, ffn, head = count("hidden_size"), count("intermediate_size"), count("head_dim")
     queries, keys = count("num_attention_heads") * head, count("num_key_value_heads") * head
     shapes: dict[str, tuple[int, ...]] = {
@@ -35,6 +41,9 @@ def expected_vision(raw: dict[str, Any], text_hidden: int, source: str) -> dict[
     }
     if vision.get("standardize"):
         shapes |= {TOWER + "std_bias": (h,), TOWER + "std_scale": (h,)}
+    layers = count("num_hidden_layers")
+    if layers > MAX_LAYERS:
+        raise InputError(f"{source}: vision_config.num_hidden_layers is {layers}, expected {MAX_LAYERS} at most")
     linears = {
         "self_attn.q_proj": (queries, h),
         "self_attn.k_proj": (keys, h),
@@ -44,16 +53,11 @@ def expected_vision(raw: dict[str, Any], text_hidden: int, source: str) -> dict[
         "mlp.up_proj": (ffn, h),
         "mlp.down_proj": (h, ffn),
     }
-    norms = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-    layers = count("num_hidden_layers")
-    if layers > MAX_LAYERS:
-        raise InputError(f"{source}: vision_config.num_hidden_layers is {layers}, expected {MAX_LAYERS} at most")
+    bounds = BOUNDS if vision.get("use_clipped_linears") else ()
     for index in range(layers):
         layer = f"{TOWER}encoder.layers.{index}."
         shapes |= {f"{layer}{name}.linear.weight": shape for name, shape in linears.items()}
-        shapes |= {f"{layer}{name}.weight": (h,) for name in norms}
+        shapes |= {f"{layer}{name}.weight": (h,) for name in NORMS}
         shapes |= {f"{layer}self_attn.{name}.weight": (head,) for name in ("q_norm", "k_norm")}
-        if vision.get("use_clipped_linears"):
-            bounds = ("input_min", "input_max", "output_min", "output_max")
-            shapes |= {f"{layer}{name}.{bound}": () for name in linears for bound in bounds}
+        shapes |= {f"{layer}{name}.{bound}": () for name in linears for bound in bounds}
     return shapes

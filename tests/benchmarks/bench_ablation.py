@@ -31,7 +31,7 @@ from bench_quality import RECIPES, convert, fixed, interval, note, run_dgq, show
 
 from dgq.convert.layerwise import passes, samples
 from dgq.convert.layerwise.chunk import Chunk
-from dgq.convert.verification.generate import open_model
+from dgq.convert.source.models import open_model
 
 ARMS = ("noised", "clean", "plain", "trajectories")
 

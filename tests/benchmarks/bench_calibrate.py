@@ -3,12 +3,12 @@
     python tests/benchmarks/bench_calibrate.py [--layers 2] [--device cuda] [--folder DIR] [--rounds 1] [--recipes R …]
         [--vram 24GiB] [--ram 16GiB]
 
-Makes a random checkpoint of a few layers (tests/benchmarks/bench_convert.py), runs `dgq calibrate` on it with the prompts that
+Makes a random checkpoint of a few layers (bench_convert.py), runs `dgq calibrate` on it with the prompts that
 ship for `tiny` (their tokenizer, the real canvas of 256), and then the refined conversion of each recipe, weights
 dropped instead of written. Also effort fast for the recipes that have it. Projection: the last layer's passes times 30
 (it is a full one, and the first has what comes once); way back and quantising of the first layer, a sliding one, times
 25, and of the last times 5; and what comes once. Not in it: the artifact's bytes written and hashed, and a disk slower
-than DIR, where hidden states of all layers lie. Beside each peak of memory what layerwise/memory.py counts at each
+than DIR, where hidden states of all layers lie. Beside each peak of memory what layerwise/estimate.py counts at each
 moment, with as many Hessians as the budget has room for. Ends in one JSON line.
 """
 
@@ -25,17 +25,18 @@ from typing import Any
 import torch
 from bench_convert import peak_rss, write_checkpoint
 
+from dgq.convert.calibration.calibrate import CalibrateOptions, calibrate
 from dgq.convert.calibration.stats import read_stats
-from dgq.convert.calibration.survey import calibrated
 from dgq.convert.layerwise.budget import Budget
-from dgq.convert.layerwise.memory import Needs, Sizes
+from dgq.convert.layerwise.estimate import Needs, Sizes
 from dgq.convert.layerwise.samples import used
 from dgq.convert.plans.plan import make_plan
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.checkpoint import open_source
-from dgq.convert.source.sizes import Size
+from dgq.convert.terminal.sizes import Size
 from dgq.convert.write.refine import refinable, refined
-from dgq.convert.write.slices import SEARCHED, Options, slices
+from dgq.convert.write.settings import ConversionSettings
+from dgq.convert.write.slices import slices
 
 LAYERS, FULL = 30, 5
 FORMATS = {"nvfp4-w4a16": "nvfp4", "bnb4": "bnb4", "q4_k_m": "gguf"}
@@ -84,10 +85,10 @@ def main() -> None:
         source = open_source(str(path))
         marks: list[float] = []
         began = clock(options.device)
-        about = calibrated(
-            source, Path(folder) / "stats", None, 0, options.rounds, options.device, None,
-            lambda done, total: marks.append(clock(options.device)), print, budget,
-        )  # fmt: skip
+        asked = CalibrateOptions(rounds=options.rounds, device=options.device, ram=options.ram, vram=options.vram)
+        about = calibrate(
+            str(path), Path(folder) / "stats", asked, lambda done, total: marks.append(clock(options.device)), print
+        )
         assert about is not None
         took = [round(b - a, 2) for a, b in zip([began, *marks], marks, strict=False)]
         layer = sum(took[options.layers - 1 :: options.layers])  # the last layer's: the first compiles kernels
@@ -107,7 +108,7 @@ def main() -> None:
             plan = make_plan(source, find_recipe(FORMATS[recipe], recipe))
             todo = [tensor for tensor in plan.tensors if refinable(tensor)]
             steps: list[tuple[str, float]] = []
-            how = Options("standard", None, 1, options.device, stats, budget=budget)
+            how = ConversionSettings("standard", None, 1, options.device, stats, budget=budget)
             needs = Needs(source, options.device, Sizes.of(used(stats.chunks)), todo)
             room = budget.room(needs, options.device, "refining")
             began = clock(options.device)
@@ -139,11 +140,11 @@ def main() -> None:
                 "projected_26b_s": round(layers + once),
                 "slowest": sorted(((round(s, 2), n) for n, s in spent.items()), reverse=True)[:4],
             }  # fmt: skip
-            if any(tensor.scheme.name in SEARCHED for tensor in todo):
+            if any(tensor.scheme.searched for tensor in todo):
                 began = clock(options.device)
                 count = 0
                 for tensor in [t for t in todo if f"layers.{options.layers - 1}." in t.name]:
-                    for piece in slices(plan, tensor, Options("fast", None, 1, options.device), None):
+                    for piece in slices(plan, tensor, ConversionSettings("fast", None, 1, options.device), None):
                         count += piece.run().numel
                 seconds = clock(options.device) - began
                 row["fast"] = {"layer_s": round(seconds, 2), "projected_26b_s": round(LAYERS * seconds)}

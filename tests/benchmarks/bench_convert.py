@@ -1,8 +1,11 @@
 """A model of the real widths, of few layers or whole: every format converted on the CPU and on the GPU, then run.
 
-    python tests/benchmarks/bench_convert.py [--layers 4] [--devices cpu cuda] [--folder DIR] [--threads N] [--recipes R …]
-    python tests/benchmarks/bench_convert.py --layers 30 --devices cuda --folder /dev/shm --no-run        the whole 26B: 52 GB
-    python tests/benchmarks/bench_convert.py --rss [--recipes R …]       peak resident memory on the CPU, 3 GB and 12.6 GB
+    python tests/benchmarks/bench_convert.py [--layers 4] [--devices cpu cuda] [--folder DIR] [--threads N]
+        [--recipes R …]
+    python tests/benchmarks/bench_convert.py --layers 30 --devices cuda --folder /dev/shm --no-run
+        the whole 26B: 52 GB
+    python tests/benchmarks/bench_convert.py --rss [--recipes R …]
+        peak resident memory on the CPU, 3 GB and 12.6 GB
 
 Makes a random checkpoint (hidden 2816, 128 experts of 704, vocabulary 262,144, with its vision part; tiny's
 tokenizer), converts it to each recipe in a process of its own on each device, compares every file of the two, and
@@ -135,7 +138,7 @@ def convert_here(source: str, recipe: str, out: str, device: str, threads: str) 
 
 def run_here(artifact: str, device: str) -> None:
     """The child: load, one canvas of six steps, milliseconds of the median step."""
-    from dgq.runtime.engine.engine import generate
+    from dgq.runtime.engine.engine import Request, generate
     from dgq.runtime.files.artifact import open_artifact
 
     opened = open_artifact(artifact)
@@ -145,10 +148,8 @@ def run_here(artifact: str, device: str) -> None:
     marks: list[float] = []
     prompt = [opened.tokenizer.encode("In the beginning was the word") * 20]
     endless = replace(opened.generation, sampler=replace(opened.generation.sampler, confidence=0.0))
-    result = generate(
-        model, prompt, endless, opened.config.canvas, seed=1, steps=6,
-        on_step=lambda step: marks.append(time.perf_counter()),
-    )  # fmt: skip
+    request = Request(prompt, endless, opened.config.canvas, seed=1, steps=6)
+    result = generate(model, request, on_step=lambda step: marks.append(time.perf_counter()))
     steps = [1000 * (b - a) for a, b in pairwise(marks)]
     gpu = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     print(json.dumps({

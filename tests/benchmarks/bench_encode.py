@@ -1,7 +1,9 @@
 """How fast weights are encoded: each scheme on one core beside its reference, on a slice of the real 26B.
 
-    python tests/benchmarks/bench_encode.py [--peers] [--layer 0] [--experts 8] [--embedding-rows 16384] [--full] [--runs 5]
-    python tests/benchmarks/bench_encode.py --device cuda      ours alone, held to the CPU's bytes on one slice of each tensor
+    python tests/benchmarks/bench_encode.py [--peers] [--layer 0] [--experts 8] [--embedding-rows 16384] [--full]
+        [--runs 5]
+    python tests/benchmarks/bench_encode.py --device cuda
+        ours alone, held to the CPU's bytes on one slice of each tensor
 
 The slice: every tensor of one layer, and the embedding, under the schemes that the plans of the 26B give them (for a
 scheme that the layer lacks: the first tensor that has it); random BF16 values, only so many experts and rows of the
@@ -34,7 +36,7 @@ from sparse26b import write_sparse_26b
 
 from dgq.convert.cli.__main__ import main as dgq
 from dgq.convert.write.slices import SLICE
-from dgq.quant.schemes.ggml import GGMLScheme, _quantize_chunk
+from dgq.quant.schemes.ggml.blocks import GGMLScheme, _quantize_chunk
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Scheme
 
@@ -112,7 +114,7 @@ def ggml_c(scheme: GGMLScheme, weight: torch.Tensor, importance: torch.Tensor | 
     for source, target, columns_weight in each:
         pointer = None if columns_weight is None else columns_weight.data_ptr()
         rows = source.numel() // columns
-        _quantize_chunk()(scheme.type_id, source.data_ptr(), target.data_ptr(), 0, rows, columns, pointer)
+        _quantize_chunk()(scheme.ggml.id, source.data_ptr(), target.data_ptr(), 0, rows, columns, pointer)
     return {"": out}
 
 

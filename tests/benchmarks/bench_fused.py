@@ -94,9 +94,8 @@ def layer(rows: int) -> Parts:
     w = torch.randn(5, HIDDEN, device="cuda")
     xs = [normal(n, HIDDEN) for _ in range(CALLS)]
     other, parts, scalar = normal(n, HIDDEN), normal(n, 8, HIDDEN), normal(1)
-    feed, out = fused.Feed(normal(n, HIDDEN), normal(n, HIDDEN), normal(n, HIDDEN)), normal(n, HIDDEN)
+    out = normal(n, HIDDEN)
     scores, scale = normal(n, 128), normal(128)
-    routing = fused.route(scores, scale, 8)
 
     def route() -> torch.Tensor:
         share, chosen = scores.softmax(-1, dtype=torch.float32).topk(8, dim=-1)
@@ -110,17 +109,17 @@ def layer(rows: int) -> Parts:
         both = rms_norm(other, w[0], EPS) + rms_norm(parts.sum(1), w[1], EPS)
         return rms_norm((x + rms_norm(both, w[2], EPS)) * scalar, w[3], EPS)
 
-    mix = partial(fused.mixed, seen=other, after=w[0], dense=w[1], routed=w[2], router_scale=w[3], eps=EPS, out=feed)
-    end = partial(fused.fed, dense=other, weights=(w[0], w[1], w[2]), scalar=scalar, following=w[3], eps=EPS, out=out)
+    mix = partial(fused.mixed, seen=other, weights=(w[0], w[1], w[2]), router_scale=w[3], eps=EPS)
+    end = partial(fused.fed, dense=other, weights=(w[0], w[1], w[2], w[3]), scalar=scalar, eps=EPS)
     return {
         "norm": (
-            [partial(fused.norm, x, w[0], EPS, out=out) for x in xs],
+            [partial(fused.norm, x, w[0], EPS) for x in xs],
             [partial(rms_norm, x, w[0], EPS) for x in xs],
         ),
         "mixed": ([partial(mix, x) for x in xs], [partial(mixed, x) for x in xs]),
         "fed, one part": ([partial(end, x, routed=other) for x in xs], []),
         "fed, eight parts": ([partial(end, x, routed=parts) for x in xs], [partial(fed, x) for x in xs]),
-        "route": ([partial(fused.route, scores, scale, 8, *routing)] * CALLS, [route] * CALLS),
+        "route": ([partial(fused.route, scores, scale, 8)] * CALLS, [route] * CALLS),
     }
 
 
@@ -140,10 +139,9 @@ def attention(rows: int, context: int) -> Parts:
         q, k, v = product.split((HEADS * dim, kv * dim, kv * dim), -1)
         caches = [normal(2, rows, kv, size, dim) for _ in range(CALLS)]
         queries = [normal(rows, HEADS, CANVAS, dim) * dim**-0.5 for _ in range(CALLS)]
-        out, to = normal(rows, CANVAS, HEADS * dim), torch.empty_like(queries[0])
-        places = [partial(fused.place, q, k, v, norms, turns, *c, length, EPS, None, to) for c in caches]
+        places = [partial(fused.place, q, k, v, norms, turns, fused.KeyValues(*c, length), EPS) for c in caches]
         ours = [
-            partial(cached_attention.attend, q, *c, length, window, out=out)
+            partial(cached_attention.attend, q, fused.KeyValues(*c, length), fused.Mask(window))
             for q, c in zip(queries, caches, strict=True)
         ]
         seen = held + CANVAS
@@ -151,9 +149,7 @@ def attention(rows: int, context: int) -> Parts:
             partial(folded_sdpa, q, c[0][:, :, :seen], c[1][:, :, :seen]) for q, c in zip(queries, caches, strict=True)
         ]
         parts |= {f"place, {name}": (places, []), f"attend, {name}": (ours, torchs)}
-        parts |= {
-            f"rotations, {name}": ([partial(fused.rotations, length, norms[0][: dim // 2], CANVAS, turns)] * CALLS, [])
-        }
+        parts |= {f"rotations, {name}": ([partial(fused.rotations, length, norms[0][: dim // 2], CANVAS)] * CALLS, [])}
     return parts
 
 

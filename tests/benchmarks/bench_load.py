@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_load.py [--layers 30] [--folder /dev/shm] [--recipes bf16 nvfp4-w4a16 bnb4 q4_k_m]
         [--groups 24 25]       elements repacked at a time, as powers of two, instead of repack.GROUP_ELEMENTS
 
-Makes a random checkpoint (tests/benchmarks/bench_convert.py), converts it on the GPU, and opens each in processes of their own:
+Makes a random checkpoint (bench_convert.py), converts it on the GPU, and opens each in processes of their own:
 the first with an empty cache of kernels, as on a machine where dgq never ran; then again. Times are from a process's
 start: its imports, the files opened, the weights loaded, the first of a block's steps done with a prompt of 1,024
 tokens. GiB that torch allocated and held at most while loading, and until the block was done, beside what `dgq plan`
@@ -38,8 +38,8 @@ def load_here(path: str, group: str, began: str) -> None:
 
     import torch
 
-    from dgq.convert.verification.generate import open_model
-    from dgq.runtime.engine.engine import generate
+    from dgq.convert.source.models import open_model
+    from dgq.runtime.engine.engine import Request, generate
     from dgq.runtime.kernels import repack
 
     if group != "0":
@@ -55,10 +55,8 @@ def load_here(path: str, group: str, began: str) -> None:
     first: list[float] = []
     prompt = (artifact.tokenizer.encode("In the beginning was the word. ") * CONTEXT)[:CONTEXT]
     sampler = replace(artifact.generation.sampler, steps=STEPS, confidence=0.0)
-    generate(
-        model, [prompt], replace(artifact.generation, sampler=sampler), artifact.config.canvas, seed=1,
-        on_step=lambda step: first.append(time.time()),
-    )  # fmt: skip
+    request = Request([prompt], replace(artifact.generation, sampler=sampler), artifact.config.canvas, seed=1)
+    generate(model, request, on_step=lambda step: first.append(time.time()))
     marks.append(("first step", first[0]))
     seconds = {what: round(at - float(began), 2) for what, at in marks}
     print(json.dumps({"seconds": seconds, "loading_gib": loading, "block_gib": peaks()}))

@@ -21,7 +21,7 @@ from bench_quality import fixed, interval, note, run_dgq, show, texts_of
 from dgq.convert.plans.plan import make_plan
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.checkpoint import open_source
-from dgq.convert.verification.generate import open_model
+from dgq.convert.source.models import open_model
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """What quantised `tiny` lost beside the reference quantisers' own work: the meter of calibration and error feedback.
 
-    python tests/benchmarks/bench_quality.py [--seeds 0 1] [--formats nvfp4 bnb4 gguf] [--efforts fast standard] [--free 512]
-                                  [--stats FILE …] [--rounds N] [--texts 64 | --windows] [--device cpu|cuda]
-                                  [--draws 1] [--workers N] [--folder DIR] [--peers own|stock]
+    python tests/benchmarks/bench_quality.py [--seeds 0 1] [--formats nvfp4 bnb4 gguf] [--efforts fast standard]
+                                  [--free 512] [--stats FILE …] [--rounds N] [--texts 64 | --windows]
+                                  [--device cpu|cuda] [--draws 1] [--workers N] [--folder DIR] [--peers own|stock]
 
     fixed canvases   a held-out text's first 96 tokens, then a canvas of its next 64, each replaced by a random one with
                      probability .25/.5/.75/1; without self-conditioning and on BF16's own logits of that canvas.
@@ -49,13 +49,14 @@ from click.testing import CliRunner
 from torch import Tensor
 
 from dgq.convert.cli.__main__ import main as dgq
-from dgq.convert.plans.plan import PlannedTensor, make_plan
+from dgq.convert.plans.plan import make_plan
 from dgq.convert.plans.recipes import find_recipe
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.source.checkpoint import open_source
-from dgq.convert.verification.generate import open_model
+from dgq.convert.source.models import open_model
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
-from dgq.runtime.engine.engine import generate
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.artifact import Artifact
 from dgq.runtime.model.model import Model
 
@@ -368,7 +369,7 @@ def free_run(model: Model, source: Artifact, parts: list[tuple[list[list[int]], 
             canvases = []
             for draw in range(draws):
                 tokens = blocks * source.config.canvas
-                result = generate(model, batch, source.generation, tokens, seed=draw, rows=rows)
+                result = generate(model, Request(batch, source.generation, tokens, seed=draw, rows=rows))
                 canvases.append(result.canvases[:, : source.config.canvas])
                 for i, (took, stopped) in enumerate(zip(result.steps, result.stopped_early, strict=True)):
                     taken[:, i, draw, : len(took)] = torch.tensor([[float(n) for n in took], stopped])

@@ -1,14 +1,15 @@
 """`--ram` on a model larger than it: peak memory of `dgq calibrate` and `convert --stats` at the real widths, on a CPU.
 
-    python tests/benchmarks/bench_ram.py [--layers 5] [--ram 8GiB] [--recipes nvfp4 …] [--folder DIR] [--documents 1] [--same]
+    python tests/benchmarks/bench_ram.py [--layers 5] [--ram 8GiB] [--recipes nvfp4 …] [--folder DIR] [--documents 1]
+        [--same]               converts once more without the option and compares every byte
         [--recipes q4_k-first]     the first layer's experts alone: all layers gone back through, one quantised
         [--row-groups 64]      fewer: sooner done, not so well, in a little more memory
         [--source DIR]         a checkpoint made before
 
-Makes a random checkpoint (tests/benchmarks/bench_convert.py: hidden 2816, 128 experts of 704, vocabulary 262,144), calibrates it
+Makes a random checkpoint (bench_convert.py: hidden 2816, 128 experts of 704, vocabulary 262,144), calibrates it
 on a few documents, one round, and converts it, each command in a process of its own. Prints for each: seconds, VmHWM
 (all pages, those of mapped files too), the most RssAnon of one look every 20 ms, and the floor by moments as estimated.
---same: converts once more without the option and compares every byte. Ends in one JSON line; exit code 1 if a peak was
+Ends in one JSON line; exit code 1 if a peak was
 above the budget.
 """
 
@@ -56,24 +57,24 @@ def command_here(row_groups: str, *arguments: str) -> None:
     """The child: one dgq command, its cost as JSON on the last line."""
     from click.testing import CliRunner
 
-    from dgq.convert.calibration import survey
+    from dgq.convert.calibration import calibrate
     from dgq.convert.cli.__main__ import main
-    from dgq.convert.layerwise import memory
+    from dgq.convert.layerwise import estimate
     from dgq.quant.feedback import feedback
 
     feedback.ROW_GROUPS = int(row_groups)
 
-    survey.MORE = 1  # or experts that saw few tokens would make it four rounds
+    calibrate.MORE = 1  # or experts that saw few tokens would make it four rounds
     most, done = [0.0], threading.Event()
     estimates: list[dict[str, int]] = []
-    moments = memory.Needs.moments
+    moments = estimate.Needs.moments
 
     def noted(self: Any) -> Any:
         found = moments(self)
         estimates.append({moment: sum(parts.values()) for moment, parts in found.items()})
         return found
 
-    memory.Needs.moments = noted  # type: ignore[method-assign]
+    estimate.Needs.moments = noted  # type: ignore[method-assign]
 
     def look() -> None:
         while not done.wait(0.02):
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path)
     parser.add_argument("--same", action="store_true")
     options = parser.parse_args()
-    from dgq.convert.source.sizes import Size
+    from dgq.convert.terminal.sizes import Size
 
     report: dict[str, Any] = {"layers": options.layers, "ram": options.ram, "documents": options.documents,
                               "row_groups": options.row_groups}  # fmt: skip

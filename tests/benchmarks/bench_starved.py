@@ -26,7 +26,7 @@ from click.testing import CliRunner
 from dgq.convert.calibration.stats import read_stats
 from dgq.convert.cli.__main__ import main as dgq
 from dgq.convert.source.checkpoint import open_source
-from dgq.convert.verification.generate import open_model
+from dgq.convert.source.models import open_model
 from dgq.convert.write import refine
 from dgq.runtime.model.model import Model
 

@@ -30,9 +30,9 @@ import torch
 from click.testing import CliRunner
 
 from dgq.convert.cli.__main__ import main as cli
-from dgq.convert.verification.generate import open_model
+from dgq.convert.source.models import open_model
 from dgq.quant.schemes.registry import SCHEMES
-from dgq.runtime.engine.engine import generate
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.artifact import Artifact
 from dgq.runtime.model.model import Model
 
@@ -116,7 +116,7 @@ def solve(model: Model, artifact: Artifact, tasks: int) -> dict[str, Any]:
     for start in range(0, len(items), ROWS):
         batch = items[start : start + ROWS]
         prompts = [artifact.tokenizer.chat(item["messages"]) for item in batch]
-        result = generate(model, prompts, artifact.generation, artifact.config.canvas, seed=start)
+        result = generate(model, Request(prompts, artifact.generation, artifact.config.canvas, seed=start))
         for item, tokens, took, stopped in zip(batch, result.tokens, result.steps, result.stopped_early, strict=True):
             correct = artifact.tokenizer.decode(tokens).strip() == item["answer"]
             right += correct

@@ -1,7 +1,7 @@
 """`dgq validate` from end to end at the real model's shapes, on a GPU: time and peak memory. Nothing is downloaded.
 
-    python tests/benchmarks/bench_validate.py [--layers 30] [--full] [--scheme nvfp4|nf4|q4_k] [--device cuda] [--shapes 26b|tiny]
-                                   [--out DIR]
+    python tests/benchmarks/bench_validate.py [--layers 30] [--full] [--scheme nvfp4|nf4|q4_k] [--device cuda]
+        [--shapes 26b|tiny] [--out DIR]
 
 Weights are random (a name's are the same at every reading: they are made anew on the device from a seed), so the 52 GB
 of BF16 and the artifact take no disk. The artifact's experts are in --scheme, all else is BF16, as in an NVFP4 file.
@@ -28,8 +28,8 @@ from click.testing import CliRunner
 
 from dgq.convert.cli.__main__ import main as dgq
 from dgq.convert.resume.work import Work
-from dgq.convert.validation import flow
-from dgq.convert.verification.generate import open_model
+from dgq.convert.source.models import open_model
+from dgq.convert.validation import inputs
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.files.artifact import Artifact
@@ -146,7 +146,7 @@ def main() -> None:
         return found
 
     Work.each = timed  # type: ignore[method-assign]
-    flow.open_model = lambda name, *more: opened(options, "bf16" if name == "SRC" else options.scheme)
+    inputs.open_model = lambda name, *more, **named: opened(options, "bf16" if name == "SRC" else options.scheme)
     with tempfile.TemporaryDirectory() as folder:
         out = options.out or Path(folder) / "report"
         arguments = ["validate", "random", "--against", "SRC", "-o", str(out), "--device", options.device, "--json"]

@@ -170,6 +170,7 @@ def test_both_sides_must_be_one(tmp_path: Path) -> None:
     assert len(adapter.deltas) == 6 and adapter.sides == {"encoder", "decoder"} and "alone" not in adapter.notice
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_converted_run_and_verified(made: dict[str, Any], tmp_path: Path) -> None:
     """The artifact is that of the merged checkpoint, says what it was merged with, and is verified with it alone."""
     paths = made["patterns"][0], made["plain"][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from click.testing import CliRunner
 from torch.nn import functional
 
-from dgq.convert.cli.__main__ import main
 from dgq.quant.errors import InputError
 from dgq.quant.schemes.nvfp4 import NVFP4, decode, encode
 from dgq.quant.types import Packed
@@ -21,26 +20,11 @@ from dgq.runtime.engine.batch import encode_each
 from dgq.runtime.files.artifact import Artifact, open_artifact
 from dgq.runtime.files.images import placed
 from dgq.runtime.model.layers import experts, linear
-from dgq.runtime.model.model import Model
+from dgq.runtime.model.model import LoadOptions, Model
 
 transformers: Any = pytest.importorskip("transformers")
 TINY = Path(__file__).parents[2] / "recipes" / "tiny"
-RECIPES = {
-    "nvfp4": "nvfp4",
-    "nvfp4-w4a16": "nvfp4",
-    "nvfp4-all": "nvfp4",
-    "bnb4": "bnb4",
-    "bnb4-dq": "bnb4",
-    "q4_k_m": "gguf",
-}
-
-
-def convert(recipe: str, out: Path) -> Path:
-    result = CliRunner().invoke(
-        main, ["convert", "tiny", "--to", RECIPES[recipe], "--recipe", recipe, "--effort", "stock", "-o", str(out)]
-    )
-    assert result.exit_code == 0, result.output
-    return out
+RECIPES = ("nvfp4", "nvfp4-w4a16", "nvfp4-all", "bnb4", "bnb4-dq", "q4_k_m")
 
 
 @dataclass
@@ -66,8 +50,8 @@ def bf16() -> tuple[Model, Artifact]:
 
 
 @pytest.fixture(scope="module", params=RECIPES)
-def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, oracle: Any) -> Both:
-    artifact = open_artifact(convert(request.param, tmp_path_factory.mktemp("artifact") / "out"))
+def both(request: pytest.FixtureRequest, converted: Callable[[str, str], Path], oracle: Any) -> Both:
+    artifact = open_artifact(converted(request.param, "stock"))
     original, changed = open_artifact(TINY).weights, 0
     for name, weight in artifact.weights.items():
         target = oracle.get_parameter(name) if "layer_scalar" not in name else oracle.get_buffer(name)
@@ -75,7 +59,7 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             target.copy_(weight.dequantize())
         changed += not torch.equal(weight.dequantize(), original[name].dequantize())
     assert changed >= 12, "quantised weights differ from the original's"
-    return Both(artifact, Model(artifact.config, artifact.weights, keep_decoded=0), oracle)
+    return Both(artifact, Model(artifact.config, artifact.weights, options=LoadOptions(keep_decoded=0)), oracle)
 
 
 @pytest.mark.parametrize("lengths", [(40,), (150,), (110, 30, 70)], ids=["short", "past the window", "left padding"])
@@ -204,20 +188,22 @@ def test_w4a4_experts_by_formula() -> None:
     torch.testing.assert_close(linear(x, gate_up[1]), rounded(x, gate_up, 1) @ gate_up[1].dequantize().T)
 
 
-def test_activations_of_an_artifact(tmp_path: Path) -> None:
+def test_activations_of_an_artifact(converted: Callable[[str, str], Path]) -> None:
     """W4A4 changes the logits a little; weight-only files have no scales and say so; the decoded path rounds too."""
-    artifact = open_artifact(convert("nvfp4", tmp_path / "w4a4"))
+    artifact = open_artifact(converted("nvfp4", "stock"))
     ids = torch.arange(20, 84).unsqueeze(0)
     logits = []
     for activations, keep in ((None, 0), ("nvfp4", 0), ("nvfp4", 1 << 30)):
-        model = Model(artifact.config, artifact.weights, keep_decoded=keep, activations=activations)
+        model = Model(
+            artifact.config, artifact.weights, options=LoadOptions(keep_decoded=keep, activations=activations)
+        )
         cache = model.new_cache(1)
         model.encode(ids, cache)
         logits.append(model.decode(ids, cache))
     torch.testing.assert_close(logits[1], logits[2], atol=1e-3, rtol=0)
     assert 1e-2 < (logits[0] - logits[1]).abs().max() < 20
     assert (logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean() > 0.5
-    plain = open_artifact(convert("nvfp4-w4a16", tmp_path / "w4a16"))
+    plain = open_artifact(converted("nvfp4-w4a16", "stock"))
     with pytest.raises(InputError, match="holds no input scales"):
         plain.load(activations="nvfp4")
 
@@ -228,7 +214,7 @@ def test_logits_on_cuda(both: Both) -> None:
     ids = torch.arange(20, 84).unsqueeze(0)
     logits = []
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
-        model = Model(both.artifact.config, both.artifact.weights, device, dtype, keep_decoded=0)
+        model = Model(both.artifact.config, both.artifact.weights, device, dtype, options=LoadOptions(keep_decoded=0))
         cache = model.new_cache(1)
         model.encode(ids.to(device), cache)
         logits.append(model.decode(ids.to(device), cache).cpu())

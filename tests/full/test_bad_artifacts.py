@@ -302,9 +302,6 @@ NVFP4: dict[str, Case] = {
     "experts without end": Case(
         text_config(num_experts=200_000), ("layers.0.experts.gate_up_proj [200000, 128, 128]", "files hold")
     ),
-    "experts plain": Case(
-        plain("model.decoder.layers.0.experts", "model.decoder.layers.1.experts"), ("nvfp4", "every weight is plain")
-    ),
     "experts not fused, in BF16": Case(experts_of_their_own, ("experts.0.gate_proj.weight_scale is missing",)),
     "quantised, and says nothing": Case(
         both(unsaid, removed("hf_quant_config.json")), ("experts.gate_up_proj is missing", "4 missing, 144 unknown")
@@ -420,7 +417,6 @@ BNB: dict[str, Case] = {
         config(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}),
         ("weight_scale is missing", "unknown"),
     ),
-    "all plain": Case(plain("model.decoder."), ("said to be nf4", "every weight is plain")),
     "plain, with its absmax": Case(
         replaced(QUERY, lambda t: torch.zeros(128, 128).bfloat16()), (SINGLE, QUERY + ".", "not part of the model")
     ),
@@ -613,7 +609,7 @@ def test_an_artifact_is_no_source(recipe: str, good: Path, tmp_path: Path) -> No
 
 def test_an_artifact_of_several_files(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It holds the same tensors as one file does; a damaged or missing shard is named."""
-    monkeypatch.setattr("dgq.convert.write.hf_artifact.shards", partial(shards, limit=200_000))
+    monkeypatch.setattr("dgq.convert.write.artifact_files.shards", partial(shards, limit=200_000))
     out = convert(good / "source", tmp_path / "out", "nvfp4-w4a16")
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 3 and len(works(out)["tensors"]) == 67

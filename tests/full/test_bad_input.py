@@ -290,7 +290,8 @@ def test_a_full_disk_is_noticed_before_it_fills(tmp_path: Path, monkeypatch: pyt
 def test_recipes(tmp_path: Path) -> None:
     source = str(write_micro(tmp_path / "source"))
     line = error_of("plan", source, "--to", "gguf", "--recipe", "q9")
-    assert "unknown recipe 'q9'; dgq has bnb4, bnb4-dq, nvfp4, nvfp4-all, nvfp4-w4a16, q4_k_m, q6_k, q8_0" in line
+    names = "bnb4, bnb4-dq, iq4_nl, nvfp4, nvfp4-all, nvfp4-w4a16, q4_k_m, q6_k, q8_0"
+    assert f"unknown recipe 'q9'; dgq has {names}" in line
     assert "recipe nvfp4 makes nvfp4, not bnb4" in error_of("plan", source, "--to", "bnb4", "--recipe", "nvfp4")
     recipe = tmp_path / "mine.toml"
     assert "mine.toml: no such recipe" in error_of("plan", source, "--to", "gguf", "--recipe", str(recipe))

@@ -17,18 +17,21 @@ from micro import micro_config, write_micro
 from sparse26b import write_sparse_26b
 from torch.profiler import ProfilerActivity, profile
 
-from dgq.convert.calibration.survey import Survey
+from dgq.convert.calibration.input_sums import InputSums
 from dgq.convert.cli.__main__ import main
-from dgq.convert.layerwise import budget, memory, passes, samples
+from dgq.convert.layerwise import budget, estimate, passes, samples, schedule
 from dgq.convert.layerwise.budget import Budget
 from dgq.convert.layerwise.chunk import Chunk
-from dgq.convert.layerwise.memory import Hessian, Needs, Sizes, at_once, trips
+from dgq.convert.layerwise.estimate import Needs, Sizes
 from dgq.convert.layerwise.passes import Rows
+from dgq.convert.layerwise.schedule import Hessian, at_once, trips
 from dgq.convert.layerwise.stream import Stream
-from dgq.convert.plans.plan import Plan, PlannedTensor, make_plan
+from dgq.convert.plans.plan import Plan, make_plan
 from dgq.convert.plans.recipes import find_recipe
+from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.source.checkpoint import Source, open_source
-from dgq.convert.source.sizes import Size, shown
+from dgq.convert.source.sizes import shown
+from dgq.convert.terminal.sizes import Size
 from dgq.convert.write import refine
 from dgq.convert.write.refine import refinable
 from dgq.quant.errors import InputError
@@ -117,20 +120,20 @@ def _floor(micro: Path, stats: Path | None) -> int:
 @pytest.fixture
 def single(monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts are quantised one by one, so that their Hessians can be gathered one by one."""
-    monkeypatch.setattr(memory, "GROUP", {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(schedule, "GROUP", {"cpu": 1, "cuda": 1})
 
 
 @pytest.fixture
 def ways(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | str, bool]]:
     """Each way back through a stage, and whether the stage comes again."""
     found: list[tuple[int | str, bool]] = []
-    real = passes.Passes.back
+    real = passes.SamplePasses.back
 
-    def back(self: passes.Passes, stage: int | str, sense: Any, again: bool = False) -> None:
+    def back(self: passes.SamplePasses, stage: int | str, sense: Any, again: bool = False) -> None:
         found.append((stage, again))
         real(self, stage, sense, again)
 
-    monkeypatch.setattr(passes.Passes, "back", back)
+    monkeypatch.setattr(passes.SamplePasses, "back", back)
     return found
 
 
@@ -292,9 +295,9 @@ def _layer(plan: Plan, number: int) -> list[PlannedTensor]:
 def test_hessians_of_the_26b_by_hand(real: Plan) -> None:
     by_name = {str(t.source).split(f"layers.{5}.")[1]: t for t in _layer(real, 5)}
     gate_up, down = Hessian.of(by_name["experts.gate_up_proj"]), Hessian.of(by_name["experts.down_proj"])
-    assert gate_up.own == gate_up.shared == 4 * (2816**2 + 1408**2)
-    assert (down.own, down.shared) == (4 * 704**2, 4 * (704**2 + 2816**2))
-    assert Hessian.of(by_name["self_attn.o_proj.weight"]).own == 4 * (8192**2 + 2816**2)
+    assert gate_up.apart == gate_up.shared == 4 * (2816**2 + 1408**2)
+    assert (down.apart, down.shared) == (4 * 704**2, 4 * (704**2 + 2816**2))
+    assert Hessian.of(by_name["self_attn.o_proj.weight"]).apart == 4 * (8192**2 + 2816**2)
     assert at_once(by_name["experts.gate_up_proj"], "cuda") == 33 and at_once(by_name["experts.down_proj"], "cpu") == 33
 
 
@@ -316,9 +319,9 @@ def test_trips_of_the_26b(real: Plan, device: str, room: int) -> None:
         shared: dict[str, int] = {}  # of the weights begun so far
         for trip in found:
             shared |= {name: sums[name].shared for name in trip}
-            own = sum(sums[name].own * (part.stop - part.start) for name, part in trip.items())
+            own = sum(sums[name].apart * (part.stop - part.start) for name, part in trip.items())
             assert sum(shared.values()) + own <= room
-        whole = sum(sums[name].shared + sums[name].own * count for name, count in shapes.items())
+        whole = sum(sums[name].shared + sums[name].apart * count for name, count in shapes.items())
         fewest = whole // (room - sum(shared.values()) - 1.25 * GIB)
         assert (len(found) == 1) == (whole <= room) and len(found) <= 2 + fewest
 
@@ -356,11 +359,11 @@ def shaped(shape: str, path: Path, monkeypatch: pytest.MonkeyPatch, **more: int)
     } | changes | more  # fmt: skip
     config["canvas_length"] = 64
     monkeypatch.setattr("dgq.runtime.model.layers.DECODE_BUDGET", 1 << 18)
-    for module in ("dgq.convert.layerwise.stream", "dgq.convert.layerwise.memory"):
+    for module in ("dgq.convert.layerwise.stream", "dgq.convert.layerwise.estimate"):
         monkeypatch.setattr(f"{module}.FEED_TOKENS", {"cpu": tokens, "cuda": tokens})
         monkeypatch.setattr(f"{module}.HEAD_TOKENS", 128)
     for table in ("BASE", "WORKSPACE"):
-        monkeypatch.setattr(memory, table, {"cpu": 0, "cuda": 0})
+        monkeypatch.setattr(estimate, table, {"cpu": 0, "cuda": 0})
     return open_source(str(write_micro(path, config, shards=0)))
 
 
@@ -397,7 +400,7 @@ def _allocated(source: Source, chunk: Chunk, dtype: torch.dtype) -> dict[str, in
 
     found = {"layer": 0, "way back": 0}
     for index in range(2):
-        layer, back = stream.layer(index, Survey(source.config.experts)), stream.layer(index, sense=_weighted)
+        layer, back = stream.layer(index, InputSums(source.config.experts)), stream.layer(index, backward=_weighted)
         found["layer"] = max(found["layer"], most(lambda layer=layer: layer(chunk, x.clone())))
         found["way back"] = max(found["way back"], most(lambda back=back: back.pull(chunk, x.clone(), x.clone())))
     stream.soften(torch.zeros(1, source.config.vocab))  # reads the table
@@ -415,7 +418,7 @@ def test_what_quantising_takes(scheme: str, shape: tuple[int, int, int], outputs
     h, g = (torch.eye(size).expand(experts, size, size).clone() for size in (columns, rows if outputs else 1))
     quantise = partial(feedback, hessian=h, scheme=SCHEMES[scheme], outputs=g if outputs else None)
     allocated = peak(lambda: by_matrix(quantise, weight)) + 4 * (h.numel() + g.numel())
-    counted = Hessian(0, 0, rows, columns, outputs, False).quantising(experts, rows)
+    counted = estimate._quantising(Hessian(0, 0, rows, columns, outputs, False), experts, rows)
     print(f"{scheme} {shape}: {counted:,} counted, {allocated:,} allocated, {counted / allocated:.2f}")
     assert allocated <= counted <= 1.8 * allocated
 

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from micro import micro_config, micro_tensors, write_micro
 
-from dgq.convert.calibration import activations
+from dgq.convert.calibration import input_scales
 from dgq.convert.cli.__main__ import main
 from dgq.convert.source.checkpoint import open_source
 from dgq.runtime.files.tokenizer import Tokenizer
@@ -32,13 +32,13 @@ def test_amax_of_both_sides_against_transformers(monkeypatch: pytest.MonkeyPatch
             return f(self, ids, cache, *rest)
 
         monkeypatch.setattr(Model, name, recorded)
-    scales, about = activations.input_scales(open_source("tiny"), "cpu", lambda done, total: None)
-    texts, chats = activations.TEXTS // activations.BATCH, activations.CHATS // activations.BATCH
-    chat = ["encode"] * activations.BATCH + ["decode"] * activations.DRAFTS
+    scales, about = input_scales.input_scales(open_source("tiny"), "cpu", lambda done, total: None)
+    texts, chats = input_scales.TEXTS // input_scales.BATCH, input_scales.CHATS // input_scales.BATCH
+    chat = ["encode"] * input_scales.BATCH + ["decode"] * input_scales.DRAFTS
     assert [name for name, _, _ in calls] == ["encode", "decode", "decode"] * texts + chat * chats
-    assert calls[0][1].shape == (activations.BATCH, about["prompt_tokens"])
+    assert calls[0][1].shape == (input_scales.BATCH, about["prompt_tokens"])
     assert [conditioning is None for name, _, conditioning in calls if name == "decode"] == (
-        [True, False] * texts + ([True] + [False] * (activations.DRAFTS - 1)) * chats
+        [True, False] * texts + ([True] + [False] * (input_scales.DRAFTS - 1)) * chats
     )
     oracle = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(
         TINY, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
@@ -94,7 +94,7 @@ def test_amax_of_both_sides_against_transformers(monkeypatch: pytest.MonkeyPatch
     louder = set()
     for name, scale in scales.items():
         both = {side: about["amax"][side][name] for side in seen}
-        assert scale == pytest.approx(activations.HEADROOM * max(both.values()) / 2688, rel=1e-6)
+        assert scale == pytest.approx(input_scales.HEADROOM * max(both.values()) / 2688, rel=1e-6)
         louder.add(max(both, key=lambda side: both[side]))
     assert louder == {"encoder", "decoder"}, "either side decides somewhere, or one of them need not be run"
 
@@ -103,9 +103,9 @@ def test_texts_chats_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts begin at their beginnings, chats end where an answer would, canvases are replaced by their rows' shares."""
     source = open_source("tiny")
     tokenizer = Tokenizer.from_dir(source.path)
-    texts, chats = activations._texts(source, tokenizer), activations._chats(source, tokenizer)
-    assert texts.shape == (activations.TEXTS, activations.PROMPT + 64) and bool((texts[:, 0] == 2).all()), "<bos>"
-    assert len({tuple(row.tolist()) for row in texts}) == activations.TEXTS and not bool((texts == 0).any())
+    texts, chats = input_scales._texts(source, tokenizer), input_scales._chats(source, tokenizer)
+    assert texts.shape == (input_scales.TEXTS, input_scales.PROMPT + 64) and bool((texts[:, 0] == 2).all()), "<bos>"
+    assert len({tuple(row.tolist()) for row in texts}) == input_scales.TEXTS and not bool((texts == 0).any())
     assert all(tokenizer.decode(chat, keep_special=True).endswith("<|turn>model\n") for chat in chats)
     decoded: list[torch.Tensor] = []
     stock = Model.decode
@@ -115,8 +115,8 @@ def test_texts_chats_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
         return stock(self, ids, *rest)
 
     monkeypatch.setattr(Model, "decode", decode)
-    activations.input_scales(source, "cpu", lambda done, total: None)
-    canvases = torch.cat(decoded[0 : 2 * activations.TEXTS // activations.BATCH : 2])
+    input_scales.input_scales(source, "cpu", lambda done, total: None)
+    canvases = torch.cat(decoded[0 : 2 * input_scales.TEXTS // input_scales.BATCH : 2])
     shares = (canvases != texts[:, -64:]).float().mean(1).tolist()
     assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.12)
 
@@ -142,5 +142,5 @@ def test_a_model_without_a_chat_template(tmp_path: Path) -> None:
 
 
 def test_the_same_scales_every_time() -> None:
-    found = [activations.input_scales(open_source("tiny"), "cpu", lambda done, total: None) for _ in range(2)]
+    found = [input_scales.input_scales(open_source("tiny"), "cpu", lambda done, total: None) for _ in range(2)]
     assert found[0] == found[1]

@@ -18,14 +18,15 @@ from dgq.quant.errors import InputError
 from dgq.runtime.engine import engine, turns
 from dgq.runtime.engine.batch import encode_each
 from dgq.runtime.engine.chat import Chat
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.engine.plain import Plain
 from dgq.runtime.engine.turns import SessionStore, TurnOnSlots, Turns
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.files.images import Once, parted, placed
 from dgq.runtime.files.tokenizer import Tokenizer
 from dgq.runtime.model.session import Session
-from dgq.runtime.model.slots import Canvas
-from dgq.runtime.shape.pictured import Pictured, told
+from dgq.runtime.model.slots import CanvasView
+from dgq.runtime.shape.pictured import Pictured, marks_of
 
 TESTS = Path(__file__).parent.parent
 SAID = (
@@ -59,7 +60,11 @@ def store(request, monkeypatch, model) -> Iterator[str]:
     if request.param == "slots":
         monkeypatch.setattr(engine, "TurnOnCache", TurnOnSlots)
     yield request.param
-    model.session = None
+    model.drop_session()
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
 
 
 def endless(artifact: Any) -> Any:
@@ -71,11 +76,11 @@ def logits_of(store: Any, model: Any, canvas: torch.Tensor) -> torch.Tensor:
     """Of a canvas behind what a conversation's store holds."""
     if hasattr(store, "cache"):
         return model.decode(canvas, store.cache)
-    state, view = store.session.state, Canvas(store.session.slots, 1, model.config.canvas)
+    state, view = store.session.state, CanvasView(store.session.slots, 1, model.config.canvas)
     kept = state.canvas.clone()
     state.canvas.copy_(canvas)
     state.soft.zero_()
-    found = store.session.passes.decode(state, view)
+    found = store.session.backend.decode(state, view)
     state.canvas.copy_(kept)
     return found
 
@@ -97,7 +102,7 @@ def worst(monkeypatch, model) -> list[float]:
 
     def compared(self: Turns, place: Any, ids: Any, window: int) -> None:
         begin(self, place, ids, window)
-        assert self.ids == told(ids)
+        assert self.ids == marks_of(ids)
         with torch.inference_mode():
             found.append(float((logits_of(place, model, canvas) - recomputed(model, ids, canvas)).abs().max()))
 
@@ -144,7 +149,7 @@ def test_a_conversation_is_its_prompts_alone(artifact, model, store):
         asked = [*chat.messages, {"role": "user", "content": said}]
         reply = chat.ask(said, max_new_tokens=128)
         ids = artifact.tokenizer.chat(asked)
-        alone = engine.generate(model, [ids], artifact.generation, 128, 3, rows=[number])
+        alone = generate(model, Request([ids], artifact.generation, 128, seed=3, rows=[number]))
         assert alone.tokens == [reply.tokens] and alone.steps == [reply.steps]
 
 
@@ -153,7 +158,7 @@ def test_a_reply_that_just_fits_ends_as_an_answer_does(artifact, model, store):
     for limit, ended in ((4, False), (5, True)):
         reply = Chat(model, artifact.tokenizer, artifact.generation, seed=3).ask(SAID[0], max_new_tokens=limit)
         ids = artifact.tokenizer.chat([{"role": "user", "content": SAID[0]}])
-        answer = engine.generate(model, [ids], artifact.generation, limit, 3)
+        answer = generate(model, Request([ids], artifact.generation, limit, seed=3))
         assert reply.tokens == answer.tokens[0] and len(reply.tokens) == 4
         assert reply.ended == answer.ended[0] == ended
 
@@ -199,7 +204,8 @@ def test_images_in_any_turn(artifact, model, store, worst):
         reply = chat.ask(said, images=images, max_new_tokens=191, steps=2)
         assert reply.prompt_tokens - reply.encoded >= before or number == 3
         plain, shown, _ = placed(artifact.tokenizer, asked)
-        alone = engine.generate(model, [see(plain, shown)], endless(artifact), 191, 3, 2, rows=[number])
+        request = Request([see(plain, shown)], endless(artifact), 191, seed=3, steps=2, rows=[number])
+        alone = generate(model, request)
         assert alone.tokens == [reply.tokens]
         before = len(see(artifact.tokenizer.chat(asked, add_generation_prompt=False), shown))
     assert reply.encoded == reply.prompt_tokens > 3 * 60 and len(seen) == 3
@@ -232,14 +238,13 @@ def test_no_two_turns_draw_the_same(artifact, model):
     chat = Chat(model, artifact.tokenizer, artifact.generation, seed=3, rng="torch")
     for number, said in enumerate((TEXTS[0], TEXTS[1])):
         ids = artifact.tokenizer.chat([*chat.messages, {"role": "user", "content": said}])
-        tokens = [
-            engine.generate(model, [ids], artifact.generation, 64, 3 + n, 2, rng="torch").tokens[0] for n in range(2)
-        ]
+        requests = [Request([ids], artifact.generation, 64, seed=3 + n, steps=2, rng="torch") for n in range(2)]
+        tokens = [generate(model, request).tokens[0] for request in requests]
         assert chat.ask(said, max_new_tokens=64, steps=2).tokens == tokens[number] != tokens[1 - number]
 
 
 def test_what_was_written_anew_is_encoded_anew(artifact, model, store, worst):
-    chat = Chat(model, artifact.tokenizer, endless(artifact), system="Be brief.", seed=1)
+    chat = Chat(model, artifact.tokenizer, endless(artifact), messages=[system("Be brief.")], seed=1)
     for said in SAID[:2]:
         chat.ask(said, max_new_tokens=200, steps=2)
     chat.messages[1] = {"role": "user", "content": "Sort: zoo ant"}
@@ -275,7 +280,7 @@ def test_an_abandoned_turn_never_was(artifact, model, store, worst):
 
 def test_an_interrupted_turn_never_was(artifact, model, store, worst, monkeypatch):
     """Whether it stops while its prompt is encoded or one of its blocks: keys that were half written are not used."""
-    chat = Chat(model, artifact.tokenizer, endless(artifact), system=TEXTS[0], seed=1)
+    chat = Chat(model, artifact.tokenizer, endless(artifact), messages=[system(TEXTS[0])], seed=1)
     chat.ask(SAID[0], max_new_tokens=64, steps=2)
     append, calls = type(model).append, []
     for stop in (1, 2, 4):
@@ -330,7 +335,7 @@ def test_slots_grow_and_are_lent(artifact, model, monkeypatch, worst):
         model.session.start([artifact.tokenizer.encode("Once upon a time")])
     reply = chat.ask("And then?", max_new_tokens=64, steps=3)
     assert reply.encoded == reply.prompt_tokens and max(worst) < 1e-4
-    model.session = None
+    model.drop_session()
 
 
 def test_the_command(monkeypatch, artifact) -> None:
@@ -397,7 +402,7 @@ def test_a_template_that_writes_turns_anew(tmp_path, artifact, model, store, wor
     """With thoughts in the generation prompt that the next turn does not have, and in the reply."""
     tokenizer = thinker(tmp_path)
     monkeypatch.setattr(Tokenizer, "reply", lambda self, ids: ("the fox", "quick"))
-    chat = Chat(model, tokenizer, endless(artifact), thinking=False)
+    chat = Chat(model, tokenizer.thinking(False), endless(artifact))
     before = 0
     for said in SAID:
         reply = chat.ask(said, max_new_tokens=200, steps=2)

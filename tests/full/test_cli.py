@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,23 @@ def test_help_and_usage() -> None:
         assert CliRunner().invoke(main, [command, "--help"]).exit_code == 0
     assert CliRunner().invoke(main, ["plan", "tiny", "--to", "floppy"]).exit_code == 2
     assert CliRunner().invoke(main, ["run", "tiny", "x", "--max-new-tokens", "0"]).exit_code == 2
+
+
+def test_a_command_under_nohup_outlives_its_terminal(source: Path) -> None:
+    """SIGHUP, inherited as ignored, reaches `plan` in the middle of its work."""
+    code = (
+        "import os, signal, dgq.convert.plans.plan as p\n"
+        "make = p.make_plan\n"
+        "p.make_plan = lambda *a, **k: (os.kill(os.getpid(), signal.SIGHUP), make(*a, **k))[1]\n"
+        "from dgq.convert.cli.__main__ import main\n"
+        f"main(['plan', {str(source)!r}, '--to', 'gguf', '--no-probe', '--json'])\n"
+    )
+    command = [sys.executable, "-c", code]
+    ignored = ["sh", "-c", "trap '' HUP; exec \"$@\"", "nohup", *command]
+    assert [subprocess.run(one, capture_output=True).returncode for one in (command, ignored)] == [
+        128 + signal.SIGHUP,
+        0,
+    ]
 
 
 def test_the_canvas_takes_shape() -> None:

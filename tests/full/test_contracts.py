@@ -22,7 +22,7 @@ from dgq.convert.cli.__main__ import main
 from dgq.convert.plans.plan import Plan, make_plan
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.checkpoint import open_source
-from dgq.convert.write.hf_artifact import write_configs
+from dgq.convert.write.artifact_files import artifact_files
 
 TINY_A = Path(__file__).parent.parent / "golden" / "tinyA"
 RECIPES = {"nvfp4": "NVFP4", "nvfp4-w4a16": "W4A16_NVFP4"}
@@ -180,7 +180,7 @@ def test_vllm_and_the_26b(real: Path, recipe: str, tmp_path: Path) -> None:
     config = json.loads((REAL / "config.json").read_text())
     assert vllm.loading_problems(entries, config, RECIPES[recipe]) == []
     assert sum(".experts." in name for name in entries) == 30 * 128 * 3 * (4 if recipe == "nvfp4" else 3)
-    write_configs(plan, tmp_path, "0")
+    artifact_files(plan, "0", None).finish(tmp_path, "0")
     written = [json.loads((tmp_path / name).read_text()) for name in ("config.json", "hf_quant_config.json")]
     vision = towers(entries)
     assert len(vision) > 100 and vllm.config_problems(written[0], written[1], vision) == []

@@ -103,7 +103,6 @@ def test_both_sides_saved(tmp_path: Path) -> None:
 
 def test_what_contradicts_itself_is_one_line(tmp_path: Path) -> None:
     for name, change, problem in (
-        ("towerless", {"vision": False}, "vision"),
         ("unsaid", {"config_vision": False}, "is not part of the model"),
         ("long", {"rows": 3, "config_rows": 0}, "embed_tokens.weight has shape [2051"),
         ("short", {"rows": 0, "config_rows": 64}, "embed_tokens.weight has shape [2048"),

@@ -1,4 +1,4 @@
-"""What tests/tools/fuzz.py broke dgq with, kept: each ends in one line that names the file, at once, in little memory."""
+"""What tests/tools/fuzz.py broke dgq with, kept: each ends at once in one line that names the file."""
 
 from __future__ import annotations
 

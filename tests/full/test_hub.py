@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_standin import COMMIT, Fault, serve
+import torch
+from hub_standin import COMMIT, Fault, dgq_forked, serve
 from huggingface_hub import constants
 from micro import micro_config, write_micro
+from safetensors.torch import load_file, save_file
 
 from dgq.convert.source.hub import Located, locate, remote_specs
 from dgq.quant.errors import InputError
@@ -97,12 +99,12 @@ def test_a_hub_id_is_fetched_pinned_and_converted_and_then_needs_no_network(tmp_
 def test_a_plan_fetches_headers_only(tmp_path: Path) -> None:
     folder = write_micro(tmp_path / "micro")
     with serve(REPO, folder) as hub:
-        remote = dgq(hub.url, tmp_path, "plan", REPO, "--to", "gguf", "--json")
+        remote = dgq_forked(hub.url, tmp_path, "plan", REPO, "--to", "gguf", "--no-probe", "--json")
     assert remote.returncode == 0 and remote.stderr == "", remote.stderr
     assert not list(tmp_path.glob("hub/**/*.safetensors"))
     ranges = {asked.range for asked in hub.log if asked.path.startswith("/cdn/") and asked.sent}
     assert ranges == {"bytes=0-100000"}
-    local = dgq(hub.url, tmp_path, "plan", str(folder), "--to", "gguf", "--json")
+    local = dgq_forked(hub.url, tmp_path, "plan", str(folder), "--to", "gguf", "--no-probe", "--json")
     plans = [json.loads(done.stdout) for done in (remote, local)]
     assert plans[0]["tensors"] == plans[1]["tensors"] and plans[0]["revision"] == COMMIT
 
@@ -110,13 +112,17 @@ def test_a_plan_fetches_headers_only(tmp_path: Path) -> None:
 def test_what_cannot_be_converted_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
     folder = write_micro(tmp_path / "micro")  # its rows of 96 and 160 fit no NF4 block
     with serve(REPO, folder) as hub:
-        done = dgq(hub.url, tmp_path, "convert", REPO, "--to", "bnb4", "-o", "out")
+        done = dgq_forked(hub.url, tmp_path, "convert", REPO, "--to", "bnb4", "-o", "out")
         assert done.returncode == 2 and "rows of 160" in done.stderr, done.stderr
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
         (folder / "config.json").write_text(json.dumps(config))
+        shard = next(folder.glob("*.safetensors"))
+        tensors = load_file(shard)
+        tensors[next(iter(tensors))] = torch.zeros(8, dtype=torch.uint8)
+        save_file(tensors, shard)
         (tmp_path / "other").mkdir()
-        done = dgq(hub.url, tmp_path / "other", "run", REPO, "hello", "--revision", COMMIT)
+        done = dgq_forked(hub.url, tmp_path / "other", "run", REPO, "hello", "--revision", COMMIT)
         assert done.returncode == 2 and "already quantised ('modelopt')" in done.stderr, done.stderr
     ranges = {asked.range for asked in hub.log if asked.path.startswith("/cdn/") and asked.sent}
     assert ranges == {"bytes=0-100000"}, "headers, no more"
@@ -125,16 +131,16 @@ def test_what_cannot_be_converted_is_refused_before_it_is_fetched(tmp_path: Path
 def test_a_broken_download_is_continued_by_the_next_run(tmp_path: Path) -> None:
     folder = write_big(tmp_path / "micro")
     size = (folder / BIG).stat().st_size
-    command = ("convert", REPO, "--to", "gguf", "--json", "-o")
+    command = ("convert", REPO, "--to", "gguf", "--effort", "stock", "--json", "-o")
     with serve(REPO, folder, Fault(f"/cdn/{BIG}", cut=CUT)) as hub:
-        broken = dgq(hub.url, tmp_path, *command, "out", "--revision", COMMIT)
+        broken = dgq_forked(hub.url, tmp_path, *command, "out", "--revision", COMMIT)
         assert broken.returncode == 2 and broken.stdout == "" and broken.stderr.count("\n") == 1, broken.stderr
         assert f"dgq: error: {REPO}: the download of {BIG} broke off at 10485760 of {size} bytes (" in broken.stderr
         assert "; run the command again to continue it" in broken.stderr
         assert not (tmp_path / "out").exists()
         hub.faults.clear()
         first, hub.log[:] = [asked for asked in hub.log if asked.path == f"/cdn/{BIG}"], []
-        done = dgq(hub.url, tmp_path, *command, "out", "--revision", COMMIT)
+        done = dgq_forked(hub.url, tmp_path, *command, "out", "--revision", COMMIT)
         assert done.returncode == 0, done.stderr
         second = [asked for asked in hub.log if asked.path == f"/cdn/{BIG}" and asked.method == "GET"]
     assert [asked.range for asked in second] == ["bytes=0-100000", "bytes=10485760-"], "its header, and the rest"
@@ -278,7 +284,7 @@ def test_one_line_and_no_traceback(tmp_path: Path) -> None:
     """The same through the command: what the client logs while it tries again stays out of sight."""
     retried = Fault(TREE, 503, {"Retry-After": "0"}, times=1)
     with serve(REPO, write_micro(tmp_path / "micro"), retried, Fault(CONFIG, 503, LATER)) as hub:
-        done = dgq(hub.url, tmp_path, "plan", REPO, "--to", "gguf")
+        done = dgq_forked(hub.url, tmp_path, "plan", REPO, "--to", "gguf")
     assert done.returncode == 2 and done.stdout == "" and retried.times == 0
     said = "the Hub answered 503 for config.json: the Hub is in trouble; run the command again in 300 seconds"
     assert done.stderr == f"dgq: error: {REPO}: {said}\n"

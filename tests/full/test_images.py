@@ -29,12 +29,12 @@ from dgq.convert.cli.__main__ import main
 from dgq.quant.errors import InputError
 from dgq.runtime.engine import batch, engine
 from dgq.runtime.engine.batch import OnSlots
-from dgq.runtime.engine.engine import generate
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.engine.plain import Plain
 from dgq.runtime.files.artifact import Artifact, open_artifact
 from dgq.runtime.files.images import open_image, placed
 from dgq.runtime.model.model import Model
-from dgq.runtime.model.slots import Prompt
+from dgq.runtime.model.slots import PromptView
 from dgq.runtime.shape.pictured import Pictured, pictures, pieces
 from dgq.runtime.shape.settings import GenerationConfig, SamplerConfig
 
@@ -161,7 +161,7 @@ def test_tokens_are_generates(
         images = [pictures_of[name] for name in names]
         rows.append(prompt_of(artifact, tower, text, images) if names else artifact.tokenizer.encode(text))
     generation = GenerationConfig(SamplerConfig(steps=8), (1,), artifact.generation.pad_id)
-    result = generate(model, rows, generation, 128, seed=3, rng="torch")
+    result = generate(model, Request(rows, generation, 128, seed=3, rng="torch"))
 
     given = [theirs_of(processor, text, [pictures_of[name] for name in names]) for text, names in cases[:2]]
     longest = max(map(len, rows))
@@ -200,17 +200,17 @@ def test_pieces_split_no_image(
             found = model.decode(canvas, batch.encode_each(model, [prompt], len(prompt) + 64))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
         for step in (30, 512):
-            passes = Plain(model)
-            passes.prefill = step
+            backend = Plain(model)
+            backend.prefill = step
             slots = dgq.runtime.model.slots.Slots(model.config, 1, len(prompt) + 64, "cpu", torch.float32)
             for piece in pieces([prompt], step):
-                view = Prompt(slots, 0, piece.start, piece.stop - piece.start)
+                view = PromptView(slots, 0, piece.start, piece.stop - piece.start)
                 ids = torch.tensor(prompt[piece])[None]
-                passes.encode_prompt(ids, view, pictures([prompt], piece, model.device))
+                backend.encode_prompt(ids, view, pictures([prompt], piece, model.device))
             slots.lengths.fill_(len(prompt))
-            state = passes.new_state(1, SamplerConfig())
+            state = backend.new_state(1, SamplerConfig())
             state.canvas.copy_(canvas)
-            found = passes.decode(state, dgq.runtime.model.slots.Canvas(slots, 1, 64))
+            found = backend.decode(state, dgq.runtime.model.slots.CanvasView(slots, 1, 64))
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
@@ -220,16 +220,16 @@ def test_a_session_takes_them(
     """Slots, as on a GPU, and the reference give one batch the same tokens; and each row what it gets alone."""
     rows: list[Any] = [artifact.tokenizer.encode("Sort: wind apple king door")]
     rows += [prompt_of(artifact, tower, text, [pictures_of[name] for name in names]) for text, names in (ONE, TWO)]
-    expected = generate(model, rows, artifact.generation, 64, seed=5, steps=6)
-    alone = generate(model, rows[2:], artifact.generation, 64, seed=5, steps=6, rows=[2])
+    expected = generate(model, Request(rows, artifact.generation, 64, seed=5, steps=6))
+    alone = generate(model, Request(rows[2:], artifact.generation, 64, seed=5, steps=6, rows=[2]))
     assert alone.tokens == expected.tokens[2:]
 
     class Anywhere(OnSlots):
         def __init__(self, model: Any, prompts: Any, capacity: int, sampler: Any, random: Any, pad_id: int) -> None:
             super().__init__(model, prompts, capacity, sampler, random)
 
-    monkeypatch.setattr(engine, "Reference", Anywhere)
-    assert generate(model, rows, artifact.generation, 64, seed=5, steps=6).tokens == expected.tokens
+    monkeypatch.setattr(engine, "OnCache", Anywhere)
+    assert generate(model, Request(rows, artifact.generation, 64, seed=5, steps=6)).tokens == expected.tokens
 
 
 def test_engine_and_chats(artifact: Artifact, tower: Any, processor: Any, pictures_of: dict[str, Path]) -> None:

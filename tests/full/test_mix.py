@@ -28,13 +28,12 @@ from torch.nn import functional
 from dgq.convert.cli.__main__ import main
 from dgq.convert.layerwise.budget import Budget
 from dgq.convert.layerwise.chunk import Chunk
-from dgq.convert.layerwise.memory import Sizes
+from dgq.convert.layerwise.estimate import Sizes
 from dgq.convert.layerwise.samples import chunks, documents
-from dgq.convert.mixture import mix, trials
-from dgq.convert.mixture.mix import Option, choose
+from dgq.convert.mixture import choice, parts, trials
+from dgq.convert.mixture.choice import Option, choose
 from dgq.convert.mixture.trials import Meter, TrialNeeds
 from dgq.convert.plans.plan import make_plan
-from dgq.convert.plans.recipe import layer_of
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.checkpoint import open_source
 from dgq.convert.source.sizes import shown
@@ -43,7 +42,7 @@ from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.model.model import Model
-from dgq.runtime.shape.names import DECODER, EMBEDDING
+from dgq.runtime.shape.names import DECODER, EMBEDDING, layer_of
 
 Command = Callable[..., Result]
 DOCUMENTS = [
@@ -107,7 +106,7 @@ def test_thinned_choices_are_nearly_as_good(monkeypatch: pytest.MonkeyPatch) -> 
         parts = random_parts(rng, 12, 4)
         room = sum(min(option.bytes for option in each) for each in parts) + 200
         exact = choose(parts, room - 12 * -(-room // 64))
-        monkeypatch.setattr(mix, "STATES", 64)
+        monkeypatch.setattr(choice, "STATES", 64)
         thinned, tight = choose(parts, room), choose(parts, room - 200)
         monkeypatch.undo()
         losses = [sum(each[i].kl for each, i in zip(parts, found, strict=True)) for found in (thinned, exact)]
@@ -192,7 +191,7 @@ def test_directories_mix_too(micro: Path, tmp_path: Path, to: str) -> None:
     """One group of both layers; parts in 16 bits are among the choices, and the artifact opens."""
     found = mixed(micro, to, 1_200_000, tmp_path / "mine.toml", "--groups", 1)
     chosen = {part["part"]: part["chosen"] for part in found["parts"]}
-    assert {"bf16", *mix.LADDERS[to]} >= set(chosen.values()) and len(set(chosen.values())) > 1
+    assert {"bf16", *parts.LADDERS[to]} >= set(chosen.values()) and len(set(chosen.values())) > 1
     assert "experts.down_proj 0-1" in chosen and ("embedding" in chosen) == (to == "nvfp4")
     result = dgq("convert", micro, "--to", to, "--recipe", tmp_path / "mine.toml", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
@@ -246,7 +245,7 @@ def test_each_option_has_its_own_loss(micro: Path, tmp_path: Path, monkeypatch: 
 @pytest.fixture
 def short(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """Few trials, some batches of them: dgq mix with --bytes and more."""
-    monkeypatch.setitem(mix.LADDERS, "gguf", ("q4_k", "q8_0"))
+    monkeypatch.setitem(parts.LADDERS, "gguf", ("q4_k", "q8_0"))
     monkeypatch.setattr(trials, "BATCH", 5)
     options = ("--prompts", micro / "prompts.jsonl", "--device", "cpu", "--threads", 1, "--to", "gguf")
     return lambda out, size, *more: dgq("mix", micro, *options, "-o", tmp_path / out, "--bytes", size, *more)
@@ -292,9 +291,9 @@ def test_broken_off_it_goes_on(calls: int, short: Command, tmp_path: Path, monke
 def test_killed_it_goes_on(micro: Path, tmp_path: Path) -> None:
     """By SIGKILL, in the middle of a batch: the 2 before it, of 2 and 5 trials, are kept."""
     code = (
-        "import os, signal; from dgq.convert.mixture import mix, trials\n"
+        "import os, signal; from dgq.convert.mixture import parts, trials\n"
         "from dgq.convert.cli.__main__ import main; seen = []\n"
-        "mix.LADDERS['gguf'] = ('q8_0',); trials.BATCH = 5; real = trials.Meter._lost\n"
+        "parts.LADDERS['gguf'] = ('q8_0',); trials.BATCH = 5; real = trials.Meter._lost\n"
         "def lost(*given):\n"
         "    seen.append(1)\n"
         "    if len(seen) == LAST: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -370,7 +369,7 @@ def test_what_the_26b_costs(tmp_path: Path) -> None:
     layers, told = len(source.config.layers), " ".join(dgq("mix", "--help").stdout.split())
     passes, counts = {}, {}
     for to, groups in (("gguf", 5), ("nvfp4", 5), ("bnb4", 5), ("gguf", 3), ("gguf", 2), ("gguf", 1), ("gguf", 30)):
-        asked = [trial for part in mix.parts(source, to, groups) for trial in part.trials.values()]
+        asked = [trial for part in parts.parts(source, to, groups) for trial in part.trials.values()]
         first = [min(-1 if (i := layer_of(name)) is None else i for name in trial) for trial in asked]
         passes[to, groups] = sum(layers - max(0, i) for i in first) // layers + 4
         counts[to, groups] = len(asked)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from forked import Child, forked
 from micro import micro_config, write_micro
 from safetensors.torch import load_file, save_file
 from test_bad_input import edit_json, error_of, rewrite, tree
 
 from dgq.convert.cli.__main__ import main
+from dgq.convert.write import artifact_files
 
 CONVERT = ("--to", "gguf", "-o")
 
@@ -189,10 +192,12 @@ def test_prompts_that_are_no_text(source: Path) -> None:
 
 
 def test_output_that_cannot_be_written_to(artifact: Path) -> None:
-    with Path("/dev/full").open("w") as full:
-        command = [sys.executable, "-m", "dgq.convert.cli", "run", str(artifact), "hi", "--steps", "1"]  # few bytes
-        buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered)
+    def work() -> None:
+        with Path("/dev/full").open("w") as full:
+            os.dup2(full.fileno(), 1)
+        main(["run", str(artifact), "hi", "--steps", "1"])  # few bytes
+
+    done = forked(work)
     assert done.returncode == 2 and done.stderr.startswith("dgq: error: "), done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
 
@@ -233,35 +238,37 @@ def test_paths_with_brackets_are_shown_as_they_are(source: Path, tmp_path: Path)
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGHUP, signal.SIGINT))
 def test_a_signal_before_a_weight_is_done_leaves_nothing(number: signal.Signals, source: Path, tmp_path: Path) -> None:
     """The conversion is stopped while it writes its first weight, and cleans up; test_resume.py has later signals."""
-    code = (
-        "import sys, time, dgq.convert.write.pipeline as p\n"
-        "slow = p.GGUFWriter.append\n"
-        "p.GGUFWriter.append = lambda *a: (print('writing', flush=True), time.sleep(0.5), slow(*a))\n"
-        "from dgq.convert.cli.__main__ import main\n"
-        f"main(['convert', {str(source)!r}, '--to', 'gguf', '-o', {str(tmp_path / 'new' / 'out')!r}])\n"
-    )
+    slow = artifact_files.ArtifactFiles.append
+
+    def append(*given: Any) -> None:
+        print("writing", flush=True)
+        time.sleep(0.5)
+        slow(*given)
+
+    def work() -> None:
+        artifact_files.ArtifactFiles.append = append  # type: ignore[method-assign]
+        main(["convert", str(source), "--to", "gguf", "-o", str(tmp_path / "new" / "out")])
+
     before = tree(tmp_path)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert process.stdout is not None and process.stdout.readline() == b"writing\n"
+    child = Child(work)
+    assert child.line() == "writing"
     assert {"new/.out.partial", "new/.out.journal"} < tree(tmp_path)
-    process.send_signal(number)
-    assert process.wait(30) == (130 if number == signal.SIGINT else 128 + number)
+    child.kill(number)
+    assert child.ended().returncode == (130 if number == signal.SIGINT else 128 + number)
     assert tree(tmp_path) == before
 
 
 def test_two_conversions_into_one_directory(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second to finish says so; the first one's artifact stays whole."""
-    import dgq.convert.write.pipeline as pipeline
-
     out = tmp_path / "out"
-    stock: Callable[..., Any] = pipeline.metadata
+    stock: Callable[..., Any] = artifact_files.metadata
 
     def meanwhile(*arguments: Any) -> Any:
-        monkeypatch.setattr(pipeline, "metadata", stock)
+        monkeypatch.setattr(artifact_files, "metadata", stock)
         assert CliRunner().invoke(main, ["convert", str(source), *CONVERT, str(out)]).exit_code == 0
         return stock(*arguments)
 
-    monkeypatch.setattr(pipeline, "metadata", meanwhile)
+    monkeypatch.setattr(artifact_files, "metadata", meanwhile)
     assert "out: exists already" in error_of("convert", str(source), *CONVERT, str(out))
     assert {path.name for path in tmp_path.iterdir()} == {"micro", "out"}
     assert CliRunner().invoke(main, ["inspect", str(out)]).exit_code == 0

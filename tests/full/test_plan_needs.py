@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from hub_standin import COMMIT, serve
+from hub_standin import COMMIT, dgq_forked, serve
 from micro import micro_config, write_micro
 from sparse26b import REAL, write_sparse, write_sparse_26b
 
@@ -298,21 +297,20 @@ def test_the_page(real: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.2, "1 s"), (119, "119 s"), (120, "2.0 min"), (3600, "60 min"), (9000, "2.5 h"), (90000, "25 h")])  # fmt: skip # noqa: E501
 def test_durations(seconds: float, said: str) -> None:
-    from dgq.convert.terminal.console import _duration
+    from dgq.convert.terminal.console import duration
 
-    assert _duration(seconds) == said
+    assert duration(seconds) == said
 
 
 def test_a_hub_id_is_downloaded_first_and_only_once(tmp_path: Path) -> None:
     folder = write_micro(tmp_path / "micro")
-    environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-    environment.pop("HF_HUB_OFFLINE", None)
-    (tmp_path / "home").mkdir()
+    home = tmp_path / "home"
+    home.mkdir()
 
     def dgq(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "dgq.convert.cli", *arguments, "--to", "gguf", "--revision", COMMIT]
-        there = environment | {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home")}
-        return subprocess.run(command, env=there, capture_output=True, text=True, check=True, cwd=tmp_path / "home")
+        done = dgq_forked(url, home, *arguments, "--to", "gguf", "--revision", COMMIT)
+        assert done.returncode == 0, done.stderr
+        return done
 
     with serve("someone/micro", folder) as hub:
         before = json.loads(dgq(hub.url, "plan", "someone/micro", "--json").stdout)

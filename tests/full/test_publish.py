@@ -41,21 +41,32 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def report(root: Path, *names: str, ok: bool = True) -> Path:
     """What dgq validate would write of these artifacts; the figures are made up."""
+    same = [1.0, 0.9, 1.0]
     row = {"kl": [0.0123, 0.0101, 0.0144], "top1": [0.9871, 0.98, 0.99], "top5": [0.96, 0.95, 0.97]}
-    free = {"score": [0.75, 0.5, 0.9], "steps": [3.5, 3.1, 3.9], "early": [1.0, 0.9, 1.0], "steps_limit": 48,
-            "by_task": {"sum": [3, 4]}, "histogram": {"3": 4, "4": 4}}  # fmt: skip
+    row |= dict.fromkeys(("reverse_kl", "entropy", "accepted", "accepted_ratio", "accepted_same"), same)
+    free = {"score": [0.75, 0.5, 0.9], "steps": [3.5, 3.1, 3.9], "early": same, "steps_limit": 48, "canvases": 8,
+            "by_task": {"sum": [3, 4]}, "histogram": {"3": 4, "4": 4}, "tokens_per_step": same, "tokens": 80,
+            "seconds": 1.5, "tokens_per_second": 50.0}  # fmt: skip
     levels = {level: {"both": row, "plain": row, "conditioned": row} for level in ("0.25", "0.5", "0.75", "1.0")}
+    fixed = {"mean": row, "by_level": levels, "by_condition": {"plain": row, "conditioned": row},
+             "by_group": {"sum": row | {"questions": 4}}, "by_position": {"kl": [0.01], "top1": [0.99]}}  # fmt: skip
+    cost = {"load_s": 0.5, "step_ms": 12.5, "weight_bytes": 5.0, "peak_bytes": 9.0}
     gate = [{"limit": "fixed.kl_mean <= 0.05", "ok": ok, "said": "KL 0.0123"}]
     artifacts = [{
         "name": name, "path": str(root / name), "ok": ok, "gate": gate, "activations": None, "bytes": 5,
+        "kind": "gguf", "params": 10, "quantized_share": 1.0, "experts_share": 1.0, "schemes": {}, "calibration": None,
+        "config": {}, "generation": {}, "device": "cpu", "cost": cost, "remarks": [],
         "files": {file.name: describe(file) for file in (root / name).iterdir()
                   if file.suffix in (".safetensors", ".gguf") or file.name == provenance.FILE},
-        "fixed": {"mean": row, "by_level": levels}, "free": free | {"steps_ratio": [1.02, 0.99, 1.05]},
+        "fixed": fixed, "free": free | {"steps_ratio": [1.02, 0.99, 1.05], "early_drop": same, "agreement": same,
+                                        "same_canvases": same},
     } for name in names]  # fmt: skip
     about = {"dgq": "0.1.0", "device": "CPU", "dtype": "torch.float32", "quick": True, "seed": 0, "activations": None,
-             "levels": [0.25, 0.5, 0.75, 1.0], "ok": ok, "texts": [{"prompt": "private words"}],
-             "questions": {"names": [str(root / "prompts.jsonl")], "questions": 24},
-             "reference": {"name": str(root / "source"), "bytes": 9, "free": free}}  # fmt: skip
+             "levels": [0.25, 0.5, 0.75, 1.0], "ok": ok,
+             "texts": [{"group": "sum", "prompt": "private words", "answer": None, "reference": "1", "written": {}}],
+             "questions": {"names": [str(root / "prompts.jsonl")], "questions": 24, "sha256": "", "run_freely": 8},
+             "reference": {"name": str(root / "source"), "bytes": 9, "free": free, "cost": cost,
+                           "dtype": "torch.float32", "device": "CPU", "weights_compared": False}}  # fmt: skip
     file = root / f"report-{'-'.join(names)}-{ok}.json"
     file.write_text(json.dumps(about | {"artifacts": artifacts}))
     return file
@@ -180,6 +191,7 @@ def test_an_interrupted_upload_sends_only_what_is_missing(root: Path, hub: Writa
 ERROR = b'{"error": "the Hub says why of hf_thisisnotasecret"}'
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize("path", ["/api/repos/create", "/objects/batch", f"/api/models/{REPO}/commit/main"])
 @pytest.mark.parametrize(
     ("fault", "said"),
@@ -204,6 +216,7 @@ def test_failures_are_one_line(root: Path, hub: WritableHub, run: Run, path: str
     assert all(len(repo.commits) == 1 for repo in hub.repos.values())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_somebody_else_s_files_and_public_repositories_are_left_alone(root: Path, hub: WritableHub, run: Run) -> None:
     assert run(*words(root)).exit_code == 0
     repo = hub.repos[REPO]
@@ -224,6 +237,7 @@ def test_somebody_else_s_files_and_public_repositories_are_left_alone(root: Path
     assert run(*words(root)[:2], "--repo", "someone/else/x").exit_code == 2
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_gates(root: Path, run: Run, tmp_path: Path) -> None:
     plain = ["publish", root / "bnb4", "--repo", REPO, "--dry-run"]
     good = ["--license", "apache-2.0", "--report", report(root, "bnb4")]
@@ -252,6 +266,7 @@ def test_gates(root: Path, run: Run, tmp_path: Path) -> None:
     assert result.exit_code == 1 and "SHA-256 is not dgq.json's" in result.stderr
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_all_become_a_collection(root: Path, hub: WritableHub, run: Run) -> None:
     names = ("bnb4", "gguf", "nvfp4")
     paths = [root / name for name in names]

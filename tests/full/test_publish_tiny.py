@@ -19,7 +19,7 @@ from test_against import seal
 from test_card import check_page, numbers
 
 from dgq.convert.cli.__main__ import main
-from dgq.convert.publication.publish import Asked, Ready, prepare
+from dgq.convert.publication.prepare import CardOptions, Ready, prepare
 from dgq.runtime.files.artifact import open_artifact
 
 pytestmark = pytest.mark.xdist_group("validate-page")
@@ -33,7 +33,7 @@ def dgq(*words: object) -> Result:
 @pytest.mark.parametrize("name", ["nvfp4", "gguf"])
 def test_every_figure_of_a_real_card(tiny_report: Path, name: str) -> None:
     path, report = tiny_report.parent / name, tiny_report / "report.json"
-    ready = prepare(path, "a/b", Asked([report], "apache-2.0"), lambda n, file: None)
+    ready = prepare(path, "a/b", CardOptions([report], "apache-2.0"), lambda n, file: None)
     assert ready.problems == []
     check_page(ready)
     text = re.sub(r"SHA-256|BF16", "", ready.card.split("---\n", 2)[2])

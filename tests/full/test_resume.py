@@ -1,8 +1,8 @@
 """Conversions that end early go on, and the artifact is the one an uninterrupted conversion writes, byte for byte.
 
 A run is stopped by what is patched into it: a disk that fills, SIGKILL before or after a chosen call (in a forked
-child), a failing fsync. Every weight is journalled, and safetensors come in several files. tests/tools/faults.py does the
-same from outside, with the clock.
+child), a failing fsync. Every weight is journalled, and safetensors come in several files. tests/tools/faults.py does
+the same from outside, with the clock.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,18 +25,19 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from forked import Child
 from kinds import write_kinds
 from test_bad_input import edit_tensors, error_of, tree
 from test_odd_input import write_imatrix
 
 import dgq.convert.resume.journal as journal
-import dgq.convert.write.hf_artifact as hf_artifact
+import dgq.convert.write.artifact_files as artifact_files
 import dgq.convert.write.pipeline as pipeline
 import dgq.convert.write.slices as slices
 from dgq.convert.cli.__main__ import main
 from dgq.convert.source import hashes
 from dgq.convert.terminal import console
-from dgq.convert.verification.verify import verify
+from dgq.convert.verification.files import check_files
 from dgq.convert.write import provenance
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_writer import shards
@@ -63,7 +63,7 @@ def _every_weight_is_journalled() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(journal, "SYNC_SECONDS", 0.0)
         patch.setattr(os, "fsync", lambda file: None)  # no power is cut here, and syncing every weight takes its time
-        patch.setattr(hf_artifact, "shards", functools.partial(shards, limit=SHARD))
+        patch.setattr(artifact_files, "shards", functools.partial(shards, limit=SHARD))
         yield
 
 
@@ -272,6 +272,7 @@ def test_room_that_a_conversion_needs_to_go_on(
     source: Path, tmp_path: Path, whole: Callable[[str], Contents], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What has its place on the disk already, done or not, is not asked for again."""
+    expected = whole("bnb4")  # before the disk has room for no other
     out = stopped(source, tmp_path / "out", "bnb4", 0.9)
     planned = json.loads(CliRunner().invoke(main, ["plan", str(source), *RECIPES["bnb4"], "--json"]).stdout)
     taken = sum(512 * file.stat().st_blocks for file in journal.paths(out)[0].iterdir())
@@ -283,7 +284,7 @@ def test_room_that_a_conversion_needs_to_go_on(
         assert "GiB are free" in error_of(*arguments(source, out, "bnb4"))
         assert contents(tmp_path) == before
         patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(need, 0, need))
-        goes_on(source, out, "bnb4", whole("bnb4"))
+        goes_on(source, out, "bnb4", expected)
 
 
 def test_bad_input_leaves_nothing_however_much_was_done(source: Path, tmp_path: Path) -> None:
@@ -390,30 +391,11 @@ def test_sigkill_after_the_rename(recipe: str, source: Path, tmp_path: Path, who
     """The artifact is there; the journal that is left disturbs nobody."""
     out = tmp_path / "out"
     assert killed(source, out, recipe, Path, "rename", 1, after=True)
-    assert contents(out) == whole(recipe) and verify(out, 1, lambda n, name: None)["ok"]
+    assert contents(out) == whole(recipe) and check_files(out, 1, lambda n, name: None).ok
     assert "exists already" in error_of(*arguments(source, out, recipe))
     shutil.rmtree(out)
     assert "going on" not in convert(source, out, recipe).stderr
     finished(out, whole(recipe))
-
-
-SLOW = """
-import functools, os, sys, time
-import dgq.convert.write.hf_artifact as hf_artifact, dgq.convert.resume.journal as journal
-from dgq.convert.cli.__main__ import main
-journal.SYNC_SECONDS = 0
-hf_artifact.shards = functools.partial(hf_artifact.shards, limit=%d)
-flush, count = journal.Journal.flush, 0
-def slow(self):
-    global count
-    flush(self)
-    count += 1
-    if count == 5:
-        print("writing", flush=True)
-        time.sleep(30)
-journal.Journal.flush = slow
-main(sys.argv[1:])
-"""
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
@@ -422,13 +404,21 @@ def test_a_signal_keeps_what_is_done(
 ) -> None:
     recipe = {signal.SIGTERM: "q4_k_m", signal.SIGINT: "nvfp4", signal.SIGHUP: "bnb4"}[number]
     out = tmp_path / "out"
-    command = [sys.executable, "-c", SLOW % SHARD, *arguments(source, out, recipe)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "writing\n"
-    process.send_signal(number)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 128 + number
-    lines = [line for line in said.splitlines() if "copies of tied" not in line]
+
+    def at_the_fifth() -> None:
+        print("writing", flush=True)
+        time.sleep(30)
+
+    def work() -> None:
+        before_call(journal.Journal, "flush", 5, at_the_fifth, after=True)
+        main(arguments(source, out, recipe))
+
+    child = Child(work)
+    assert child.line() == "writing"
+    child.kill(number)
+    done_ = child.ended()
+    assert done_.returncode == 128 + number
+    lines = [line for line in done_.stderr.splitlines() if "copies of tied" not in line]
     assert lines[0] == f"note: {journal.paths(out)[0]} keeps what is done; the same command goes on from there"
     assert lines[1:] == (["dgq: interrupted"] if number == signal.SIGINT else [])
     assert len(done(out)) >= 5
@@ -630,7 +620,7 @@ def test_the_order_of_syncs(
     def renaming(self: Path, target: Path) -> Path:
         nonlocal renamed
         renamed += target == out
-        assert verify(self, 1, lambda n, name: None)["ok"]
+        assert check_files(self, 1, lambda n, name: None).ok
         assert {str(file) for file in partial.iterdir()} <= synced
         assert path.exists() and not out.exists()
         synced.clear()
@@ -869,8 +859,8 @@ def meanwhile(moment: str, act: Callable[[], object]) -> Iterator[None]:
     acted = False
 
     @contextmanager
-    def bar(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        def advance(nbytes: int, name: str) -> None:
+    def bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
+        def advance(done: int, total: int, name: str) -> None:
             nonlocal acted
             if not acted and (moment == "first" or name == moment):
                 acted = True
@@ -879,7 +869,7 @@ def meanwhile(moment: str, act: Callable[[], object]) -> Iterator[None]:
         yield advance
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(console, "bar", bar)
+        patch.setattr(console, "byte_bar", bar)
         yield
     assert acted
 
@@ -1005,7 +995,7 @@ def test_somebody_makes_the_target_meanwhile(source: Path, tmp_path: Path) -> No
 def test_a_reader_never_meets_half_an_artifact(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It looks again and again, and verifies what it sees at once."""
     out, fsync = tmp_path / "out", os.fsync
-    looks, problems = 0, ["it never came"]
+    looks, problems = 0, ("it never came",)
     over = threading.Event()
 
     def look() -> None:
@@ -1013,7 +1003,7 @@ def test_a_reader_never_meets_half_an_artifact(source: Path, tmp_path: Path, mon
         while not out.exists() and not over.is_set():
             looks += 1
             over.wait(0.001)
-        problems = verify(out, 1, lambda n, name: None)["problems"]
+        problems = check_files(out, 1, lambda n, name: None).problems
 
     reader = threading.Thread(target=look)
     monkeypatch.setattr(os, "fsync", lambda file: (over.wait(0.002), fsync(file))[1])
@@ -1021,7 +1011,7 @@ def test_a_reader_never_meets_half_an_artifact(source: Path, tmp_path: Path, mon
     result = convert(source, out, "nvfp4")
     reader.join(30)
     over.set()
-    assert result.exit_code == 0 and looks > 20 and problems == []
+    assert result.exit_code == 0 and looks > 20 and not problems
 
 
 @pytest.mark.parametrize("recipe", ("nvfp4-w4a16", "bnb4", "bnb4-dq", "q4_k_m"))

@@ -24,7 +24,7 @@ from others import DECODED
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dgq.convert.calibration import survey
+from dgq.convert.calibration import calibrate, imatrix
 from dgq.convert.calibration.stats import FLOOR, WATCHED, coverage, read_stats
 from dgq.convert.cli.__main__ import main
 from dgq.convert.layerwise import passes, samples
@@ -35,10 +35,10 @@ from dgq.convert.layerwise.stream import Stream
 from dgq.convert.plans.plan import make_plan
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.checkpoint import Source, open_source
-from dgq.convert.verification.generate import open_model
+from dgq.convert.source.models import open_model
 from dgq.convert.write import pipeline, refine
 from dgq.convert.write.refine import LEAN, Hessians
-from dgq.convert.write.slices import Options
+from dgq.convert.write.settings import ConversionSettings
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import HFDir
 from dgq.quant.files.imatrix import read_imatrix
@@ -185,7 +185,7 @@ def test_the_embedding_is_a_table_too(micro: Path, monkeypatch: pytest.MonkeyPat
         if tensor.name in ("token_embd.weight", "blk.0.attn_q.weight"):
             hessian = torch.diag(torch.arange(256.0)).unsqueeze(0)
             sense: Any = SimpleNamespace(of=lambda name, part, h=hessian: (h, None))
-            list(refine._quantised(plan, tensor, slice(0, 1), sense, Options("standard"), None, None))
+            list(refine._quantised(plan, tensor, slice(0, 1), sense, ConversionSettings("standard"), None, None))
     assert torch.equal(seen["blk.0.attn_q.weight"][0].diagonal(), torch.arange(256.0))
     assert torch.equal(seen["token_embd.weight"][0].diagonal(), torch.arange(256.0) + 127.5)
 
@@ -206,15 +206,15 @@ def test_samples_cover_noise_and_conditioning(micro: Path, stats: Path) -> None:
 def test_a_broken_off_calibration_goes_on(
     micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = passes.Passes.layer, []
+    real, calls = passes.SamplePasses.layer, []
 
-    def fail(self: passes.Passes, index: int, watch: Any) -> None:
+    def fail(self: passes.SamplePasses, index: int, watch: Any) -> None:
         calls.append(index)
         if len(calls) == 4:
             raise KeyboardInterrupt
         real(self, index, watch)
 
-    monkeypatch.setattr(passes.Passes, "layer", fail)
+    monkeypatch.setattr(passes.SamplePasses, "layer", fail)
     out = tmp_path / "stats"
     assert _calibrate(micro, out).exit_code == 130 and not out.exists()
     result = _calibrate(micro, out)
@@ -242,7 +242,7 @@ def test_two_processes_find_the_same(micro: Path, stats: Path, tmp_path: Path, m
         torch.testing.assert_close(two[name], value, rtol=1e-6, atol=0.0, msg=name)
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-w4a16", "nvfp4-all", "bnb4", "bnb4-dq", "q4_k_m"])
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-all", "bnb4-dq", "q4_k_m"])
 def test_artifacts_are_of_the_same_shape_and_others_read_them(
     recipe: str, micro: Path, stats: Path, tmp_path: Path
 ) -> None:
@@ -258,7 +258,8 @@ def test_artifacts_are_of_the_same_shape_and_others_read_them(
         result = dgq(*common, "-o", tmp_path / name, *more)
         assert result.exit_code == 0, result.output
         assert dgq("verify", tmp_path / name).exit_code == 0
-        assert dgq("run", tmp_path / name, "hi", "--max-new-tokens", 1, "--steps", 1, "--device", "cpu").exit_code == 0
+    running = ("run", tmp_path / "max", "hi", "--max-new-tokens", 1, "--steps", 1, "--device", "cpu")
+    assert dgq(*running).exit_code == 0
     plain, *others = (tmp_path / name for name in ("stock", "fast", "standard", "max"))
     fine = tmp_path / "standard"
     held = [
@@ -312,7 +313,7 @@ def test_a_full_disk_is_known_before(micro: Path, stats: Path, tmp_path: Path, m
     """Hidden states beside the artifact: what they take, a byte less, and nothing is begun."""
     source = open_source(str(micro))
     plan, used = make_plan(source, find_recipe("bnb4")), samples.used(read_stats(stats, source).chunks)
-    tokens = sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in used)
+    tokens = sum(chunk.run_tokens for chunk in used)
     need = tokens * (2 + 2) * 256 * 4 + sum(tensor.nbytes for tensor in plan.tensors)
     monkeypatch.setattr(refine, "check_memory", lambda *_: (_ for _ in ()).throw(InputError("there is room")))
     for free, expected in ((need - 1, f"hidden states of {tokens} tokens"), (need, "there is room")):
@@ -339,7 +340,7 @@ def test_starved_experts_are_named(micro: Path, tmp_path: Path) -> None:
     found = json.loads(result.stdout.splitlines()[-1])
     none = [name for name, seen in found["starved"].items() if seen == 0]
     assert len(none) == 2 and all(name.startswith("0.") for name in none)
-    assert found["rounds"] == survey.MORE * 2, "it tried"
+    assert found["rounds"] == calibrate.MORE * 2, "it tried"
     result = dgq(
         "convert", path, "--to", "bnb4", "--stats", tmp_path / "stats", "-o", tmp_path / "out", "--device", "cpu"
     )
@@ -366,12 +367,12 @@ def test_imatrix(micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.M
         result = _calibrate(micro, tmp_path / "stats", "--imatrix", tmp_path / name)
         assert result.exit_code == 2 and expected in result.stderr and not list(tmp_path.iterdir())
     with monkeypatch.context() as patch:
-        patch.setattr(survey, "write_imatrix", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(imatrix, "write_imatrix", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert _calibrate(micro, tmp_path / "stats", "--imatrix", tmp_path / "im.gguf").exit_code == 130
     assert not (tmp_path / "stats").exists(), "or the same command would be refused, and there be no imatrix"
     with monkeypatch.context() as patch:
-        real = survey._export
-        patch.setattr(survey, "_export", lambda *given: (real(*given), 1 / 0))  # between the two
+        real = calibrate.export_once
+        patch.setattr(calibrate, "export_once", lambda *given: (real(*given), 1 / 0))  # between the two
         assert isinstance(
             _calibrate(micro, tmp_path / "stats", "--imatrix", tmp_path / "im.gguf").exception, ArithmeticError
         )
@@ -393,8 +394,10 @@ def test_imatrix(micro: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_what_appears_meanwhile_stays(taken: str, micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = (micro, tmp_path / "stats", "--imatrix", tmp_path / "im.gguf")
     with monkeypatch.context() as patch:
-        real = survey.sample_tensors
-        patch.setattr(survey, "sample_tensors", lambda made: ((tmp_path / taken).write_text("precious"), real(made))[1])
+        real = calibrate.sample_tensors
+        patch.setattr(
+            calibrate, "sample_tensors", lambda made: ((tmp_path / taken).write_text("precious"), real(made))[1]
+        )
         result = _calibrate(*command)
     assert result.exit_code == 2 and "exists already" in result.stderr
     assert (tmp_path / taken).read_text() == "precious"
@@ -556,20 +559,21 @@ def test_another_device_does_not_go_on(micro: Path, stats: Path) -> None:
     """Where bytes depend on it."""
     source = open_source(str(micro))
     plan, found = make_plan(source, find_recipe("bnb4")), read_stats(stats, source)
-    with_stats = [pipeline._identity(plan, Options("standard", device=one, stats=found)) for one in ("cpu", "cuda")]
-    without = [pipeline._identity(plan, Options("fast", device=one)) for one in ("cpu", "cuda")]
+    devices = ("cpu", "cuda")
+    with_stats = [pipeline._identity(plan, ConversionSettings("standard", device=one, stats=found)) for one in devices]
+    without = [pipeline._identity(plan, ConversionSettings("fast", device=one)) for one in devices]
     assert with_stats[0] != with_stats[1] and without[0] == without[1]
 
 
 @pytest.mark.parametrize(
     ("file", "expected"),
-    [("0-1.done", "damaged"), ("0-enter.done", "damaged"), ("identity.json", "another calibration's")],
+    [("0-1.safetensors", "damaged"), ("0-enter.safetensors", "damaged"), ("identity.json", "another calibration's")],
 )
 def test_a_damaged_unfinished_calibration(
     file: str, expected: str, micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(passes.Passes, "leave", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(passes.SamplePasses, "leave", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert _calibrate(micro, tmp_path / "stats").exit_code == 130
     folder = tmp_path / ".stats.calibration"
     (folder / file).write_bytes(b"\xff\xfe torn")
@@ -582,7 +586,7 @@ def test_an_unfinished_calibration_is_not_thrown_away(
     micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(passes.Passes, "leave", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(passes.SamplePasses, "leave", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert _calibrate(micro, tmp_path / "stats").exit_code == 130
     before = {path.name for path in (tmp_path / ".stats.calibration").iterdir()}
     result = _calibrate(micro, tmp_path / "stats", "--seed", 3)
@@ -610,7 +614,7 @@ def test_nobody_else_works_on_it(micro: Path, stats: Path, tmp_path: Path) -> No
 def test_no_more_tokens_than_a_conversion_takes(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the tokens that experts were counted to see are those of their Hessians: all of the samples are used."""
     monkeypatch.setattr(samples, "CHUNK", 300)
-    monkeypatch.setattr(survey, "starved", lambda _: {"0.0": 1})
+    monkeypatch.setattr(calibrate, "starved", lambda _: {"0.0": 1})
     asked = {}
     for most in (1 << 18, 900, 1):
         monkeypatch.setattr(samples, "TOKENS", most)
@@ -619,11 +623,11 @@ def test_no_more_tokens_than_a_conversion_takes(micro: Path, tmp_path: Path, mon
         assert result.exit_code == 0, result.output
         found = read_stats(out, open_source(str(micro)))
         assert samples.used(found.chunks) == found.chunks
-        tokens = sum(chunk.encoded + 2 * chunk.canvases.numel() for chunk in found.chunks)
+        tokens = sum(chunk.run_tokens for chunk in found.chunks)
         assert tokens == found.about["tokens"] and all(sum(n) == 2 * tokens for n in stats_coverage(found))
         asked[most] = tokens, found.about["rounds"], len(found.chunks)
-    assert asked[1 << 18][1] == survey.MORE * 2 and asked[900][0] <= 900 < asked[1 << 18][0]
-    assert asked[900][1] < survey.MORE * 2 and asked[1][1:] == (1, 1)
+    assert asked[1 << 18][1] == calibrate.MORE * 2 and asked[900][0] <= 900 < asked[1 << 18][0]
+    assert asked[900][1] < calibrate.MORE * 2 and asked[1][1:] == (1, 1)
 
 
 def stats_coverage(found: Any) -> list[list[int]]:
@@ -632,7 +636,7 @@ def stats_coverage(found: Any) -> list[list[int]]:
 
 def test_progress_ends_where_it_said(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With rounds more than were asked for, from the beginning and gone on with."""
-    monkeypatch.setattr(survey, "starved", lambda _: {"0.0": 1})
+    monkeypatch.setattr(calibrate, "starved", lambda _: {"0.0": 1})
 
     def told(stop: int) -> list[tuple[int, int]]:
         seen: list[tuple[int, int]] = []
@@ -642,9 +646,8 @@ def test_progress_ends_where_it_said(micro: Path, tmp_path: Path, monkeypatch: p
             if len(seen) == stop:
                 raise KeyboardInterrupt
 
-        source, out = open_source(str(micro)), tmp_path / "stats"
-        prompts, notice = micro / "prompts.jsonl", lambda _: None
-        survey.survey(source, out, prompts, 0, 1, "cpu", torch.float32, progress, notice)
+        options = calibrate.CalibrateOptions(prompts=micro / "prompts.jsonl", rounds=1, device="cpu")
+        calibrate.calibrate(str(micro), tmp_path / "stats", options, progress)
         return seen
 
     with pytest.raises(KeyboardInterrupt):
@@ -860,7 +863,7 @@ def test_passes_go_back_as_the_stream_does(
     layers = len(source.config.layers)
     with ExitStack() as stack:
         files = [stack.enter_context((tmp_path / str(i)).open("x+b", buffering=0)) for i in range(layers + 2)]
-        way = passes.Passes(stream, [once, once], range(2), files[0], files[1:])
+        way = passes.SamplePasses(stream, [once, once], range(2), files[0], files[1:])
         way.meanwhile = meanwhile
         way.first(lambda: None)
         way.enter(None)
@@ -885,7 +888,7 @@ def test_each_chunk_in_its_place(
     source, chunk, _ = there
     stream = Stream(source.config, Rows(source), "cpu", torch.float32)
     with (tmp_path / "a").open("x+b", buffering=0) as a, (tmp_path / "b").open("x+b", buffering=0) as b:
-        way = passes.Passes(stream, [chunk] * 6, mine, a, [a, b])
+        way = passes.SamplePasses(stream, [chunk] * 6, mine, a, [a, b])
     way.meanwhile = meanwhile
     written: dict[int, float] = {}
 
@@ -908,7 +911,7 @@ def _back(stream: Stream, chunk: Chunk, soft: torch.Tensor, sense: Any, seed: in
     states = _through(stream, chunk, soft)
     gradient = stream.pull_leave(chunk, states[-1].clone(), seed, sense)
     for index in reversed(range(len(states) - 1)):
-        gradient = stream.layer(index, sense=sense).pull(chunk, states[index].clone(), gradient)
+        gradient = stream.layer(index, backward=sense).pull(chunk, states[index].clone(), gradient)
     stream.pull_enter(chunk, soft.clone(), gradient, sense)
     return states
 

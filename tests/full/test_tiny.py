@@ -17,9 +17,9 @@ from safetensors import safe_open
 
 from dgq.convert.layerwise.chunk import Chunk
 from dgq.convert.layerwise.stream import Stream
-from dgq.convert.verification.generate import open_model
+from dgq.convert.source.models import open_model
 from dgq.quant.types import Packed
-from dgq.runtime.engine.engine import generate
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.artifact import Artifact
 from dgq.runtime.model import block
 from dgq.runtime.model.layers import rms_norm
@@ -100,7 +100,7 @@ def test_it_answers_and_knows_when_it_is_done(artifact: Artifact, model: Model) 
     for start in range(0, len(tasks), ROWS):
         batch = tasks[start : start + ROWS]
         result = generate(
-            model, [artifact.tokenizer.chat(t["messages"]) for t in batch], artifact.generation, 64, seed=1
+            model, Request([artifact.tokenizer.chat(t["messages"]) for t in batch], artifact.generation, 64, seed=1)
         )
         texts = [artifact.tokenizer.decode(tokens) for tokens in result.tokens]
         right += sum(text == task["answer"] for text, task in zip(texts, batch, strict=True))
@@ -186,7 +186,7 @@ def test_self_conditioning_cannot_go_unnoticed(
     prompts = texts(artifact)[0][:8].tolist()
 
     def write() -> tuple[int, float]:
-        result = generate(model, prompts, artifact.generation, 64, seed=2)
+        result = generate(model, Request(prompts, artifact.generation, 64, seed=2))
         repeats = (result.canvases[:, 1:] == result.canvases[:, :-1]).float().mean()
         return sum(row[0] for row in result.stopped_early), float(repeats)
 

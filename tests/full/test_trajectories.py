@@ -14,11 +14,12 @@ import torch
 from click.testing import CliRunner, Result
 from micro import write_micro
 
-from dgq.convert.calibration import survey, trajectories
+from dgq.convert.calibration import calibrate as calibration
+from dgq.convert.calibration import trajectories
 from dgq.convert.calibration.stats import read_stats
 from dgq.convert.cli.__main__ import main
 from dgq.convert.layerwise.chunk import Chunk
-from dgq.convert.layerwise.passes import Passes, Rows
+from dgq.convert.layerwise.passes import Rows, SamplePasses
 from dgq.convert.layerwise.samples import BINS
 from dgq.convert.layerwise.stream import Stream
 from dgq.convert.source.checkpoint import open_source
@@ -112,7 +113,7 @@ def test_what_was_kept_conditions(micro: Path, stats: Path, tmp_path: Path) -> N
     stream = Stream(source.config, Rows(source), "cpu", torch.float32)
     with ExitStack() as stack:
         files = [stack.enter_context((tmp_path / str(i)).open("x+b", buffering=0)) for i in range(3)]
-        way = Passes(stream, [chunk], [0], files[0], files[1:])
+        way = SamplePasses(stream, [chunk], [0], files[0], files[1:])
         way.first(lambda: None)
         both, soft = way.doubled[0], way.soft(0)
     conditioned = [i for i, kind in enumerate(both.kind.tolist()) if kind > BINS]
@@ -130,9 +131,9 @@ def test_killed_it_goes_on_and_ends_in_the_same_bytes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(survey.Passes, "first", stopped)
+        patch.setattr(calibration.SamplePasses, "first", stopped)
         assert calibrate(micro, tmp_path / "stats", "--trajectories").exit_code == 130
-    assert (tmp_path / ".stats.calibration" / "0-walked.done").is_file()
+    assert (tmp_path / ".stats.calibration" / "0-walked.safetensors").is_file()
     other = calibrate(micro, tmp_path / "stats")
     assert other.exit_code == 2 and "another calibration's unfinished work" in other.output
     assert calibrate(micro, tmp_path / "stats", "--trajectories").exit_code == 0

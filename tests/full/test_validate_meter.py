@@ -4,7 +4,8 @@ decoded by gguf-py, bitsandbytes or modelopt into transformers' model, KL by tor
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -14,13 +15,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from others import DECODED
+from pictures import draw_nothing
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
 from dgq.convert.cli.__main__ import main
+from dgq.convert.source.models import open_model
 from dgq.convert.validation.questions import LEVELS, canvases, questions
-from dgq.convert.verification.generate import open_model
 
 pytestmark = pytest.mark.xdist_group("validate-meter")
 transformers: Any = pytest.importorskip("transformers")
@@ -70,20 +72,23 @@ def logits(model: Oracle, prompt: tuple[int, ...], noised: Tensor, given: list[T
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def room(tmp_path_factory: pytest.TempPathFactory, converted: Callable[[str], Path]) -> Path:
     """The artifacts, and report/, which the reference's file suffices for: SRC adds nothing to what is held here."""
     folder = files("dgq.recipes").joinpath("prompts")
     texts, tasks = (folder.joinpath(f"heldout_{kind}.jsonl").read_text("utf-8") for kind in ("text", "tasks"))
     path = tmp_path_factory.mktemp("meter")
-    (path / "prompts.jsonl").write_text("\n".join([*texts.splitlines()[10:12], *tasks.splitlines()[5:7]]))
-    commands = [["convert", "tiny", "--to", to, "--recipe", recipe, "-o", path / to] for to, recipe in FORMATS.items()]
-    commands += [
+    (path / "prompts.jsonl").write_text("\n".join([texts.splitlines()[10], tasks.splitlines()[5]]))
+    for to, recipe in FORMATS.items():
+        shutil.copytree(converted(recipe), path / to)
+    commands = [
         ["validate", "--against", "tiny", "--prompts", path / "prompts.jsonl", "--quick", "--reference", path / "tiny"],
         ["validate", *(path / to for to in FORMATS), "--reference", path / "tiny", "-o", path / "report"],
     ]
-    for command in commands:
-        result = CliRunner().invoke(main, [str(argument) for argument in command])
-        assert (path / "report").is_dir() or result.exit_code == 0, result.output
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        for command in commands:
+            result = CliRunner().invoke(main, [str(argument) for argument in command])
+            assert (path / "report").is_dir() or result.exit_code == 0, result.output
     return path
 
 

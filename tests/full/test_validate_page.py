@@ -15,7 +15,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from dgq.convert.validation.report import page, triple, write
+from dgq.convert.validation.report.render import page, triple, write
+from dgq.convert.validation.report.result import ValidationResult
 
 pytestmark = pytest.mark.xdist_group("validate-page")
 PLOTS = {"frontier", "frontier-steps", "kl-by-level", "top-by-level", "kl-by-group", "kl-by-position", "steps", "tasks",
@@ -95,9 +96,9 @@ def test_a_strangers_texts_are_only_texts(report: Path, tmp_path: Path) -> None:
     for row in data["texts"]:
         row["prompt"] = row["reference"] = hostile
         row["written"] = {name + hostile: text for name, text in row["written"].items()}
-    found = Page(page(data))
+    found = Page(page(ValidationResult.from_json(data)))
     assert not [tag for tag, _ in found.tags if tag == "script"] and hostile in found.text
-    write(data, tmp_path / "out")
+    write(ValidationResult.from_json(data), tmp_path / "out")
     assert hostile in (tmp_path / "out" / "texts.csv").read_text()
 
 
@@ -110,7 +111,7 @@ def test_reports_with_less_in_them(report: Path) -> None:
     without["reference"]["weights_compared"] = False
     for key in ("weights", "layers", "sensitivity"):
         del without["artifacts"][0][key]
-    assert not {"weights-1", "sensitivity-1"} & Page(page(without)).tables.keys()
+    assert not {"weights-1", "sensitivity-1"} & Page(page(ValidationResult.from_json(without))).tables.keys()
     for side in (one["free"], base["free"]):
         side["score"], side["by_task"] = None, {}
     del one["free"]["score_drop"]
@@ -118,7 +119,7 @@ def test_reports_with_less_in_them(report: Path) -> None:
     one["sensitivity"] = []
     for row in (one["fixed"]["mean"], *one["fixed"]["by_group"].values()):
         row["kl"] = [0.0, 0.0, 0.0]
-    text = Page(page(data)).text
+    text = Page(page(ValidationResult.from_json(data))).text
     assert "limits that are broken" in text and text.count("config: hidden is 1") == 2
 
 
@@ -152,6 +153,7 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 390], ids=["desk", "phone"])
 def test_a_browser_draws_it_all(report: Path, browser: Any, width: int) -> None:
     view = browser.new_page(viewport={"width": width, "height": 844})

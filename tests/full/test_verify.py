@@ -19,8 +19,8 @@ import pytest
 from click.testing import CliRunner, Result
 from kinds import write_kinds
 
-import dgq.convert.verification.verify as checking
-import dgq.convert.write.hf_artifact as hf_artifact
+import dgq.convert.verification.files as checking
+import dgq.convert.write.artifact_files as artifact_files
 from dgq.convert.cli.__main__ import main
 from dgq.convert.source.hashes import describe
 from dgq.convert.write import provenance
@@ -47,7 +47,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("verify")
     source = write_kinds(root / "kinds", ("normal", "outliers", "heavy-tailed", "ties"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_artifact, "shards", partial(shards, limit=250_000))
+        patch.setattr(artifact_files, "shards", partial(shards, limit=250_000))
         for recipe, how in RECIPES.items():
             result = CliRunner().invoke(main, ["convert", str(source), *how, "-o", str(root / recipe)])
             assert result.exit_code == 0, result.output
@@ -68,9 +68,9 @@ def copy(artifacts: Path, tmp_path: Path) -> Path:
 
 
 def problems(path: Path) -> list[str]:
-    found = checking.verify(path, 1, lambda n, name: None)
-    assert found["ok"] == (not found["problems"])
-    return list(found["problems"])
+    checked = checking.check_files(path, 1, lambda n, name: None)
+    assert checked.ok == (not checked.problems)
+    return list(checked.problems)
 
 
 def command(path: Path, *more: str) -> Result:

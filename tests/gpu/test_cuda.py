@@ -21,7 +21,7 @@ from dgq.quant.schemes.dense import BF16
 from dgq.quant.schemes.fp8 import FP8
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
-from dgq.runtime.engine.engine import generate
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.model.model import Model
 
@@ -112,7 +112,7 @@ def test_tokens_are_the_cpus(recipe: str | None, tmp_path: Path) -> None:
     lines = files("dgq.recipes").joinpath("prompts", "heldout_tasks.jsonl").read_text("utf-8").splitlines()[:24]
     prompts = [artifact.tokenizer.chat(json.loads(line)["messages"]) for line in lines]
     results = [
-        generate(artifact.load(device, torch.float32), prompts, artifact.generation, 64, seed=7)
+        generate(artifact.load(device, torch.float32), Request(prompts, artifact.generation, 64, seed=7))
         for device in ("cpu", "cuda")
     ]
     same = [a == b for a, b in zip(results[0].tokens, results[1].tokens, strict=True)]
@@ -129,7 +129,7 @@ def test_images_by_kernels(tmp_path: Path) -> None:
     from dgq.runtime.engine.fast import Fast
     from dgq.runtime.engine.plain import Plain
     from dgq.runtime.files.images import placed
-    from dgq.runtime.model.slots import Prompt, Slots
+    from dgq.runtime.model.slots import PromptView, Slots
     from dgq.runtime.shape.pictured import pictures, pieces
 
     artifact, rng = open_artifact(TINY), np.random.default_rng(0)
@@ -142,7 +142,7 @@ def test_images_by_kernels(tmp_path: Path) -> None:
     ]
     torch.testing.assert_close(prompts[1].embeddings.cpu(), prompts[0].embeddings, atol=1e-4, rtol=0)
     results = [
-        generate(artifact.load(device, torch.float32), [prompt], artifact.generation, 64, seed=7)
+        generate(artifact.load(device, torch.float32), Request([prompt], artifact.generation, 64, seed=7))
         for device, prompt in zip(("cpu", "cuda"), prompts, strict=True)
     ]
     assert results[0].tokens == results[1].tokens
@@ -153,7 +153,7 @@ def test_images_by_kernels(tmp_path: Path) -> None:
     def held(passes: Plain | Fast, dtype: torch.dtype, step: int) -> list[torch.Tensor]:
         slots = Slots(fast.config, 1, len(ids) + 256, "cuda", dtype)
         for piece in pieces(prompts[1:], step):
-            view = Prompt(slots, 0, piece.start, piece.stop - piece.start)
+            view = PromptView(slots, 0, piece.start, piece.stop - piece.start)
             part = torch.tensor(prompts[1][piece], device="cuda")[None]
             passes.encode_prompt(part, view, pictures(prompts[1:], piece, fast.device))
         return [buffer.float() for buffer in slots.buffers]
@@ -174,7 +174,7 @@ def test_images_by_kernels(tmp_path: Path) -> None:
         found = off(held(Fast(fast), torch.bfloat16, step), truth)
         for (whole, median), (most, usual) in zip(found, noise, strict=True):
             assert whole < 1.25 * most + 1e-3 and median < 1.1 * usual, (step, whole, most, median, usual)
-    assert generate(fast, prompts[1:], artifact.generation, 64, seed=7).steps[0]
+    assert generate(fast, Request(prompts[1:], artifact.generation, 64, seed=7)).steps[0]
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4-w4a16", "bnb4"])
@@ -218,7 +218,7 @@ def test_eights_by_kernels() -> None:
             eights[name] = plain[name] = Packed(SCHEMES["nvfp4"], weight.shape, packed)
     prompts = [artifact.tokenizer.encode(text) for text in ("Once upon a time there was a king", "The wind")]
     results = [
-        generate(Model(artifact.config, weights, "cuda"), prompts, artifact.generation, 128, seed=1, steps=6)
+        generate(Model(artifact.config, weights, "cuda"), Request(prompts, artifact.generation, 128, seed=1, steps=6))
         for weights in (eights, plain)
     ]
     assert results[0].tokens == results[1].tokens and len(results[0].tokens[0]) == 128

@@ -17,7 +17,7 @@ import torch
 from dgq.runtime.engine.plain import Plain
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.model.rng import CounterRandom
-from dgq.runtime.model.session import Passes, Session
+from dgq.runtime.model.session import Backend, Session
 
 transformers = pytest.importorskip("transformers")
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -62,7 +62,7 @@ def off(found: torch.Tensor, exact: torch.Tensor) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-def runtime(artifact: Any) -> Passes:
+def runtime(artifact: Any) -> Backend:
     if DEVICE == "cpu":
         return Plain(artifact.load("cpu", torch.bfloat16, kernels=False))
     from dgq.runtime.engine.fast import Fast
@@ -79,15 +79,15 @@ def test_logits_are_within_bfloat16s_noise() -> None:
     ids = [token for line in texts for token in artifact.tokenizer.encode(json.loads(line)["text"])]
     prompts = [ids[300 * i : 300 * i + length] for i, length in enumerate(LENGTHS)]
     eager = [Eager(dtype, prompts, artifact.generation.pad_id) for dtype in (torch.float32, torch.bfloat16)]
-    passes = runtime(artifact)
-    session = Session(passes, len(prompts), max(LENGTHS) + (BLOCKS + 1) * config.canvas, artifact.generation.sampler)
+    backend = runtime(artifact)
+    session = Session(backend, len(prompts), max(LENGTHS) + (BLOCKS + 1) * config.canvas, artifact.generation.sampler)
     session.start(prompts)
     random = CounterRandom(1, range(len(prompts)), config.canvas, config.vocab, torch.device(DEVICE))
     for block in range(BLOCKS + 1):
         session.state.begin(random, rows, block)
         canvas = random.canvas(rows, block)
         exact, theirs = (one.decode(canvas) for one in eager)
-        ours = passes.decode(session.state, session._view()).double().view_as(exact)
+        ours = backend.decode(session.state, session._view()).double().view_as(exact)
         if DEVICE == "cuda":  # kernels leave the cap to the sampler
             ours = config.softcap * torch.tanh(ours / config.softcap)
         print(f"block {block}: ours {off(ours, exact):.5f}, transformers {off(theirs, exact):.5f} off float32")

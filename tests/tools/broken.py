@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,19 @@ FAULTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 }
 
 
-def write(good: Path, folder: Path, name: str) -> Path:
-    path = folder / name.replace(" ", "-")
+# Faults that no limit of the gate has in common: each limit names one tensor or part, so both are named
+TOGETHER = (
+    ("nibbles swapped", "encoder scalar is 1", "stale sampler"),
+    ("experts exchanged", "wrong RoPE"),
+    ("scale doubled", "router in 4 bit"),
+    ("no self-conditioning",),
+)
+assert sorted(name for names in TOGETHER for name in names) == sorted(FAULTS)
+
+
+def write(good: Path, folder: Path, names: Sequence[str]) -> Path:
+    path = folder / names[0].replace(" ", "-")
     shutil.copytree(good, path)
-    FAULTS[name][0](path)
+    for name in names:
+        FAULTS[name][0](path)
     return path

@@ -1,6 +1,7 @@
 """Fuzzing what strangers write: safetensors headers, indexes, configs, GGUF files, dgq.json, recipes, imatrices.
 
-    python tests/tools/fuzz.py [--cases 6000] [--seed 1] [--workers 2] [--seconds S] [--coverage] [--only CASE] [--keep DIR]
+    python tests/tools/fuzz.py [--cases 6000] [--seed 1] [--workers 2] [--seconds S] [--coverage] [--only CASE]
+        [--keep DIR]
 
 Structure-aware, and the same by seed: a good input is taken apart, changed where it is a value, a length, an offset, a
 name or a link, and put together again; a few are only damaged. Each goes through the commands that read it, in worker

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from forked import forked
+from huggingface_hub import constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -151,3 +156,18 @@ def serve(repo: str, folder: Path, *faults: Fault, token: str | None = None) -> 
     finally:
         server.shutdown()
         server.server_close()
+
+
+def dgq_forked(endpoint: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`dgq` in a forked child, whose client is told anew what it read of the environment when it was imported."""
+    from dgq.convert.cli.__main__ import main
+
+    proxies = {key: None for key in os.environ if key.lower().endswith("_proxy")}
+
+    def work() -> None:
+        constants.HF_HUB_CACHE, constants.HF_TOKEN_PATH = str(home / "hub"), str(home / "token")
+        constants.HF_HUB_OFFLINE, constants.ENDPOINT = False, endpoint
+        constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        main([*arguments])
+
+    return forked(work, home, {**proxies, "HF_HUB_OFFLINE": None, "HF_TOKEN": None})

@@ -74,9 +74,9 @@ def write_micro(
 
 def two_steps(weights: Any, config: Any) -> torch.Tensor:
     """Logits of a canvas behind 40 tokens, without and with self-conditioning, weights decoded at every use."""
-    from dgq.runtime.model.model import Model
+    from dgq.runtime.model.model import LoadOptions, Model
 
-    model, generator = Model(config, weights, keep_decoded=0), torch.Generator().manual_seed(3)
+    model, generator = Model(config, weights, options=LoadOptions(keep_decoded=0)), torch.Generator().manual_seed(3)
     cache = model.new_cache(1)
     model.encode(torch.randint(12, config.vocab, (1, 40), generator=generator), cache)
     canvas = torch.randint(0, config.vocab, (1, config.canvas), generator=generator)

@@ -187,8 +187,8 @@ def _layer(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         scale, scalar = torch.rand(3, 3, device=device)[:, 1], torch.ones(1, dtype=torch.bfloat16, device=device)
         for ordered in (False, True):
             fused.norm(x, weights[0], EPS, plus=seen, scale=scale, factor=2.0, ordered=ordered)
-            fused.mixed(x, seen, *weights[:3], _normal(device, width), EPS, ordered=ordered)
-            fused.fed(x, seen, parts, (weights[0], weights[1], weights[2]), scalar, weights[3], EPS, ordered=ordered)
+            fused.mixed(x, seen, tuple(weights[:3]), _normal(device, width), EPS, ordered=ordered)
+            fused.fed(x, seen, parts, tuple(weights), scalar, EPS, ordered=ordered)
 
     def place(heads: int, kv: int, dim: int, paged: bool) -> None:
         rows, tokens, size = 2, 5, 64
@@ -199,7 +199,7 @@ def _layer(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         buffer = _normal(device, 2, 12 if paged else rows, kv, size, dim)
         norms = _normal(device, dim, float32=True), _normal(device, dim, float32=True)
         q, k, v = qkv.split((heads * dim, kv * dim, kv * dim), -1)
-        fused.place(q, k, v, norms, turns, buffer[0], buffer[1], length, EPS, pages)
+        fused.place(q, k, v, norms, turns, fused.KeyValues(buffer[0], buffer[1], length, pages), EPS)
 
     for width in (72, 2816):
         yield f"norms {width}", lambda width=width: norms(width)
@@ -218,33 +218,33 @@ def _attention(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Cut as shipped, for each size of head: of a canvas over a ring that went around, causal, in pages, in parts."""
     import torch
 
-    from dgq.runtime.kernels.cached_attention import attend
+    from dgq.runtime.kernels.cached_attention import KeyValues, Mask, attend
 
-    def run(dim: int, tokens: int, lengths: list[int], paged: bool, **more: Any) -> None:
+    def run(dim: int, tokens: int, lengths: list[int], paged: bool, mask: Mask, **more: Any) -> None:
         heads, kv, rows = 2, 1, len(lengths)
         size = 64 if paged else 128
         buffer = _normal(device, 2, 3 * rows if paged else rows, kv, size, dim)
         pages = torch.randperm(3 * rows).view(rows, 3).int().to(device) if paged else None
         q = _normal(device, rows, heads, tokens, dim)
         length = torch.tensor(lengths, dtype=torch.int32, device=device)
-        attend(q, buffer[0], buffer[1], length, pages=pages, **more)
+        attend(q, KeyValues(buffer[0], buffer[1], length, pages), mask, **more)
 
     for dim in (64, 256, 512):
         begin = torch.tensor([30, 0], dtype=torch.int32, device=device)
-        yield f"attend {dim}", lambda dim=dim: run(dim, 21, [0, 200], False, window=100, splits=1)
+        yield f"attend {dim}", lambda dim=dim: run(dim, 21, [0, 200], False, Mask(100), splits=1)
         yield (
             f"attend {dim}, causal, in parts",
-            lambda dim=dim: run(dim, 37, [60], False, window=40, causal=True, splits=2, ordered=True),
+            lambda dim=dim: run(dim, 37, [60], False, Mask(40, True), splits=2, ordered=True),
         )
         yield (
             f"attend {dim}, in pages",
-            lambda dim=dim, begin=begin: run(dim, 9, [77, 3], True, start=begin, splits=3),
+            lambda dim=dim, begin=begin: run(dim, 9, [77, 3], True, Mask(start=begin), splits=3),
         )
         reach = torch.zeros(2, 37, dtype=torch.int32, device=device)
         reach[0, 3:20], reach[1, 3:20] = torch.arange(17), torch.arange(16, -1, -1)
         yield (
             f"attend {dim}, over an image",
-            lambda dim=dim, reach=reach: run(dim, 37, [40], False, window=12, causal=True, reach=reach, splits=1),
+            lambda dim=dim, reach=reach: run(dim, 37, [40], False, Mask(12, True, reach=reach), splits=1),
         )
 
 
@@ -275,7 +275,8 @@ def _rounding(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     import torch
     from test_round_kernel import GRIDS
 
-    from dgq.quant.feedback import round_kernel, search_kernel
+    from dgq.quant.feedback import round_kernel
+    from dgq.quant.schemes.ggml import search_kernel
 
     def columns(name: str) -> None:
         levels, sub = GRIDS[name]
@@ -307,19 +308,19 @@ def _session(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         from test_fast import small
 
         from dgq.runtime.engine.fast import Fast
-        from dgq.runtime.model.model import Model
+        from dgq.runtime.model.model import LoadOptions, Model
         from dgq.runtime.model.rng import CounterRandom
         from dgq.runtime.model.session import Session
         from dgq.runtime.shape.settings import SamplerConfig
 
         config, weights = small({".experts.": "nvfp4"})
-        passes = Fast(Model(config, weights, device, torch.bfloat16, kernels=True))
-        passes.capturable &= "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ
+        backend = Fast(Model(config, weights, device, torch.bfloat16, options=LoadOptions(kernels=True)))
+        backend.capturable &= "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ
         blocks, steps = (3, 3) if device == "cuda" else (1, 1)
         random = CounterRandom(1, range(2), config.canvas, config.vocab, torch.device(device))
         rows = torch.arange(2, device=device)
         with torch.inference_mode():
-            session = Session(passes, 2, 21 + blocks * config.canvas, SamplerConfig(steps=steps))
+            session = Session(backend, 2, 21 + blocks * config.canvas, SamplerConfig(steps=steps))
             session.start([[8], [5, 6, 7] * 7])
             for block in range(blocks):
                 session.state.begin(random, rows, block)
@@ -331,7 +332,7 @@ def _session(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
                     session.keep(rows)
                 session.commit(canvas)
             assert int(session.slots.lengths[0]) == 21 + blocks * config.canvas
-            assert len(session._graphs) == (5 if passes.capturable else 0)
+            assert len(session._graphs) == (5 if backend.capturable else 0)
 
     yield "session of two rows", run
 
@@ -344,7 +345,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if chosen.device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-        import conftest  # noqa: F401 - makes the interpreter quicker
+        import interpreter
+
+        interpreter.quicken()
     import torch
 
     if chosen.device == "cuda" and not torch.cuda.is_available():

@@ -124,13 +124,13 @@ def test_threads_take_turns(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> 
         def __init__(self, model: Any, prompts: Any, capacity: int, sampler: Any, random: Any, pad_id: int) -> None:
             super().__init__(model, prompts, capacity, sampler, random)
 
-    monkeypatch.setattr(runtime_engine, "Reference", OnTheSession)
+    monkeypatch.setattr(runtime_engine, "OnCache", OnTheSession)
     settings = {"seed": 3, "steps": 4, "max_new_tokens": 64}
     texts = ["One", "Two", "Three"]
     expected = [engine.generate(text, **settings) for text in texts]
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(lambda text: engine.generate(text, **settings), texts)) == expected
-    engine.model.session = None
+    engine.model.drop_session()
 
 
 def test_memory_is_given_back() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dgq.runtime.engine import batch as batches
-from dgq.runtime.engine.engine import generate
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.model.rng import CounterRandom
 
@@ -51,8 +51,8 @@ def five(artifact, tasks):
 def watched(artifact, model, five):
     """The five together: the result and every Step."""
     seen = []
-    settings = {"seed": 1, "steps": STEPS, "on_step": seen.append}
-    return generate(model, five, artifact.generation, BLOCKS * 64, **settings), seen
+    request = Request(five, artifact.generation, BLOCKS * 64, seed=1, steps=STEPS)
+    return generate(model, request, seen.append), seen
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_batch_of_five_is_five_single_runs(artifact, model, five, batch):
     assert batch.ended == [True, False, True, False, True]
     assert len({count for steps in batch.steps for count in steps}) > 2, "rows stop at different steps"
     for row, prompt in enumerate(five):
-        alone = generate(model, [prompt], artifact.generation, BLOCKS * 64, seed=1, steps=STEPS, rows=[row])
+        alone = generate(model, Request([prompt], artifact.generation, BLOCKS * 64, seed=1, steps=STEPS, rows=[row]))
         same(batch, alone, [row])
         assert batch.canvases[row, alone.canvases.shape[1] :].eq(artifact.generation.pad_id).all()
 
@@ -84,9 +84,9 @@ def test_a_batch_of_five_is_five_single_runs(artifact, model, five, batch):
 def test_tasks_in_batches_of_five(artifact, model, tasks, start):
     """As released: up to 48 steps."""
     prompts = tasks[start : start + 5]
-    together = generate(model, prompts, artifact.generation, 64, seed=start)
+    together = generate(model, Request(prompts, artifact.generation, 64, seed=start))
     for row, prompt in enumerate(prompts):
-        same(together, generate(model, [prompt], artifact.generation, 64, seed=start, rows=[row]), [row])
+        same(together, generate(model, Request([prompt], artifact.generation, 64, seed=start, rows=[row])), [row])
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="other libraries round by the batch's size")
@@ -107,7 +107,7 @@ def test_a_row_of_a_batch_is_the_row_alone_to_the_bit(artifact, model, five, mon
     def logits(rows):
         """(steps of both blocks, rows, canvas, vocab)"""
         seen.clear()
-        generate(model, [five[row] for row in rows], endless, 128, seed=4, steps=12, rows=rows)
+        generate(model, Request([five[row] for row in rows], endless, 128, seed=4, steps=12, rows=rows))
         return torch.stack(seen)
 
     together = logits([1, 3, 4])
@@ -118,18 +118,18 @@ def test_a_row_of_a_batch_is_the_row_alone_to_the_bit(artifact, model, five, mon
 def test_order_and_neighbours_do_not_matter(artifact, model, five, batch):
     settings = {"max_new_tokens": BLOCKS * 64, "seed": 1, "steps": STEPS}
     order = [3, 0, 4]
-    shuffled = generate(model, [five[row] for row in order], artifact.generation, **settings, rows=order)
+    shuffled = generate(model, Request([five[row] for row in order], artifact.generation, **settings, rows=order))
     same(batch, shuffled, order)
 
 
 def test_seed_and_row_make_the_difference(artifact, model, five):
     def first(seed, rows):
-        return generate(model, [five[1]], artifact.generation, 64, seed=seed, steps=1, rows=rows).canvases
+        return generate(model, Request([five[1]], artifact.generation, 64, seed=seed, steps=1, rows=rows)).canvases
 
     one = first(1, [0])
     assert torch.equal(one, first(1, None))
     assert not torch.equal(one, first(2, [0])) and not torch.equal(one, first(1, [1]))
-    twice = generate(model, [five[1]] * 2, artifact.generation, 64, seed=1, steps=1).canvases
+    twice = generate(model, Request([five[1]] * 2, artifact.generation, 64, seed=1, steps=1)).canvases
     assert not torch.equal(twice[0], twice[1])
 
 
@@ -140,8 +140,7 @@ def test_finished_rows_leave_and_nobody_notices(artifact, model, five, watched, 
     assert all(len(step.canvas) == len(step.accepted) == len(step.entropy) == len(step.rows) for step in seen)
     monkeypatch.setattr(CounterRandom, "independent", False)
     seen = []
-    settings = {"seed": 1, "steps": STEPS, "on_step": seen.append}
-    stayed = generate(model, five, artifact.generation, BLOCKS * 64, **settings)
+    stayed = generate(model, Request(five, artifact.generation, BLOCKS * 64, seed=1, steps=STEPS), seen.append)
     assert {step.rows for step in seen} == {(0, 1, 2, 3, 4)}
     same(batch, stayed, range(5))
     assert torch.equal(batch.canvases, stayed.canvases)
@@ -150,7 +149,7 @@ def test_finished_rows_leave_and_nobody_notices(artifact, model, five, watched, 
 def test_torchs_stream_needs_everybody(artifact, model, five):
     seen = []
     settings = {"max_new_tokens": 128, "seed": 1, "steps": 2, "rng": "torch"}
-    result = generate(model, five, artifact.generation, **settings, on_step=seen.append)
+    result = generate(model, Request(five, artifact.generation, **settings), on_step=seen.append)
     assert {step.rows for step in seen} == {(0, 1, 2, 3, 4)} and {step.block for step in seen} == {0, 1}
     assert [len(steps) for steps in result.steps] == [1, 2, 1, 2, 1]
     assert result.canvases[0, 64:].eq(artifact.generation.pad_id).all()
@@ -187,9 +186,11 @@ def test_cpu_and_cuda_write_the_same(artifact, model, tasks, five, batch):
     """In float32: 40 tasks as released, and the batch above."""
     there = artifact.load("cuda", torch.float32)
     for start in range(0, 40, 5):
-        results = [generate(m, tasks[start : start + 5], artifact.generation, 64, seed=2) for m in (model, there)]
+        results = [
+            generate(m, Request(tasks[start : start + 5], artifact.generation, 64, seed=2)) for m in (model, there)
+        ]
         same(*results, range(5))
-    same(batch, generate(there, five, artifact.generation, BLOCKS * 64, seed=1, steps=STEPS), range(5))
+    same(batch, generate(there, Request(five, artifact.generation, BLOCKS * 64, seed=1, steps=STEPS)), range(5))
     endless = replace(artifact.generation, eos_ids=())
-    results = [generate(m, five[::2], endless, 128, seed=3) for m in (model, there)]
+    results = [generate(m, Request(five[::2], endless, 128, seed=3)) for m in (model, there)]
     same(*results, range(3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,8 @@ def convert(source: Path | str, out: Path, recipe: str) -> Path:
 
 
 @pytest.fixture(scope="module", params=["bnb4", "bnb4-dq"])
-def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert("tiny", tmp_path_factory.mktemp("bnb") / "out", request.param)
+def artifact(request: pytest.FixtureRequest, converted: Callable[[str, str], Path]) -> Path:
+    return converted(request.param, "stock")
 
 
 def states(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, Any]]:
@@ -231,11 +232,12 @@ def test_every_kind_of_block_in_a_file(tmp_path: Path) -> None:
 def test_bytes_do_not_depend_on_threads_or_slices(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of one expert or a few rows, many at once, also for the absmax that wait for the last of them."""
     to = recipe.split("-")[0]
+    source = write_kinds(tmp_path / "source", ("normal", "outliers", "heavy-tailed", "ties"))
     digests = []
     for slices, threads in ((1 << 22, "1"), (1000, "7")):
         monkeypatch.setattr("dgq.convert.write.slices.SLICE", {"cpu": slices})
         out = tmp_path / threads
-        arguments = ["convert", "tiny", "--to", to, "--recipe", recipe, "-o", str(out), "--threads", threads]
+        arguments = ["convert", str(source), "--to", to, "--recipe", recipe, "-o", str(out), "--threads", threads]
         assert CliRunner().invoke(main, arguments).exit_code == 0
         digests.append({file.name: file.read_bytes() for file in out.iterdir()})
     assert digests[0] == digests[1]

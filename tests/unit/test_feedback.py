@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from dgq.quant.feedback import feedback as module
-from dgq.quant.feedback.feedback import feedback, search
-from dgq.quant.feedback.grids import grid_of
+from dgq.quant.feedback.feedback import feedback, grid_of, search
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Scheme
 
-NAMES = ("nvfp4", "nf4", "q8_0", "q5_0", "q6_k", "q4_k")
+NAMES = tuple(name for name, scheme in SCHEMES.items() if scheme.grid is not None and name != "nf4_dq")
 
 
 def _case(experts: int = 3, rows: int = 24, columns: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +73,24 @@ def test_rows_make_good_what_rows_lost(name: str) -> None:
     assert float(same.float().mean()) > 0.999, "rows that are not felt together stay alone"  # float32 has near ties
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q5_0", "q6_k", "q4_k"])
+@pytest.mark.usefixtures("few_steps")
+def test_rows_come_back_in_their_order() -> None:
+    """Four groups take every fourth row each; rows that are not felt together are rounded as they are alone."""
+    weight, hessian = _case(1, 10, 64)
+    weight, hessian = weight.double(), hessian.double()
+    eye = torch.eye(10, dtype=torch.float64).unsqueeze(0)
+    together, alone = (feedback(weight, hessian, SCHEMES["nf4"], outputs) for outputs in (eye, None))
+    assert torch.equal(together["absmax"], alone["absmax"])
+    same = SCHEMES["nf4"].dequantize(together) == SCHEMES["nf4"].dequantize(alone)
+    assert float(same.float().mean()) > 0.999
+    mix = torch.randn(1, 10, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    outputs = mix @ mix.mT + 0.1 * eye
+    felt = feedback(weight, hessian, SCHEMES["nf4"], outputs)
+    losses = [_felt(SCHEMES["nf4"], parts, weight, hessian, outputs) for parts in (felt, alone)]
+    assert losses[0] < 0.8 * losses[1], losses
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q5_0", "q6_k", "q4_k", "iq4_nl"])
 def test_bytes_mean_the_same_to_gguf_py(name: str) -> None:
     weight, hessian = _case(1)
     parts = feedback(weight, hessian, SCHEMES[name])

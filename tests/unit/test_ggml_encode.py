@@ -14,16 +14,31 @@ import torch
 from test_schemes import SCHEMES, WEIGHTS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dgq.quant.schemes import ggml, ggml_encode
-from dgq.quant.schemes.ggml import Q4_K, Q5_0, Q6_K, Q8_0, GGMLScheme
-from dgq.quant.schemes.ggml_encode import encode
-from dgq.quant.schemes.ggml_search import nearest_int, signed_max, square_root, sum_positions
+from dgq.quant.schemes.ggml import blocks, on_device
+from dgq.quant.schemes.ggml.blocks import GGMLScheme
+from dgq.quant.schemes.ggml.on_device import encode_on_device
+from dgq.quant.schemes.ggml.q4_k import Q4_K
+from dgq.quant.schemes.ggml.q5_0 import Q5_0
+from dgq.quant.schemes.ggml.q6_k import Q6_K
+from dgq.quant.schemes.ggml.q8_0 import Q8_0
+from dgq.quant.schemes.ggml.search import nearest_int, signed_max, square_root, sum_positions
+
+
+def encode(scheme: GGMLScheme, weight: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    return encode_on_device(scheme.encode, scheme.block, weight, importance)
+
 
 EVERY_SCHEME = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 ROWS, COLUMNS = 12, 768
 IMPORTANCES = ("none", "random", "heavy-tailed", "zeros", "mostly zeros", "all zeros", "constant", "tiny", "large")
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")))
-CHECKED = {"q4_k": 1 << 20, "q5_0": 1 << 22, "q6_k": 1 << 21, "q8_0": 1 << 22}  # weights a test of random blocks
+CHECKED = {
+    "q4_k": 1 << 20,
+    "q5_0": 1 << 22,
+    "q6_k": 1 << 21,
+    "q8_0": 1 << 22,
+    "iq4_nl": 1 << 21,
+}  # weights a test of random blocks
 
 
 def _more_weights() -> dict[str, torch.Tensor]:
@@ -90,7 +105,7 @@ def _wrong_blocks(
 ) -> torch.Tensor:
     """Which blocks of (rows, in) differ from C's: (rows, blocks) bool."""
     right = scheme.quantize(weight, importance)[""]
-    ours = encode(scheme.name, weight.to(device), importance)
+    ours = encode(scheme, weight.to(device), importance)
     assert ours.device.type == device and ours.dtype == torch.uint8 and ours.shape == right.shape
     wrong: torch.Tensor = (ours.cpu() != right).unflatten(-1, (-1, scheme.block_bytes))
     return wrong.any(-1)
@@ -134,9 +149,9 @@ class _LikeCuda(TorchDispatchMode):
 @EVERY_SCHEME
 def test_nothing_hangs_on_cudas_habits(scheme: GGMLScheme, importance: str) -> None:
     weights, weigher = torch.cat(list(ALL.values())), _importance(importance, COLUMNS)
-    right = encode(scheme.name, weights, weigher)
+    right = encode(scheme, weights, weigher)
     with _LikeCuda():  # type: ignore[no-untyped-call]
-        ours = encode(scheme.name, weights, weigher)
+        ours = encode(scheme, weights, weigher)
     assert torch.equal(ours, right)
 
 
@@ -168,11 +183,11 @@ def test_q4_k_where_hardly_a_column_counts(seed: int, device: str) -> None:
 @EVERY_SCHEME
 def test_pieces_do_not_show(scheme: GGMLScheme, monkeypatch: pytest.MonkeyPatch) -> None:
     importance = _importance("random", COLUMNS)
-    whole = encode(scheme.name, WEIGHTS["normal"], importance)
-    monkeypatch.setitem(ggml_encode._PIECE, "cpu", 5 * COLUMNS)
-    assert torch.equal(encode(scheme.name, WEIGHTS["normal"], importance), whole)
-    monkeypatch.setitem(ggml_encode._PIECE, "cpu", 1)
-    assert torch.equal(encode(scheme.name, WEIGHTS["normal"], importance), whole)
+    whole = encode(scheme, WEIGHTS["normal"], importance)
+    monkeypatch.setitem(on_device._PIECE, "cpu", 5 * COLUMNS)
+    assert torch.equal(encode(scheme, WEIGHTS["normal"], importance), whole)
+    monkeypatch.setitem(on_device._PIECE, "cpu", 1)
+    assert torch.equal(encode(scheme, WEIGHTS["normal"], importance), whole)
 
 
 @pytest.mark.parametrize("shape", ((COLUMNS,), (3, COLUMNS), (5, 3, COLUMNS), (0, COLUMNS)))
@@ -188,8 +203,8 @@ def test_a_scheme_uses_it_off_the_cpu(
         cases.append((weight, torch.rand(5, COLUMNS, generator=g)))
         cases.append((weight.transpose(0, 1), torch.rand(3, COLUMNS, generator=g)))
     right = [scheme.quantize(*case)[""] for case in cases]
-    monkeypatch.setattr(ggml, "_c_encodes", lambda weight: False)
-    monkeypatch.setattr(ggml, "_quantize_chunk", lambda: pytest.fail("C was called"))
+    monkeypatch.setattr(blocks, "_c_encodes", lambda weight: False)
+    monkeypatch.setattr(blocks, "_quantize_chunk", lambda: pytest.fail("C was called"))
     for case, bytes_ in zip(cases, right, strict=True):
         ours = scheme.quantize(*case)[""]
         assert ours.shape == bytes_.shape and torch.equal(ours, bytes_)
@@ -207,7 +222,7 @@ def test_bytes_stay_on_the_weights_device(scheme: GGMLScheme) -> None:
 def test_importance_of_another_width_is_refused() -> None:
     for scheme in (Q4_K, Q5_0, Q6_K, Q8_0):
         with pytest.raises(ValueError, match="importance of shape"):
-            encode(scheme.name, torch.zeros(2, 512), torch.ones(256))
+            encode(scheme, torch.zeros(2, 512), torch.ones(256))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -17,12 +18,10 @@ from dgq.runtime.files.artifact import open_artifact
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+def made(tmp_path_factory: pytest.TempPathFactory, converted: Callable[[str, str], Path]) -> tuple[Path, list[Path]]:
     """tiny as one file, and as gguf-py's writer cuts it, in a directory with the same config and tokenizer."""
-    path = tmp_path_factory.mktemp("split")
-    done = CliRunner().invoke(main, ["convert", "tiny", "--to", "gguf", "-o", str(path / "whole")])
-    assert done.exit_code == 0, done.output
-    whole, parts = path / "whole" / "tiny-Q4_K_M.gguf", shutil.copytree(path / "whole", path / "parts")
+    folder = converted("q4_k_m", "stock")
+    whole, parts = folder / "tiny-Q4_K_M.gguf", shutil.copytree(folder, tmp_path_factory.mktemp("split") / "parts")
     (parts / whole.name).unlink()
     (parts / "dgq.json").unlink()
     reader = gguf.GGUFReader(whole)

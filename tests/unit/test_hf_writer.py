@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from dgq.quant.files.hf_dir import HFDir, read_header
-from dgq.quant.files.hf_writer import HFWriter, shards
+from dgq.quant.files.hf_writer import HFWriter, entry_bytes, shards
 from dgq.quant.types import Entry
 
 TENSORS = {
@@ -79,6 +79,13 @@ def test_a_weight_stays_in_one_file() -> None:
         assert [name for file in files for name in file] == list(TENSORS)
         for weight in WEIGHTS:
             assert sum(not file.keys().isdisjoint(weight) for file in files) == 1
+
+
+@pytest.mark.parametrize("limit", [1, 30, 60, 70, 1000])
+def test_a_file_holds_no_more_than_the_limit_unless_one_weight_does(limit: int) -> None:
+    for file in shards(WEIGHTS, limit):
+        inside = [weight for weight in WEIGHTS if not file.keys().isdisjoint(weight)]
+        assert len(inside) == 1 or sum(map(entry_bytes, file.values())) <= limit
 
 
 def test_what_is_missing_or_too_much(tmp_path: Path) -> None:

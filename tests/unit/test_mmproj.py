@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,15 @@ VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 Clip = gguf.Keys.ClipVision
 
 
-def converted(source: Path | str, out: Path) -> Path:
+def convert(source: Path | str, out: Path) -> Path:
     result = CliRunner().invoke(main, ["convert", str(source), "--to", "gguf", "--effort", "stock", "-o", str(out)])
     assert result.exit_code == 0, result.output
     return out
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return converted("tiny", tmp_path_factory.mktemp("gguf") / "tiny")
+def made(converted: Callable[[str, str], Path]) -> Path:
+    return converted("q4_k_m", "stock")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_names_are_gguf_pys(model: str, clipped: Path) -> None:
 @pytest.mark.parametrize("model", ["tiny", "clipped"])
 def test_values_are_the_sources(model: str, made: Path, clipped: Path, tmp_path: Path) -> None:
     source = TINY if model == "tiny" else clipped
-    folder = made if model == "tiny" else converted(clipped, tmp_path / "out")
+    folder = made if model == "tiny" else convert(clipped, tmp_path / "out")
     there = {}
     for file in source.glob("*.safetensors"):
         there |= {n: t for n, t in load_file(file).items() if n.startswith(VISION)}
@@ -162,7 +163,7 @@ def test_our_runtime_sees_by_it_what_the_source_sees(made: Path, clipped: Path, 
     """By the directory, and by the bare file beside it; with bounds; and the bounds do something."""
     expected = seen_by(TINY)
     assert torch.equal(seen_by(made), expected) and torch.equal(seen_by(made / "tiny-Q4_K_M.gguf"), expected)
-    out = converted(clipped, tmp_path / "out")
+    out = convert(clipped, tmp_path / "out")
     found = seen_by(out)
     assert torch.equal(found, seen_by(clipped))
     free = write_clipped(tmp_path / "free", use_clipped_linears=False)
@@ -275,5 +276,5 @@ def test_a_tower_that_such_a_file_cannot_say(key: str, value: Any, tmp_path: Pat
 
 
 def test_without_a_tower_there_is_no_such_file(tmp_path: Path) -> None:
-    out = converted(write_micro(tmp_path / "micro"), tmp_path / "out")
+    out = convert(write_micro(tmp_path / "micro"), tmp_path / "out")
     assert [file.name for file in out.glob("*.gguf")] == ["micro-Q4_K_M.gguf"]

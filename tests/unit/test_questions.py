@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dgq.convert.source.models import open_model
 from dgq.convert.validation.questions import LEVELS, Question, batches, canvases, questions, written
-from dgq.convert.verification.generate import open_model
 from dgq.quant.errors import InputError
 from dgq.runtime.files.artifact import Artifact
 

@@ -9,7 +9,7 @@ import pytest
 
 from dgq.quant.errors import InputError
 from dgq.quant.files.gguf_file import GGUFReader
-from dgq.runtime.engine.engine import generate
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.artifact import open_artifact
 
 TINY_A = Path(__file__).parent.parent / "golden" / "tinyA"
@@ -37,7 +37,8 @@ def test_three_kinds(gguf_dir):
     ids = bf16.tokenizer.chat(chat)
     assert ids == directory.tokenizer.chat(chat) == bare.tokenizer.chat(chat)
     one, two = (
-        generate(a.load(), [ids], directory.generation, 32, seed=0, steps=2).canvases for a in (directory, bare)
+        generate(a.load(), Request([ids], directory.generation, 32, seed=0, steps=2)).canvases
+        for a in (directory, bare)
     )
     assert one.tolist() == two.tolist()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dgq.quant.errors import InputError
-from dgq.runtime.engine.engine import generate
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.model.rng import CounterRandom, TorchRandom
 from dgq.runtime.model.sampler import Stopper, accept, decide, temperature
@@ -95,27 +95,27 @@ def test_result_is_cut(tiny):
     """At max_new_tokens exactly (not at whole canvases), and before the first end-of-sequence token."""
     model, generation = tiny
     endless = replace(generation, eos_ids=())
-    full = generate(model, [[5, 6, 7]], endless, 64, seed=1, steps=3)
-    cut = generate(model, [[5, 6, 7]], endless, 40, seed=1, steps=3)
+    full = generate(model, Request([[5, 6, 7]], endless, 64, seed=1, steps=3))
+    cut = generate(model, Request([[5, 6, 7]], endless, 40, seed=1, steps=3))
     assert full.tokens == full.canvases.tolist() and len(full.tokens[0]) == 64
     assert cut.tokens[0] == full.tokens[0][:40] and cut.ended == [False]
     assert cut.canvases.shape == (1, 64) and cut.steps == [[3, 3]] and cut.stopped_early == [[False, False]]
     eos = full.tokens[0][20]
     at = full.tokens[0].index(eos)
-    ended = generate(model, [[5, 6, 7]], replace(generation, eos_ids=(eos,)), 64, seed=1, steps=3)
+    ended = generate(model, Request([[5, 6, 7]], replace(generation, eos_ids=(eos,)), 64, seed=1, steps=3))
     assert ended.tokens[0] == full.tokens[0][:at] and ended.ended == [True]
     assert ended.canvases[0, at] == eos and ended.canvases[0, at + 1 :].eq(generation.pad_id).all()
     assert ended.canvases.shape == (1, 32) and ended.steps == [[3]]
-    late = generate(model, [[5, 6, 7]], replace(generation, eos_ids=(eos,)), max(1, at), seed=1, steps=3)
+    late = generate(model, Request([[5, 6, 7]], replace(generation, eos_ids=(eos,)), max(1, at), seed=1, steps=3))
     assert late.ended == [at == 0]  # the token lies behind the cut
 
 
 def test_the_context_can_be_filled(tiny):
     model, generation = tiny
     prompt = [5] * (model.config.context - model.config.canvas)
-    assert len(generate(model, [prompt], replace(generation, eos_ids=()), 32, seed=1, steps=1).tokens[0]) == 32
+    assert len(generate(model, Request([prompt], replace(generation, eos_ids=()), 32, seed=1, steps=1)).tokens[0]) == 32
     with pytest.raises(InputError, match="2017 tokens and 32 new ones"):
-        generate(model, [[*prompt, 5]], generation, 32, steps=1)
+        generate(model, Request([[*prompt, 5]], generation, 32, steps=1))
 
 
 def test_same_seed_same_tokens(tiny):
@@ -123,12 +123,15 @@ def test_same_seed_same_tokens(tiny):
     for rng in ("counter", "torch"):
         settings = {"steps": 2, "rng": rng}
         one, two, other, drawn, again = (
-            generate(model, [[9, 8]], generation, 32, seed=s, **settings).canvases for s in (4, 4, 5, None, None)
+            generate(model, Request([[9, 8]], generation, 32, seed=s, **settings)).canvases
+            for s in (4, 4, 5, None, None)
         )
         assert torch.equal(one, two) and not torch.equal(one, other) and not torch.equal(drawn, again)
     torch.manual_seed(0)
     state = torch.random.get_rng_state()
-    generate(model, [[9, 8]], generation, 32, steps=1, rng="torch")  # an own generator: the caller's stream stays
+    generate(
+        model, Request([[9, 8]], generation, 32, steps=1, rng="torch")
+    )  # an own generator: the caller's stream stays
     assert torch.equal(state, torch.random.get_rng_state())
 
 
@@ -142,14 +145,16 @@ def test_every_draw_has_its_own_place(tiny, monkeypatch):
         return stock(self, rows, block, step)
 
     monkeypatch.setattr(CounterRandom, "words", words)
-    generate(model, [[5]], replace(generation, eos_ids=()), 64, seed=0, steps=2)
+    generate(model, Request([[5]], replace(generation, eos_ids=()), 64, seed=0, steps=2))
     assert counted == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
 
 
 def test_on_step(tiny):
     model, generation = tiny
     seen = []
-    result = generate(model, [[5], [6, 7]], replace(generation, eos_ids=()), 64, seed=0, steps=3, on_step=seen.append)
+    result = generate(
+        model, Request([[5], [6, 7]], replace(generation, eos_ids=()), 64, seed=0, steps=3), on_step=seen.append
+    )
     assert [(s.block, s.step, s.steps) for s in seen] == [(b, n, 3) for b in (0, 1) for n in (1, 2, 3)]
     assert seen[0].canvas.shape == seen[0].accepted.shape == (2, 32) and seen[0].entropy.shape == (2,)
     assert torch.equal(seen[2].canvas, result.canvases[:, :32])
@@ -177,7 +182,7 @@ def test_on_step(tiny):
 def test_bad_requests(tiny, rows, settings, words):
     model, generation = tiny
     with pytest.raises(InputError) as error:
-        generate(model, rows, generation, **settings)
+        generate(model, Request(rows, generation, **settings))
     assert words in str(error.value)
 
 
@@ -188,5 +193,7 @@ def test_generate_on_cuda(tiny, dtype):
     generation = replace(tiny[1], eos_ids=())
     model = open_artifact(TINY_A).load("cuda", dtype)
     for rng in ("counter", "torch"):
-        runs = [generate(model, [[5, 6, 7], [8] * 40], generation, 96, seed=3, steps=4, rng=rng) for _ in range(2)]
+        runs = [
+            generate(model, Request([[5, 6, 7], [8] * 40], generation, 96, seed=3, steps=4, rng=rng)) for _ in range(2)
+        ]
         assert runs[0].tokens == runs[1].tokens and len(runs[0].tokens[1]) == 96

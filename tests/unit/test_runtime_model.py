@@ -11,7 +11,7 @@ from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.model import layers
-from dgq.runtime.model.model import Model
+from dgq.runtime.model.model import LoadOptions, Model
 
 TINY_A = Path(__file__).parent.parent / "golden" / "tinyA"
 GOLDEN = load_file(TINY_A / "logits.safetensors")
@@ -31,7 +31,7 @@ def two_steps(model):
 def test_golden_logits(kind, keep_decoded):
     golden = GOLDEN if kind == "bf16" else load_file(TINY_A / "logits_from_Q4_K_M.safetensors")
     artifact = open_artifact(FILES[kind])
-    first, second = two_steps(Model(artifact.config, artifact.weights, keep_decoded=keep_decoded))
+    first, second = two_steps(Model(artifact.config, artifact.weights, options=LoadOptions(keep_decoded=keep_decoded)))
     assert first.dtype == torch.float32
     torch.testing.assert_close(first, golden["logits"], atol=5e-5, rtol=0)
     torch.testing.assert_close(second, golden["logits_sc"], atol=5e-5, rtol=0)
@@ -41,7 +41,7 @@ def test_golden_logits(kind, keep_decoded):
 def test_a_small_budget_changes_nothing(budget, monkeypatch):
     """Row chunks and expert groups of every size, down to single ones."""
     artifact = open_artifact(FILES["Q4_K_M"])
-    model = Model(artifact.config, artifact.weights, keep_decoded=0)
+    model = Model(artifact.config, artifact.weights, options=LoadOptions(keep_decoded=0))
     whole = two_steps(model)
     monkeypatch.setattr(layers, "DECODE_BUDGET", budget)
     for piecewise, at_once in zip(two_steps(model), whole, strict=True):
@@ -127,7 +127,9 @@ def test_golden_logits_on_cuda(kind):
     golden = GOLDEN if kind == "bf16" else load_file(TINY_A / "logits_from_Q4_K_M.safetensors")
     artifact = open_artifact(FILES[kind])
     for keep_decoded in (0, 1 << 28):
-        model = Model(artifact.config, artifact.weights, "cuda", torch.float32, keep_decoded=keep_decoded)
+        model = Model(
+            artifact.config, artifact.weights, "cuda", torch.float32, options=LoadOptions(keep_decoded=keep_decoded)
+        )
         first, second = two_steps(model)
         torch.testing.assert_close(first.cpu(), golden["logits"], atol=1e-3, rtol=0)
         torch.testing.assert_close(second.cpu(), golden["logits_sc"], atol=1e-3, rtol=0)

@@ -9,7 +9,16 @@ from dgq.quant.errors import InputError
 from dgq.quant.files.gguf_file import GGUFReader
 from dgq.quant.files.hf_dir import HFDir
 from dgq.runtime.shape.config import ModelConfig
-from dgq.runtime.shape.names import EMBEDDING, ROPE_FREQS, VISION, check_tensors, expected_tensors, gguf_name, hf_name
+from dgq.runtime.shape.names import (
+    EMBEDDING,
+    ROPE_FREQS,
+    VISION,
+    check_tensors,
+    expected_tensors,
+    gguf_name,
+    hf_name,
+    layer_of,
+)
 
 TINY_A = Path(__file__).parent.parent / "golden" / "tinyA"
 CONFIG = ModelConfig.from_file(TINY_A / "config.json")
@@ -34,6 +43,14 @@ def test_map_is_its_own_inverse():
         assert hf_name(unknown) is None
     for unknown in ("model.encoder.vision_tower.x", "lm_head.weight", "model.decoder.layers.0.other"):
         assert gguf_name(unknown) is None
+
+
+def test_the_layer_of_a_name():
+    for name in expected_tensors(CONFIG):
+        number = layer_of(name)
+        assert (number is None) == (".layers." not in name)
+        assert number is None or f"layers.{number}." in name
+        assert number == layer_of(gguf_name(name) or "")
 
 
 def test_check_tensors():

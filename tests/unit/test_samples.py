@@ -84,5 +84,5 @@ def test_used(most: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Canvases count twice, since they are run twice."""
     monkeypatch.setattr(samples, "TOKENS", most)
     chunk = Chunk(((1,) * 476,), torch.zeros(2, CANVAS, dtype=torch.int64), (0, 0), torch.ones(2, dtype=torch.int64))
-    assert chunk.encoded + 2 * chunk.canvases.numel() == 1500
+    assert chunk.run_tokens == 1500
     assert len(samples.used([chunk] * 10)) == count

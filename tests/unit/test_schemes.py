@@ -14,12 +14,17 @@ import torch
 from kinds import KINDS, block
 
 from dgq.quant.schemes.fourbit import count_below, is_below, largest
-from dgq.quant.schemes.ggml import Q4_K, Q5_0, Q6_K, Q8_0, GGMLScheme
+from dgq.quant.schemes.ggml.blocks import GGMLScheme
+from dgq.quant.schemes.ggml.iq4_nl import IQ4_NL
+from dgq.quant.schemes.ggml.q4_k import Q4_K
+from dgq.quant.schemes.ggml.q5_0 import Q5_0
+from dgq.quant.schemes.ggml.q6_k import Q6_K
+from dgq.quant.schemes.ggml.q8_0 import Q8_0
 from dgq.quant.schemes.nf4 import NF4, NF4_DQ
 from dgq.quant.schemes.nvfp4 import NVFP4
 from dgq.quant.types import Packed, Scheme
 
-SCHEMES = (Q4_K, Q5_0, Q6_K, Q8_0)
+SCHEMES = (Q4_K, Q5_0, Q6_K, Q8_0, IQ4_NL)
 ROWS, COLUMNS = 12, 768
 
 
@@ -107,7 +112,7 @@ def test_decoding_any_bytes_equals_ggml_bit_for_bit(scheme: GGMLScheme) -> None:
     """All bit patterns, not only those an encoder writes: random bytes, with finite scales."""
     raw = np.random.default_rng(5).integers(0, 256, (64, 2 * scheme.block_bytes), dtype=np.uint8)
     blocks = torch.from_numpy(raw).view(-1, scheme.block_bytes)
-    halves = {"q4_k": (0, 2), "q6_k": (208,), "q5_0": (0,), "q8_0": (0,)}[scheme.name]
+    halves = {"q4_k": (0, 2), "q6_k": (208,), "q5_0": (0,), "q8_0": (0,), "iq4_nl": (0,)}[scheme.name]
     for start in halves:
         scale = torch.randn(len(blocks), 1).half()
         blocks[:, start : start + 2] = scale.view(torch.uint8)

@@ -18,12 +18,12 @@ import torch
 from dgq.quant.errors import InputError
 from dgq.runtime.engine import engine
 from dgq.runtime.engine.batch import OnSlots
-from dgq.runtime.engine.engine import Block, Result, Step, generate, stream
+from dgq.runtime.engine.engine import Block, Request, Result, Step, generate, stream
 from dgq.runtime.engine.plain import Plain
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.model.rng import CounterRandom
 from dgq.runtime.model.session import Session
-from dgq.runtime.model.slots import Canvas, Prompt, Slots
+from dgq.runtime.model.slots import CanvasView, PromptView, Slots
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -55,10 +55,10 @@ class _SlotsAnywhere(OnSlots):
         super().__init__(model, prompts, capacity, sampler, random)
 
 
-def on_slots(monkeypatch: pytest.MonkeyPatch, *args: Any, **settings: Any) -> Result:
+def on_slots(monkeypatch: pytest.MonkeyPatch, model: Any, request: Request) -> Result:
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "Reference", _SlotsAnywhere)
-        return generate(*args, **settings)
+        patched.setattr(engine, "OnCache", _SlotsAnywhere)
+        return generate(model, request)
 
 
 def same(one: Result, other: Result) -> None:
@@ -68,29 +68,29 @@ def same(one: Result, other: Result) -> None:
 
 def test_tokens_are_the_references(artifact, model, prompts, monkeypatch):
     """Rows that leave, prompts past the window, blocks that take the ring around."""
-    request = model, prompts, artifact.generation, 4 * 64, 1, 5
-    slots = on_slots(monkeypatch, *request)
-    same(generate(*request), slots)
+    request = Request(prompts, artifact.generation, 4 * 64, 1, 5)
+    slots = on_slots(monkeypatch, model, request)
+    same(generate(model, request), slots)
     assert {len(steps) for steps in slots.steps} == {1, 4}
 
 
 @pytest.mark.parametrize("stability", [0, 1, 2])
 def test_stops_are_the_references(artifact, model, prompts, monkeypatch, stability):
     generation = replace(artifact.generation, sampler=replace(artifact.generation.sampler, stability=stability))
-    request = model, prompts[::2], generation, 64, 3
-    slots = on_slots(monkeypatch, *request)
-    same(generate(*request), slots)
+    request = Request(prompts[::2], generation, 64, 3)
+    slots = on_slots(monkeypatch, model, request)
+    same(generate(model, request), slots)
     assert any(slots.stopped_early[0])
 
 
 def test_a_session_is_used_again(artifact, model, prompts, monkeypatch):
     """Whatever an earlier batch left in its memory."""
-    first = on_slots(monkeypatch, model, prompts[:2], artifact.generation, 192, 1, 4)
+    first = on_slots(monkeypatch, model, Request(prompts[:2], artifact.generation, 192, 1, 4))
     session = model.session
-    on_slots(monkeypatch, model, prompts[2:4], artifact.generation, 64, 2, 4)
+    on_slots(monkeypatch, model, Request(prompts[2:4], artifact.generation, 64, 2, 4))
     assert model.session is session
-    same(first, on_slots(monkeypatch, model, prompts[:2], artifact.generation, 192, 1, 4))
-    on_slots(monkeypatch, model, prompts[:2], artifact.generation, 320, 1, 4)
+    same(first, on_slots(monkeypatch, model, Request(prompts[:2], artifact.generation, 192, 1, 4)))
+    on_slots(monkeypatch, model, Request(prompts[:2], artifact.generation, 320, 1, 4))
     assert model.session is not session, "no room for so many tokens"
 
 
@@ -108,7 +108,7 @@ def test_slots_hold_the_last_tokens(artifact):
     for sliding, layer in kinds.items():
         for row, length in enumerate(lengths):
             for start in range(0, length, 70):
-                view = Prompt(slots, row, start, min(70, length - start))
+                view = PromptView(slots, row, start, min(70, length - start))
                 new = values(layer, view.positions())
                 seen = view.write(layer, new, -new)[0][0, 0, :, 0]
                 first = max(0, start - config.window + 1) if sliding else 0
@@ -116,7 +116,7 @@ def test_slots_hold_the_last_tokens(artifact):
                 assert view.mask(sliding).shape[-1] == len(seen)
     for _ in range(4):
         slots.lengths.copy_(torch.tensor(lengths))
-        view = Canvas(slots, 2, config.canvas)
+        view = CanvasView(slots, 2, config.canvas)
         for sliding, layer in kinds.items():
             new = values(layer, view.positions())
             keys, negative = view.write(layer, new, -new)
@@ -145,8 +145,8 @@ def test_a_blocks_random_numbers_are_the_single_ones():
 
 
 def test_stream_tells_steps_and_blocks(artifact, model, prompts):
-    events = list(stream(model, prompts[:2], artifact.generation, 128, seed=1, steps=3))
-    result = generate(model, prompts[:2], artifact.generation, 128, seed=1, steps=3)
+    events = list(stream(model, Request(prompts[:2], artifact.generation, 128, seed=1, steps=3)))
+    result = generate(model, Request(prompts[:2], artifact.generation, 128, seed=1, steps=3))
     blocks = [event for event in events if isinstance(event, Block)]
     assert [event.block for event in blocks] == [0, 1] and blocks[0].rows == (0, 1) and blocks[1].rows == (1,)
     assert blocks[0].ended == (True, False)
@@ -155,20 +155,20 @@ def test_stream_tells_steps_and_blocks(artifact, model, prompts):
     steps = [event for event in events if isinstance(event, Step)]
     assert [(event.block, event.step) for event in steps[:3]] == [(0, 1), (0, 2), (0, 3)]
     assert torch.equal(steps[-1].canvas, blocks[1].canvas)
-    quiet = list(stream(model, prompts[:2], artifact.generation, 128, seed=1, steps=3, every_step=False))
+    quiet = list(stream(model, Request(prompts[:2], artifact.generation, 128, seed=1, steps=3), every_step=False))
     assert [type(event) for event in quiet] == [Block, Block]
 
 
 def test_a_stream_ends_where_another_begins(artifact, model, prompts, monkeypatch):
     """It is refused before it touches the other's memory: between steps, and where it would commit its block."""
-    monkeypatch.setattr(engine, "Reference", _SlotsAnywhere)
+    monkeypatch.setattr(engine, "OnCache", _SlotsAnywhere)
     settings = {"max_new_tokens": 128, "seed": 1, "steps": 3}
-    expected = generate(model, prompts[1:2], artifact.generation, **settings)
+    expected = generate(model, Request(prompts[1:2], artifact.generation, **settings))
     for events in (2, 4):
-        older = stream(model, prompts[3:4], artifact.generation, **settings)
+        older = stream(model, Request(prompts[3:4], artifact.generation, **settings))
         seen = [next(older) for _ in range(events)]
         assert isinstance(seen[-1], Block) == (events == 4)
-        newer = stream(model, prompts[1:2], artifact.generation, **settings)
+        newer = stream(model, Request(prompts[1:2], artifact.generation, **settings))
         first = next(newer)
         with pytest.raises(InputError, match="another answer was begun"):
             next(older)
@@ -178,15 +178,15 @@ def test_a_stream_ends_where_another_begins(artifact, model, prompts, monkeypatc
 
 def test_logits_that_are_no_numbers_are_forgotten(artifact, model, prompts, monkeypatch):
     """With the memory that they went into: a masked slot's value times 0 would be no number either."""
-    monkeypatch.setattr(engine, "Reference", _SlotsAnywhere)
+    monkeypatch.setattr(engine, "OnCache", _SlotsAnywhere)
     settings = {"max_new_tokens": 64, "seed": 1, "steps": 3}
-    expected = generate(model, prompts[:1], artifact.generation, **settings)
+    expected = generate(model, Request(prompts[:1], artifact.generation, **settings))
     with monkeypatch.context() as broken:
         broken.setattr(model, "final_norm", model.final_norm * torch.nan)
         with pytest.raises(InputError, match="the logits are not a number"):
-            generate(model, prompts[:1], artifact.generation, **settings)
+            generate(model, Request(prompts[:1], artifact.generation, **settings))
     assert model.session is None
-    same(expected, generate(model, prompts[:1], artifact.generation, **settings))
+    same(expected, generate(model, Request(prompts[:1], artifact.generation, **settings)))
 
 
 def test_rows_that_leave_are_computed_up_to_a_power_of_two(artifact, model):
@@ -218,11 +218,11 @@ def test_a_capture_that_fails_leaves_no_graph(artifact, model, prompts, monkeypa
     for name, fake in (("CUDAGraph", object), ("graph", capture), ("graph_pool_handle", int), ("synchronize", int)):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(Plain, "capturable", True)
-    model.session = None
+    model.drop_session()
     with pytest.raises(torch.OutOfMemoryError):
-        on_slots(monkeypatch, model, prompts[:1], artifact.generation, 64, 1, 3)
+        on_slots(monkeypatch, model, Request(prompts[:1], artifact.generation, 64, 1, 3))
     assert list(model.session._graphs) == [("step", 1)], "and none of what came after the step"
-    model.session = None
+    model.drop_session()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -234,17 +234,17 @@ def test_graphs_do_what_their_kernels_do(artifact, model, prompts):
     config, rows = artifact.config, torch.arange(len(prompts), device="cuda")
     logits, seen = [], []
     with torch.inference_mode():
-        for passes in (Plain(artifact.load("cuda", torch.float32)), Fast(half), Fast(half)):
+        for backend in (Plain(artifact.load("cuda", torch.float32)), Fast(half), Fast(half)):
             graphs = len(seen) == 2
-            passes.capturable = graphs
-            session = Session(passes, len(prompts), 600, artifact.generation.sampler)
+            backend.capturable = graphs
+            session = Session(backend, len(prompts), 600, artifact.generation.sampler)
             session.start(prompts)
             random = CounterRandom(1, range(len(prompts)), config.canvas, config.vocab, torch.device("cuda"))
             logits.append([])
             seen.append([])
             for block in range(4):
                 session.state.begin(random, rows, block)
-                found = passes.decode(session.state, session._view()).float().view(len(prompts), config.canvas, -1)
+                found = backend.decode(session.state, session._view()).float().view(len(prompts), config.canvas, -1)
                 logits[-1].append(config.softcap * torch.tanh(found / config.softcap) if len(seen) > 1 else found)
                 for _ in range(3):
                     session.step()

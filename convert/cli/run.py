@@ -1,0 +1,191 @@
+"""`dgq run`: an answer to one prompt, or a conversation, a line a turn, from a terminal or a pipe.
+
+At a terminal, a line that cannot be answered and Ctrl-C end that turn only; the end of input ends the conversation.
+From a pipe, each line is a turn as well, and the first that cannot be answered ends everything, as with any other
+command. A line "/image FILE" is no turn: the next turn shows that picture.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from dgq.convert.terminal.options import ADAPTER, DEVICE, DTYPE, JSON, REVISION
+from dgq.convert.terminal.sizes import Size
+from dgq.quant.errors import InputError
+
+if TYPE_CHECKING:
+    from dgq.convert.run.request import RunRequest
+
+IMAGE = "/image "
+
+
+@click.command()
+@click.argument("model", metavar="SRC|ARTIFACT")
+@click.argument("prompt", required=False)
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Put PROMPT through the chat template; without one, converse, a line a turn (/image FILE: a picture for the"
+    " next).",
+)
+@click.option("--thinking/--no-thinking", default=None, help="In a chat: think first. [default: the template's]")
+@click.option(
+    "--image",
+    "images",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Picture for the model to see, before PROMPT (or a conversation's first line), or where that says <|image|>;"
+    " may be given several times.",
+)
+@click.option("--max-new-tokens", type=click.IntRange(1), help="[default: the model's generation_config]")
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps a canvas at most. [default: generation_config]")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="The same seed gives the same text."
+)
+@DEVICE
+@DTYPE
+@click.option(
+    "--activations",
+    type=click.Choice(["nvfp4"]),
+    help="Round the experts' inputs as a W4A4 kernel does; for NVFP4 artifacts with input scales.",
+)
+@click.option(
+    "--rng",
+    type=click.Choice(["counter", "torch"]),
+    default="counter",
+    show_default=True,
+    help="counter: the same text on every device. torch: transformers' random stream.",
+)
+@click.option("--vram", type=Size(), help="Of the GPU, as 12GiB: experts beyond wait in host memory. [default: all]")
+@REVISION
+@ADAPTER
+@JSON
+def run(
+    model: str,
+    prompt: str | None,
+    chat: bool,
+    thinking: bool | None,
+    images: tuple[Path, ...],
+    max_new_tokens: int | None,
+    steps: int | None,
+    seed: int,
+    device: str,
+    dtype: str,
+    activations: str | None,
+    rng: Literal["counter", "torch"],
+    vram: int | None,
+    revision: str | None,
+    adapters: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Write text from a prompt ("-" reads it from standard input) and watch the canvas take shape."""
+    from dgq.convert.run.request import RunRequest
+
+    if thinking is not None and not chat:
+        raise InputError("--thinking: is a switch of the chat template; add --chat")
+    request = RunRequest(
+        model, revision, adapters, chat, thinking, max_new_tokens, steps, seed, device, dtype, activations, rng, vram
+    )
+    draw = sys.stdout.isatty() and not as_json
+    if prompt is not None:
+        _answer(request, _text(prompt), images, draw, as_json)
+    elif chat:
+        _converse(request, images, draw, as_json)
+    else:
+        raise click.MissingParameter(param_type="argument", param_hint="'PROMPT'")
+
+
+def _text(prompt: str) -> str:
+    """The prompt, or standard input for "-"."""
+    try:
+        text = sys.stdin.buffer.read().decode() if prompt == "-" else prompt
+        text.encode()
+    except UnicodeError:
+        raise InputError("PROMPT is not valid UTF-8") from None
+    return text
+
+
+def _answer(request: RunRequest, prompt: str, images: tuple[Path, ...], draw: bool, as_json: bool) -> None:
+    from dgq.convert.run.answer import answer
+    from dgq.convert.run.request import open_run
+    from dgq.convert.terminal.canvas import drawing
+    from dgq.convert.terminal.console import note, print_json
+
+    opened = open_run(request, note)
+    with drawing(opened.artifact, draw) as on_step:
+        reply = answer(opened, prompt, images, on_step)
+    print_json(reply) if as_json else _page(reply)
+
+
+def _converse(request: RunRequest, images: tuple[Path, ...], draw: bool, as_json: bool) -> None:
+    """Answer line after line of standard input on standard output; as JSON, one object a turn."""
+    from dgq.convert.run.conversation import Conversation
+    from dgq.convert.run.request import open_run
+    from dgq.convert.terminal.canvas import drawing
+    from dgq.convert.terminal.console import note, print_json
+
+    conversation = Conversation(open_run(request, note), images)
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    for line in _typed() if terminal else _piped():
+        try:
+            if line.startswith(IMAGE):
+                conversation.show(Path(line.removeprefix(IMAGE).strip()).expanduser())
+                continue
+            with drawing(conversation.artifact, draw) as on_step:
+                reply = conversation.ask(line, on_step)
+        except (InputError, KeyboardInterrupt) as error:
+            if not terminal:
+                raise
+            note(str(error) or "stopped; it is as though you had not said that")
+            continue
+        print_json(reply) if as_json else _page(reply)
+        sys.stdout.flush()
+
+
+def _typed() -> Iterator[str]:
+    import readline  # noqa: F401  # Importing it lets input() edit lines and fetch earlier ones back.
+
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if text:
+            yield text
+
+
+def _piped() -> Iterator[str]:
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            text = line.decode().strip()
+        except UnicodeError:
+            raise InputError(f"line {number} of standard input is not valid UTF-8") from None
+        if text:
+            yield text
+
+
+def _page(reply: dict[str, Any]) -> None:
+    """The text on stdout; on a terminal, how it came about on stderr, and before it what the model thought."""
+    from rich.text import Text
+
+    from dgq.convert.terminal.console import err
+    from dgq.quant.errors import shown
+
+    if reply.get("thought"):
+        err.print(Text(shown(reply["thought"]), style="dim italic"))
+    print(shown(reply["text"]))
+    if err.is_terminal:
+        steps = sum(reply["steps"])
+        speed = len(reply["tokens"]) / max(reply["generate_s"], 1e-9)
+        err.print(
+            f"{len(reply['tokens'])} tokens in {steps} steps ({'+'.join(map(str, reply['steps']))}),"
+            f" {reply['generate_s']:.1f} s, {speed:.0f} tokens/s on {reply['device']},"
+            f" loaded in {reply['load_s']:.1f} s",
+            style="dim",
+        )

@@ -1,0 +1,83 @@
+"""Opens whatever dgq can run: an artifact, or the BF16 source of one.
+
+a .gguf, or a directory whose config.json or files say that it is quantised     runtime/files/artifact.py opens it
+USER/NAME with a dgq.json in it                                                 the same, fetched whole
+a checkpoint directory, USER/NAME of one, `tiny`                                checkpoint.py opens it, adapters merged
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dgq.convert.source.checkpoint import open_source
+from dgq.convert.source.hub import TINY, Located, fetch_artifact, is_hub_id, locate
+from dgq.quant.errors import InputError
+from dgq.quant.files.hf_dir import read_json
+from dgq.runtime.files.artifact import Artifact, open_artifact
+from dgq.runtime.files.folders import refuse_other
+from dgq.runtime.files.quantization import quantization
+
+PROVENANCE = "dgq.json"  # the file that makes a directory an artifact of dgq; convert/write/provenance.py writes it
+
+
+def open_model(
+    model: str, revision: str | None = None, adapters: Sequence[Path] = (), notice: Callable[[str], None] | None = None
+) -> Artifact:
+    """Open an artifact or a BF16 source from its headers.
+
+    model: a path, a Hub id or `tiny`. revision: branch, tag or commit of a Hub id. adapters: directories of LoRA
+    adapters to merge into a BF16 source. notice is called with each remark about the weights, and with a line for each
+    adapter. InputError for everything that is wrong with the model, and for adapters of what is quantised already.
+    """
+    if is_artifact(model):
+        _refuse_adapters(model, adapters)
+        return _artifact(model, notice)
+    if is_hub_id(model):  # Its headers are checked before its weights are fetched.
+        if (small := published(model, revision)) is not None:
+            _refuse_adapters(model, adapters)
+            return _artifact(str(fetch_artifact(model, small.revision).path), notice)
+        revision = open_source(model, revision, weights=False, adapters=adapters).where.revision
+    source = open_source(model, revision, adapters=adapters)
+    source.check_copies()
+    opened = Artifact("safetensors", source.path, source.path, source.config, source.generation, source)
+    _tell(notice, opened.remarks)
+    return opened
+
+
+def published(repo: str, revision: str | None) -> Located | None:
+    """The small files of a Hub repository that holds an artifact of dgq; None for any other repository."""
+    small = locate(repo, revision, weights=False)
+    return small if (small.path / PROVENANCE).is_file() else None
+
+
+def is_artifact(model: str) -> bool:
+    """Whether it is quantised: a file, a directory with a .gguf and no safetensors, or one whose config.json has a
+    quantization. Everything else is a source; `tiny` is the embedded one. InputError for folders that hold no model."""
+    if model == TINY:
+        return False
+    path = Path(model)
+    if path.is_file():
+        return True
+    refuse_other(path)
+    if not any(path.glob("*.safetensors")):
+        return any(path.glob("*.gguf"))
+    config = path / "config.json"
+    return config.is_file() and quantization(path, read_json(config)) is not None
+
+
+def _refuse_adapters(model: str, adapters: Sequence[Path]) -> None:
+    if adapters:
+        raise InputError(f"--adapter: {model} is quantised already; convert its source with the adapter")
+
+
+def _artifact(path: str, notice: Callable[[str], None] | None) -> Artifact:
+    artifact = open_artifact(path)
+    _tell(notice, artifact.remarks)
+    return artifact
+
+
+def _tell(notice: Callable[[str], None] | None, lines: Sequence[str]) -> None:
+    if notice is not None:
+        for line in lines:
+            notice(line)
