@@ -147,7 +147,7 @@ class ModelConfig:
 def _refuse_unsupported(top: Fields, text: Fields) -> None:
     text.expect("hidden_activation", "gelu_pytorch_tanh")
     text.expect("attention_bias", False)
-    text.expect("use_bidirectional_attention", None, "vision")
+    text.expect("use_bidirectional_attention", None, False, "vision")  # about images alone: Artifact.vision
     top.expect("tie_word_embeddings", True)
     text.expect("tie_word_embeddings", True)
 
