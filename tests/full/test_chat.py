@@ -18,6 +18,7 @@ from dgq.quant.errors import InputError
 from dgq.runtime.engine import engine, turns
 from dgq.runtime.engine.batch import encode_each
 from dgq.runtime.engine.chat import Chat
+from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.engine.plain import Plain
 from dgq.runtime.engine.turns import SessionStore, TurnOnSlots, Turns
 from dgq.runtime.files.artifact import open_artifact
@@ -148,7 +149,7 @@ def test_a_conversation_is_its_prompts_alone(artifact, model, store):
         asked = [*chat.messages, {"role": "user", "content": said}]
         reply = chat.ask(said, max_new_tokens=128)
         ids = artifact.tokenizer.chat(asked)
-        alone = engine.generate(model, [ids], artifact.generation, 128, 3, rows=[number])
+        alone = generate(model, Request([ids], artifact.generation, 128, seed=3, rows=[number]))
         assert alone.tokens == [reply.tokens] and alone.steps == [reply.steps]
 
 
@@ -157,7 +158,7 @@ def test_a_reply_that_just_fits_ends_as_an_answer_does(artifact, model, store):
     for limit, ended in ((4, False), (5, True)):
         reply = Chat(model, artifact.tokenizer, artifact.generation, seed=3).ask(SAID[0], max_new_tokens=limit)
         ids = artifact.tokenizer.chat([{"role": "user", "content": SAID[0]}])
-        answer = engine.generate(model, [ids], artifact.generation, limit, 3)
+        answer = generate(model, Request([ids], artifact.generation, limit, seed=3))
         assert reply.tokens == answer.tokens[0] and len(reply.tokens) == 4
         assert reply.ended == answer.ended[0] == ended
 
@@ -203,7 +204,8 @@ def test_images_in_any_turn(artifact, model, store, worst):
         reply = chat.ask(said, images=images, max_new_tokens=191, steps=2)
         assert reply.prompt_tokens - reply.encoded >= before or number == 3
         plain, shown, _ = placed(artifact.tokenizer, asked)
-        alone = engine.generate(model, [see(plain, shown)], endless(artifact), 191, 3, 2, rows=[number])
+        request = Request([see(plain, shown)], endless(artifact), 191, seed=3, steps=2, rows=[number])
+        alone = generate(model, request)
         assert alone.tokens == [reply.tokens]
         before = len(see(artifact.tokenizer.chat(asked, add_generation_prompt=False), shown))
     assert reply.encoded == reply.prompt_tokens > 3 * 60 and len(seen) == 3
@@ -236,9 +238,8 @@ def test_no_two_turns_draw_the_same(artifact, model):
     chat = Chat(model, artifact.tokenizer, artifact.generation, seed=3, rng="torch")
     for number, said in enumerate((TEXTS[0], TEXTS[1])):
         ids = artifact.tokenizer.chat([*chat.messages, {"role": "user", "content": said}])
-        tokens = [
-            engine.generate(model, [ids], artifact.generation, 64, 3 + n, 2, rng="torch").tokens[0] for n in range(2)
-        ]
+        requests = [Request([ids], artifact.generation, 64, seed=3 + n, steps=2, rng="torch") for n in range(2)]
+        tokens = [generate(model, request).tokens[0] for request in requests]
         assert chat.ask(said, max_new_tokens=64, steps=2).tokens == tokens[number] != tokens[1 - number]
 
 

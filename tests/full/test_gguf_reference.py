@@ -82,7 +82,7 @@ def test_bytes_do_not_depend_on_threads_or_slices(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = convert(checkpoint, tmp_path / "one", "--threads", "1")
-    monkeypatch.setattr("dgq.convert.write.slices.SLICE", {"cpu": 1000})
+    monkeypatch.setattr("dgq.convert.write.slices.SLICE", {"cpu": 1000, "cuda": 1000})
     many = convert(checkpoint, tmp_path / "many", "--threads", "7")
     assert one.read_bytes() == many.read_bytes()
     assert (one.parent / "dgq.json").read_bytes() == (many.parent / "dgq.json").read_bytes()

@@ -200,7 +200,7 @@ def test_experts_in_host_memory_write_the_same(monkeypatch: pytest.MonkeyPatch) 
     artifact = open_artifact(TINY)
     prompts = [artifact.tokenizer.encode(text) for text in ("Once upon a time there was a king", "The wind")]
     for name, value in (("CONTEXT", 0), ("working_bytes", lambda *_: 0)):
-        monkeypatch.setattr(f"dgq.runtime.model.model.{name}", value)
+        monkeypatch.setattr(f"dgq.runtime.model.loading.{name}", value)
     whole = artifact.load("cuda")
     assert whole.kernels is not None
     experts = sum(tiles.nbytes for pair in whole.kernels.experts.values() for tiles in pair)

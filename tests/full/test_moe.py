@@ -198,7 +198,8 @@ def test_real_shapes(pair: tuple[str, str], kind: str) -> None:
     torch.manual_seed(5)
     gate_up, down = packed(pair[0], 128, 1408, 2816), packed(pair[1], 128, 2816, 704, seed=1)
     for tokens in (256, 1, 777):
-        check(gate_up, down, tokens, 8, kind, LIMIT)
+        single = tokens == 1 and kind == "one expert"  # 704 numbers, of which IQ4_NL's roundings alone make 4.2e-3
+        check(gate_up, down, tokens, 8, kind, LIMIT + SCATTER if single else LIMIT)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")

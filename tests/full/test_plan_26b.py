@@ -34,7 +34,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# A child's ru_maxrss begins with what its parent had; this is its own.
+# A child's ru_maxrss begins with what its parent had; this is its own. What Python and torch take, which is far more in
+# torch's builds for CUDA, is left out.
 MEASURED = """
 import sys
 from pathlib import Path
@@ -43,8 +44,10 @@ from dgq.convert.plans.plan import make_plan
 from dgq.convert.plans.recipes import find_recipe, recipes
 from dgq.convert.source.checkpoint import Source, open_source
 from dgq.quant.files.hf_writer import entry_bytes, shards
+peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+before = peak()
 main(sys.argv[1:], standalone_mode=False)
-print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], file=sys.stderr)
+print(peak() - before, file=sys.stderr)
 """
 
 
@@ -53,7 +56,7 @@ def plan(path: Path, *options: str) -> dict[str, Any]:
     command = [sys.executable, "-c", MEASURED, "plan", str(path), *options, "--no-probe", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak = int(done.stderr) / 1024
-    print(f"plan of 26B: peak {peak:.0f} MiB")
+    print(f"plan of 26B: peak {peak:.0f} MiB above Python and torch")
     return {"plan": json.loads(done.stdout), "peak_mib": peak}
 
 
@@ -86,7 +89,7 @@ def test_size_and_share(measured: dict[str, Any]) -> None:
 
 
 def test_memory_stays_far_below_the_checkpoint(measured: dict[str, Any]) -> None:
-    assert measured["peak_mib"] < 500
+    assert measured["peak_mib"] < 250
 
 
 @pytest.mark.parametrize(("recipe", "tensors"), [("nvfp4", 46_080), ("nvfp4-w4a16", 34_560)])
@@ -104,7 +107,7 @@ def test_nvfp4(checkpoint: Path, recipe: str, tensors: int) -> None:
     assert planned["bytes"] == elements // 2 + elements // 16 + scalars + 2 * (25_823_781_228 - elements)
     assert 18.80e9 < planned["bytes"] < 18.84e9
     assert planned["quantized_share"] == pytest.approx(0.8844, abs=1e-4)
-    assert found["peak_mib"] < 500
+    assert found["peak_mib"] < 250
 
 
 @pytest.mark.parametrize(("recipe", "gigabytes"), [("bnb4", 16.43), ("bnb4-dq", 15.28)])
@@ -115,7 +118,7 @@ def test_bnb4(checkpoint: Path, recipe: str, gigabytes: float) -> None:
     assert round(100 * planned["quantized_share"], 2) == 94.88
     kept = {name for name, t in planned["tensors"].items() if t["scheme"] == "bf16" and len(t["shape"]) > 1}
     assert all("router" in name or "embed" in name or "vision" in name for name in kept)
-    assert found["peak_mib"] < 500
+    assert found["peak_mib"] < 250
 
 
 # GB of tensors, from the headers alone, vision included

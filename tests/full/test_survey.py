@@ -911,7 +911,7 @@ def _back(stream: Stream, chunk: Chunk, soft: torch.Tensor, sense: Any, seed: in
     states = _through(stream, chunk, soft)
     gradient = stream.pull_leave(chunk, states[-1].clone(), seed, sense)
     for index in reversed(range(len(states) - 1)):
-        gradient = stream.layer(index, sense=sense).pull(chunk, states[index].clone(), gradient)
+        gradient = stream.layer(index, backward=sense).pull(chunk, states[index].clone(), gradient)
     stream.pull_enter(chunk, soft.clone(), gradient, sense)
     return states
 

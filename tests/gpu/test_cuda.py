@@ -129,7 +129,7 @@ def test_images_by_kernels(tmp_path: Path) -> None:
     from dgq.runtime.engine.fast import Fast
     from dgq.runtime.engine.plain import Plain
     from dgq.runtime.files.images import placed
-    from dgq.runtime.model.slots import Prompt, Slots
+    from dgq.runtime.model.slots import PromptView, Slots
     from dgq.runtime.shape.pictured import pictures, pieces
 
     artifact, rng = open_artifact(TINY), np.random.default_rng(0)
@@ -153,7 +153,7 @@ def test_images_by_kernels(tmp_path: Path) -> None:
     def held(passes: Plain | Fast, dtype: torch.dtype, step: int) -> list[torch.Tensor]:
         slots = Slots(fast.config, 1, len(ids) + 256, "cuda", dtype)
         for piece in pieces(prompts[1:], step):
-            view = Prompt(slots, 0, piece.start, piece.stop - piece.start)
+            view = PromptView(slots, 0, piece.start, piece.stop - piece.start)
             part = torch.tensor(prompts[1][piece], device="cuda")[None]
             passes.encode_prompt(part, view, pictures(prompts[1:], piece, fast.device))
         return [buffer.float() for buffer in slots.buffers]

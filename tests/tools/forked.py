@@ -3,6 +3,8 @@ seconds that importing torch and transformers anew takes.
 
     done = forked(lambda: main(["convert", …]), cwd=…, env={"HF_HUB_OFFLINE": "1"})      waits: code, stdout, stderr
     child = Child(work); child.line(); child.kill(signal.SIGTERM); code, stderr = child.ended()
+
+A child computes on the CPU: CUDA, once a process has begun to use it, cannot be used in its forks.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import NoReturn
+
+import torch
 
 LIMIT = 120  # seconds, after which a child is killed
 
@@ -47,6 +51,7 @@ class Child:
             if cwd is not None:
                 os.chdir(cwd)
             signal.alarm(LIMIT)
+            torch.cuda.is_available = lambda: False
             work()
             code = 0
         except SystemExit as error:
@@ -65,9 +70,10 @@ class Child:
         return os.pread(self._files[number].fileno(), size, 0).decode("utf-8", "surrogateescape")
 
     def line(self) -> str:
-        """The first line of stdout, as soon as it is there."""
-        until = time.monotonic() + LIMIT
-        while "\n" not in self._read(0) and time.monotonic() < until:
+        """The first line of stdout, as soon as it is there; what there is of it when the child has ended."""
+        until, ended = time.monotonic() + LIMIT, None
+        while "\n" not in self._read(0) and not ended and time.monotonic() < until:
+            ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             time.sleep(0.005)
         return self._read(0).partition("\n")[0]
 

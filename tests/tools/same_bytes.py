@@ -5,9 +5,9 @@
 
 Each checkout's own code runs in processes of its own, through its command line: calibrate once (by BEFORE, unless
 --stats gives a file), convert for each recipe and effort, and an imatrix conversion. Every file's SHA-256 is compared;
-dgq.json without dgq's version, the versions of libraries, and its own hash. --quick takes one calibration round and 4
-row groups instead of 64, so that it is minutes on two cores; the bytes differ from those of a full run, equally on both
-sides. Ends in one JSON line and exit code 1 if anything differs.
+dgq.json without dgq's version, the versions of libraries, and its own hash. --quick calibrates one round on DOCUMENTS
+prompts and takes 4 row groups instead of 64; the bytes differ from those of a full run, equally on both sides. Ends in
+one JSON line and exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ RECIPES = {
     "nvfp4": "nvfp4", "nvfp4-w4a16": "nvfp4", "nvfp4-all": "nvfp4", "bnb4": "bnb4", "bnb4-dq": "bnb4",
     "q4_k_m": "gguf", "q6_k": "gguf", "q8_0": "gguf",
 }  # fmt: skip
+DOCUMENTS = 12
 EFFORTS = ("stock", "fast", "standard", "max")
 QUICK = """
 import importlib, sys
@@ -119,13 +120,19 @@ def _all(sides: dict[str, Checkout], folder: Path, asked: argparse.Namespace) ->
     stats, imatrix = asked.stats or folder / "tiny.stats", folder / "tiny.imatrix.gguf"
     differing: dict[str, list[str]] = {}
     if asked.stats is None and {"standard", "max"} & set(asked.efforts):
-        rounds = ["--rounds", 1] if asked.quick else []
+        rounds: list[object] = []
+        if asked.quick:
+            lines = (asked.before / "recipes" / "prompts" / "calibration.jsonl").read_text("utf-8").splitlines()
+            prompts = folder / "prompts.jsonl"
+            prompts.write_text("\n".join(lines[:: len(lines) // DOCUMENTS]), "utf-8")
+            rounds = ["--rounds", 1, "--prompts", prompts]
         for side, checkout in sides.items():
             stem = folder / side
             stem.mkdir()
             more = ["--imatrix", stem / "tiny.imatrix.gguf"]
             checkout.run("calibrate", "tiny", "-o", stem / "tiny.stats", "--device", asked.device, *rounds, *more)
         made = [digests(folder / side) for side in sides]
+        print(f"calibrate: {len(made[0])} files", file=sys.stderr)
         differing["calibrate"] = sorted(file for file in made[0] if made[0][file] != made[1].get(file))
         stats, imatrix = folder / "before" / "tiny.stats", folder / "before" / "tiny.imatrix.gguf"
     count = 0
