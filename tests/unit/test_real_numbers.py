@@ -11,11 +11,15 @@ import torch
 from micro import GOLDEN, micro_config, micro_tensors
 from second import HIDDEN
 from transformers import AutoConfig
-from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextScaledWordEmbedding
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import (
+    DiffusionGemmaTextRotaryEmbedding,
+    DiffusionGemmaTextScaledWordEmbedding,
+)
 
 from dgq.quant.errors import InputError
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
+from dgq.runtime.model.attention import rope_frequencies, rope_tables
 from dgq.runtime.model.layers import embed, embedding_scale, soft_embed
 from dgq.runtime.model.model import LoadOptions, Model
 from dgq.runtime.shape.config import ModelConfig
@@ -70,6 +74,47 @@ def test_the_fast_backend_embeds_as_transformers_does(
     theirs.weight.data = next(w for n, w in weights.items() if "embed_tokens" in n).dequantize(torch.bfloat16)
     ids = torch.tensor([0, 1, 7, 64, 127])
     assert torch.equal(backend._embed(ids.to(device)).cpu(), theirs(ids))
+
+
+FAR = (0, 1, 1023, 65_535, 65_537, 131_071, 262_143)
+
+
+@pytest.fixture(scope="module")
+def rotary(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, DiffusionGemmaTextRotaryEmbedding]:
+    """The released config, and transformers' rotary embedding for it."""
+    path = tmp_path_factory.mktemp("real")
+    (path / "config.json").write_bytes(REAL.read_bytes())
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    return ModelConfig.from_file(REAL), DiffusionGemmaTextRotaryEmbedding(config)
+
+
+@pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_positions_beyond_65536(
+    rotary: tuple[ModelConfig, DiffusionGemmaTextRotaryEmbedding], kind: str, dtype: torch.dtype
+) -> None:
+    """The angles of the reference's operations are transformers', to the bit, up to the last position."""
+    config, theirs = rotary
+    layer = next(one for one in config.layers if one.is_sliding == (kind == "sliding_attention"))
+    positions = torch.tensor([FAR])
+    ours = rope_tables(rope_frequencies(config, layer), positions, dtype)
+    for mine, expected in zip(ours, theirs(torch.zeros(1, dtype=dtype), positions, kind), strict=True):
+        assert torch.equal(mine.squeeze(2), expected)
+
+
+@pytest.mark.parametrize("kind", ["sliding_attention", "full_attention"])
+def test_positions_beyond_65536_by_kernels(
+    rotary: tuple[ModelConfig, DiffusionGemmaTextRotaryEmbedding], kind: str
+) -> None:
+    """The kernel's angles are float32, as transformers' are; cos and sin differ by what their libraries do."""
+    fused = pytest.importorskip("dgq.runtime.kernels.fused", reason="needs Triton", exc_type=ImportError)
+    config, theirs = rotary
+    layer = next(one for one in config.layers if one.is_sliding == (kind == "sliding_attention"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    lengths = torch.tensor(FAR, dtype=torch.int32, device=device)
+    ours = fused.rotations(lengths, rope_frequencies(config, layer).to(device), 1)
+    for mine, expected in zip(ours, theirs(torch.zeros(1), torch.tensor([FAR]), kind), strict=True):
+        torch.testing.assert_close(mine.cpu(), expected[0, :, : mine.shape[1]], atol=2e-6, rtol=0)
 
 
 def test_the_released_config_saved_by_transformers_is_read(tmp_path: Path) -> None:
