@@ -134,12 +134,12 @@ def source(checkpoint: Path) -> Source:
 
 
 @pytest.mark.parametrize("recipe", SIZES)
-def test_readme_says_what_each_recipe_takes(recipe: str, source: Source) -> None:
+def test_formats_says_what_each_recipe_takes(recipe: str, source: Source) -> None:
     policy = recipes()[recipe]
     planned = make_plan(source, policy)
     assert round(planned.nbytes / 1e9, 2) == SIZES[recipe]
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{recipe}` | {policy.format} |")]
+    page = (Path(__file__).parents[2] / "recipes" / "guides" / "formats.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| `{recipe}` | {policy.format} |")]
     assert f"{SIZES[recipe]:.2f} GB" in row
 
 

@@ -1,6 +1,6 @@
 """Draws README's picture: `dgq run` shaping one canvas of `tiny`, every step as the terminal shows it.
 
-    python tests/tools/picture.py recipes/guides/canvas.svg
+    python tests/tools/draw_canvas.py recipes/guides/canvas.svg
 
 The steps are the engine's and the drawing is the command's own CanvasView: bold where the sampler accepted a token, dim
 where it is still noise.
