@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dgq.runtime.kernels import dense, fused, moe
+from dgq.runtime.model.layers import embedding_scale
 from dgq.runtime.model.memory import PREFILL
 from dgq.runtime.model.model import Model
 from dgq.runtime.model.rng import CounterRandom
@@ -59,6 +60,7 @@ class Fast:
         self._gate_up, self._down = model.kernels.gated(condition + "gate_up"), model.kernels.linear(condition + "down")
         table = model.kernels.table
         self._table = PlainTable(table) if isinstance(table, Tensor) else table
+        self._scale = embedding_scale(self.config.hidden, self.dtype)
         self._room = torch.empty(0, self.config.vocab, dtype=self.dtype, device=self.device)
 
     def new_state(self, rows: int, sampler: SamplerConfig) -> FastState:
@@ -69,7 +71,7 @@ class Fast:
 
     def decode(self, state: FastState, view: CanvasView) -> Tensor:
         """Logits (rows * canvas, vocab), bfloat16 and not capped."""
-        eps, factor = self.config.norm_eps, self.config.hidden**0.5
+        eps, factor = self.config.norm_eps, self._scale
         ordered = self._gate_up.packed
         soft = fused.norm(
             state.soft, self._model.condition_norm, eps, scale=state.scale, factor=factor, ordered=ordered
@@ -89,7 +91,7 @@ class Fast:
         self._run(x, view, self._model.encoder_scalars, causal=True, reach=reach)
 
     def _embed(self, ids: Tensor) -> Tensor:
-        return self._table.rows(ids.flatten(), self.config.hidden**0.5)
+        return self._table.rows(ids.flatten(), self._scale)
 
     def _run(
         self, x: Tensor, view: View, scalars: Sequence[Tensor], causal: bool, reach: Tensor | None = None
@@ -243,9 +245,7 @@ class PlainTable:
         self._table = table
 
     def rows(self, ids: Tensor, factor: float) -> Tensor:
-        return functional.embedding(ids, self._table) * torch.full(
-            (), factor, dtype=self._table.dtype, device=ids.device
-        )
+        return functional.embedding(ids, self._table) * factor
 
     def head(self, x: Tensor) -> Tensor:
         return functional.linear(x, self._table)

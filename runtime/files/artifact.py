@@ -39,7 +39,7 @@ from dgq.runtime.files.weights import DirWeights, GGUFWeights, Weights
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import expected_tensors
 from dgq.runtime.shape.settings import GenerationConfig, sampler_notices
-from dgq.runtime.shape.vision import expected_vision
+from dgq.runtime.shape.vision import causal_images, expected_vision
 
 if TYPE_CHECKING:
     from dgq.runtime.files.images import Tokens, Vision
@@ -87,7 +87,8 @@ class Artifact:
             config, read = mmproj.config, mmproj.tensor
         if not config or not weights.sees:
             raise InputError(f"{self.path}: has no vision tower, which images need")
-        return Vision(config, self.config.hidden, read, self._image_tokens(raw), folder, str(self.path))
+        is_causal = folder is not None and causal_images(raw, str(self.path / "config.json"))
+        return Vision(config, self.config.hidden, read, self._image_tokens(raw), folder, str(self.path), is_causal)
 
     def _image_tokens(self, raw: Mapping[str, Any]) -> Tokens:
         """The tokens around an image: config.json's, or else those with these names in Gemma 4's tokenizer."""

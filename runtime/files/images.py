@@ -51,7 +51,7 @@ class Tokens:
 class Vision:
     """An artifact's way to take images. config: config.json's vision_config; hidden: the text model's width; read:
     returns a canonical vision tensor; folder: holds the processor's settings, if there are any; source: the artifact's
-    name in error messages."""
+    name in error messages; is_causal: image tokens see only what is before them."""
 
     def __init__(
         self,
@@ -61,8 +61,9 @@ class Vision:
         tokens: Tokens,
         folder: Path | None,
         source: str,
+        is_causal: bool = False,
     ) -> None:
-        self.config, self.tokens = config, tokens
+        self.config, self.tokens, self._is_causal = config, tokens, is_causal
         self._hidden, self._read, self._folder, self._source = hidden, read, folder, source
 
     def tower(self, device: torch.device | str, dtype: torch.dtype) -> Tower:
@@ -131,7 +132,7 @@ class Vision:
         for token in ids:
             run = [tokens.begin, *[image] * next(counts).soft_tokens, tokens.end] if token == image else [token]
             whole += run
-        return Pictured(whole, torch.cat([tower(one) for one in cut]), image)
+        return Pictured(whole, torch.cat([tower(one) for one in cut]), image, self._is_causal)
 
 
 class Once:

@@ -3,7 +3,7 @@
 Our own reading, because two config styles are in the field and a library that knows one dies on the other:
 
     released checkpoint        "global_head_dim": 512, "num_global_key_value_heads": 2
-    saved by transformers 5.17+    "per_layer_config": {"5": {"head_dim": 512, "num_key_value_heads": 2}, …}
+    saved by transformers 5.17+    "per_layer_config": {"05": {"head_dim": 512, "num_key_value_heads": 2}, "11": …}
 
 Both become one tuple of `LayerConfig`, one entry a layer. What the runtime can't compute exactly (another
 activation, biases, untied embeddings, an unknown RoPE) is refused here, by file and key.
@@ -147,7 +147,7 @@ class ModelConfig:
 def _refuse_unsupported(top: Fields, text: Fields) -> None:
     text.expect("hidden_activation", "gelu_pytorch_tanh")
     text.expect("attention_bias", False)
-    text.expect("use_bidirectional_attention", None, "vision")
+    text.expect("use_bidirectional_attention", None, False, "vision")  # about images alone: Artifact.vision
     top.expect("tie_word_embeddings", True)
     text.expect("tie_word_embeddings", True)
 
@@ -170,18 +170,30 @@ def _layers_from_json(text: Fields) -> tuple[LayerConfig, ...]:
             LayerConfig(True, head_dim, kv_heads) if kind == "sliding_attention" else LayerConfig(False, *shape)
             for kind in kinds
         )
-    strays = [key for key in per_layer.raw if key not in map(str, range(n))]
-    if strays:
-        raise InputError(f"{text.source}: per_layer_config has an entry {strays[0]!r} for {n} layers")
+    keys = _layer_keys(per_layer, n)
     layers = []
     for i, kind in enumerate(kinds):
-        entry = per_layer.section(str(i), {})
+        entry = per_layer.section(keys.get(i, str(i)), {})
         for key in entry.raw:
             if key not in ("head_dim", "num_key_value_heads"):
                 entry.expect(key, text.raw.get(key))
         shape = entry.count("head_dim", head_dim), entry.count("num_key_value_heads", kv_heads)
         layers.append(LayerConfig(kind == "sliding_attention", *shape))
     return tuple(layers)
+
+
+def _layer_keys(per_layer: Fields, layers: int) -> dict[int, str]:
+    """Layer -> its key in per_layer_config. transformers pads the numbers with zeros to one width: "05" among 30
+    layers, "5" among six."""
+    keys: dict[int, str] = {}
+    for key in per_layer.raw:
+        if not (key.isascii() and key.isdecimal() and len(key) < 8 and int(key) < layers):
+            raise InputError(f"{per_layer.source}: per_layer_config has an entry {key!r} for {layers} layers")
+        if int(key) in keys:
+            both = f"{keys[int(key)]!r} and {key!r}"
+            raise InputError(f"{per_layer.source}: per_layer_config has two entries for layer {int(key)}, {both}")
+        keys[int(key)] = key
+    return keys
 
 
 def _layers_from_gguf(arch: Fields) -> tuple[LayerConfig, ...]:

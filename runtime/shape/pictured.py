@@ -22,10 +22,11 @@ from torch import Tensor
 
 class Pictured(Sequence[int]):
     """A prompt's token ids, which can be used as any other prompt's. embeddings (image tokens, hidden) take the place
-    of the embeddings of those ids that are `image_token`, in their order."""
+    of the embeddings of those ids that are `image_token`, in their order. is_causal: image tokens see what is before
+    them alone, as text does."""
 
-    def __init__(self, ids: Sequence[int], embeddings: Tensor, image_token: int) -> None:
-        self._ids, self.embeddings, self._image = tuple(ids), embeddings, image_token
+    def __init__(self, ids: Sequence[int], embeddings: Tensor, image_token: int, is_causal: bool = False) -> None:
+        self._ids, self.embeddings, self._image, self.is_causal = tuple(ids), embeddings, image_token, is_causal
         self.is_image = [token == image_token for token in self._ids]
         assert sum(self.is_image) == len(embeddings)
         runs = [(image, len(list(run))) for image, run in groupby(self.is_image)]
@@ -41,7 +42,7 @@ class Pictured(Sequence[int]):
     def part(self, first: int, last: int) -> Pictured:
         """The tokens from `first` to `last`, which split no image."""
         before, own = sum(self.is_image[:first]), sum(self.is_image[first:last])
-        return Pictured(self._ids[first:last], self.embeddings[before : before + own], self._image)
+        return Pictured(self._ids[first:last], self.embeddings[before : before + own], self._image, self.is_causal)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def pictures(prompts: Sequence[Sequence[int]], piece: slice, device: torch.devic
             continue
         to = slice(mine.start + before - piece.start, None)
         at[row, to] = torch.tensor(prompt.is_image[mine])
-        spans[:, row, to] = torch.tensor([prompt.behind[mine], prompt.ahead[mine]], dtype=torch.int32)
+        if not prompt.is_causal:
+            spans[:, row, to] = torch.tensor([prompt.behind[mine], prompt.ahead[mine]], dtype=torch.int32)
         first = sum(prompt.is_image[: mine.start])
         embeddings.append(prompt.embeddings[first : first + sum(prompt.is_image[mine])].to(device))
     if not embeddings:

@@ -4,6 +4,7 @@ their own (files/mmproj.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -61,3 +62,16 @@ def expected_vision(raw: dict[str, Any], text_hidden: int, source: str) -> dict[
         shapes |= {f"{layer}self_attn.{name}.weight": (head,) for name in ("q_norm", "k_norm")}
         shapes |= {f"{layer}{name}.{bound}": () for name in linears for bound in bounds}
     return shapes
+
+
+def causal_images(raw: Mapping[str, Any], source: str) -> bool:
+    """Whether the tokens of an image see only what is before them, as text does: text_config's
+    use_bidirectional_attention is null or absent in the config.json `raw`, and not "vision". InputError naming `source`
+    for false, which says nothing of images and which transformers refuses."""
+    attention = raw.get("text_config", {}).get("use_bidirectional_attention")
+    if attention is False:
+        raise InputError(
+            f"{source}: text_config.use_bidirectional_attention is false, which says nothing of images; set"
+            ' it to "vision" if they were trained as the released model\'s, or null if causally (text works as it is)'
+        )
+    return attention is None

@@ -302,7 +302,7 @@ NVFP4: dict[str, Case] = {
     "experts without end": Case(
         text_config(num_experts=200_000), ("layers.0.experts.gate_up_proj [200000, 128, 128]", "files hold")
     ),
-    "experts not fused, in BF16": Case(experts_of_their_own, ("experts.0.gate_proj.weight_scale is missing",)),
+    "experts not fused, in BF16": Case(experts_of_their_own, ("experts.gate_up_proj is missing", "experts.0.")),
     "quantised, and says nothing": Case(
         both(unsaid, removed("hf_quant_config.json")), ("experts.gate_up_proj is missing", "4 missing, 144 unknown")
     ),

@@ -127,10 +127,6 @@ def already_fp8(path: Path) -> None:
     _replace(path, EXPERTS, lambda tensor: tensor.to(torch.float8_e4m3fn))
 
 
-def already_quantised(path: Path) -> None:
-    edit_json(path / "config.json", lambda data: data.__setitem__("quantization_config", {"quant_method": "modelopt"}))
-
-
 def unknown_model_type(path: Path) -> None:
     edit_json(path / "config.json", lambda data: data.__setitem__("model_type", "llama"))
 
@@ -181,7 +177,6 @@ HEADERS: dict[Callable[[Path], None], tuple[str, ...]] = {
     wrong_shape: (".safetensors", EXPERTS, "[4, 96, 64]", "[4, 64, 96]"),
     wrong_dtype: (".safetensors", EXPERTS, "I8"),
     already_fp8: (".safetensors", EXPERTS, "F8_E4M3"),
-    already_quantised: ("config.json", "modelopt"),
     unknown_model_type: ("config.json", "model_type", "llama"),
     broken_config: ("config.json", "JSON"),
     config_is_a_list: ("config.json", "list"),

@@ -1,6 +1,7 @@
 """The runtime against transformers' DiffusionGemma: uncompiled, dynamic cache, sdpa, float32.
 
-tinyA is random and sharp (window 16, canvas 32); tiny is trained, so that its canvases settle and stop early.
+tinyA is random and sharp (window 16, canvas 32); tiny is trained, so that its canvases settle and stop early. second-16
+and second-48 are random and have none of these two's luck (tests/tools/second.py).
 """
 
 import json
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from second import WINDOWS, write_second
 
 from dgq.runtime.engine import batch
 from dgq.runtime.engine.engine import Request, generate
@@ -23,15 +25,30 @@ CONFIDENCE = {"tinyA": 0.08, "tiny": 0.005}
 transformers = pytest.importorskip("transformers")
 
 
+SECONDS = {f"second-{window}": window for window in WINDOWS}
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request):
     """(name, our model, its artifact, transformers' model) of one checkpoint."""
-    path = MODELS[request.param]
+    return opened(request.param, MODELS[request.param])
+
+
+@pytest.fixture(scope="module", params=[*MODELS, *SECONDS])
+def shape(request, shared):
+    """The same, of the second shapes too: for tests of a few passes, since their vocabulary is large."""
+    name = request.param
+    if name in MODELS:
+        return opened(name, MODELS[name])
+    return opened(name, shared.made(name, lambda path: write_second(path, SECONDS[name])))
+
+
+def opened(name, path):
     artifact = open_artifact(path)
     oracle = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(
         path, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
     ).eval()
-    return request.param, artifact.load(), artifact, oracle
+    return name, artifact.load(), artifact, oracle
 
 
 def prompts(artifact, lengths, seed=0):
@@ -62,9 +79,9 @@ def padded(rows, pad):
 
 
 @pytest.mark.parametrize("lengths", [(2,), (15,), (10, 3, 7)], ids=["short", "past the window", "left padding"])
-def test_logits_over_blocks(pair, lengths):
+def test_logits_over_blocks(shape, lengths):
     """With and without self-conditioning, before any committed block and after each of three."""
-    _, model, artifact, oracle = pair
+    _, model, artifact, oracle = shape
     config = artifact.config
     ids, real = padded(prompts(artifact, lengths), artifact.generation.pad_id)
     generator = torch.Generator().manual_seed(1)
@@ -158,9 +175,9 @@ def test_some_canvases_stopped_early(pair):
     assert len({count for row in result.steps for count in row}) > 1
 
 
-def test_chunked_prefill(pair, monkeypatch):
+def test_chunked_prefill(shape, monkeypatch):
     """A prompt encoded in pieces is the prompt encoded at once: logits, one prompt after the other and padded."""
-    _, model, artifact, _ = pair
+    _, model, artifact, _ = shape
     rows = prompts(artifact, [17, 11], 9)
     longest = max(map(len, rows))
     canvas = torch.randint(5, artifact.config.vocab, (2, artifact.config.canvas))

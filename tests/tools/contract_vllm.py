@@ -60,7 +60,8 @@ def parameters(config: Mapping[str, Any], algorithm: str) -> dict[tuple[str, str
     for number, kind in enumerate(text["layer_types"]):
         head, keys = text["head_dim"], text["num_key_value_heads"]
         if kind == "full_attention":  # in Google's style, or as transformers 5.17 and later save it
-            other = text.get("per_layer_config", {}).get(str(number), {})
+            numbered = {int(key): value for key, value in text.get("per_layer_config", {}).items()}
+            other = numbered.get(number, {})
             head = other.get("head_dim") or text["global_head_dim"]
             keys = other.get("num_key_value_heads") or text.get("num_global_key_value_heads", keys)
         keys, queries = keys * head, text["num_attention_heads"] * head

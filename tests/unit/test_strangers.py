@@ -22,12 +22,15 @@ from dgq.convert.source.models import is_artifact, open_model
 from dgq.convert.validation.inputs import ValidateOptions, open_inputs
 from dgq.convert.validation.questions import questions
 from dgq.quant.errors import InputError
-from dgq.quant.files.hf_dir import BOM
+from dgq.quant.files.hf_dir import BOM, read_json
+from dgq.runtime.engine import batch
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.files.tokenizer import Tokenizer
 from dgq.runtime.model.sampler import Stopper, temperature
 from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER
+from dgq.runtime.shape.pictured import Pictured
 from dgq.runtime.shape.settings import SamplerConfig
+from dgq.runtime.shape.vision import causal_images
 
 TINY = Path(__file__).parents[2] / "recipes" / "tiny"
 Tensors = dict[str, torch.Tensor]
@@ -364,3 +367,57 @@ def test_mlx(tmp_path: Path) -> None:
         config = micro_config() | dict.fromkeys(keys, settings)
         (path / "config.json").write_text(json.dumps(config))
         assert "quantised by MLX (4 bits, groups of 64)" in refused(path)
+
+
+# --- images without use_bidirectional_attention --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["vision", None])
+def test_images_see_what_transformers_lets_them_see(tmp_path: Path, attention: str | None) -> None:
+    """null means causal images: the logits behind an image are transformers', not those of "vision"."""
+    path = tmp_path / "tiny"
+    shutil.copytree(TINY, path)
+    edited(path, lambda raw: raw["text_config"].update(use_bidirectional_attention=attention))
+    opened = open_model(str(path))
+    image = opened.vision.tokens.image
+    embeddings = torch.randn(12, opened.config.hidden, generator=torch.Generator().manual_seed(0))
+    is_causal = causal_images(read_json(path / "config.json"), "config.json")
+    prompt = Pictured([2, 13, *[image] * 12, 15, 20, 21], embeddings, image, is_causal)
+    model = opened.load("cpu", torch.float32)
+    canvas = torch.randint(0, opened.config.vocab, (1, 64), generator=torch.Generator().manual_seed(1))
+    ours = model.decode(canvas, batch.encode_each(model, [prompt], len(prompt) + 64))
+    torch.testing.assert_close(ours, theirs(path, prompt, canvas), atol=1e-4, rtol=0)
+
+
+def theirs(path: Path, prompt: Pictured, canvas: torch.Tensor) -> torch.Tensor:
+    """transformers' logits of the canvas behind the prompt, whose image tokens have these embeddings."""
+    from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
+
+    oracle = DiffusionGemmaForBlockDiffusion.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
+    ).eval()
+    encoder, length = oracle.model.encoder, len(prompt)
+    kinds = torch.tensor([[int(one) for one in prompt.is_image]])
+    cache = DynamicCache(config=oracle.config.get_text_config())
+    places = torch.arange(length)[None]
+    with torch.no_grad():
+        embedded = encoder.get_input_embeddings()(torch.tensor([list(prompt)]))
+        embedded[kinds == 1] = prompt.embeddings
+        masks = encoder.create_masks_for_generate(
+            config=oracle.config, inputs_embeds=embedded, attention_mask=torch.ones(1, length, dtype=torch.bool),
+            past_key_values=cache, position_ids=places, mm_token_type_ids=kinds,
+        )  # fmt: skip
+        encoder.language_model(inputs_embeds=embedded, attention_mask=masks, past_key_values=cache, position_ids=places)
+        step = {"decoder_input_ids": canvas, "past_key_values": cache}
+        logits: torch.Tensor = oracle(**step, decoder_position_ids=torch.arange(length, length + 64)[None]).logits
+    return logits
+
+
+def test_false_is_for_texts(tmp_path: Path) -> None:
+    path = tmp_path / "tiny"
+    shutil.copytree(TINY, path)
+    edited(path, lambda raw: raw["text_config"].update(use_bidirectional_attention=False))
+    opened = open_model(str(path))
+    assert opened.weights[EMBEDDING].shape == (2048, 256)
+    with pytest.raises(InputError, match="use_bidirectional_attention is false, which says nothing of images"):
+        _ = opened.vision
