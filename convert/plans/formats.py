@@ -12,7 +12,7 @@ FORMATS, and a layout in quant/formats if it is a directory of safetensors.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from dgq.convert.plans import mmproj
+from dgq.convert.plans.format import Format, Names
 from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.source.checkpoint import Source
 from dgq.quant.errors import InputError
@@ -35,77 +36,13 @@ from dgq.quant.types import Layout, Packed, Scheme
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import EMBEDDING, ROPE_FREQS, gguf_name, layer_of
 
-Names = Mapping[str, tuple[str | None, tuple[int, ...]]]
-"""Name in the artifact -> canonical name, None for what dgq generates, and shape; in the artifact's order."""
-
-
-class Format(ABC):
-    """One format. Objects have no state; the attributes below are facts of the class."""
-
-    name: ClassVar[str]  # after --to, and a recipe's `format`
-    variant: ClassVar[Literal["dgq"] | None] = None  # a recipe's `layout`
-    default_recipe: ClassVar[str]  # of --to without --recipe
-    title: ClassVar[str]  # for errors
-    schemes: ClassVar[frozenset[str]]  # that it stores
-    plain: ClassVar[str]  # the scheme of norms, scalars and the router
-    router: ClassVar[str]  # a shell pattern on the names of the router's weights
-    opens_in: ClassVar[str | None] = None  # where it opens, if that is one program
-    ram_element: ClassVar[int]  # bytes of memory for each element of a slice at work; measured
-    one_file: ClassVar[bool] = False  # all text weights lie in one file, and the vision tower in a file of its own
-    takes_imatrix: ClassVar[bool] = False
-    has_input_scales: ClassVar[bool] = False  # there is a place for a recipe's `activations` (W4A4)
-    in_mix: ClassVar[bool] = True  # `dgq mix` makes recipes for it: it lets one choose
-
-    @property
-    def ladder(self) -> tuple[str, ...]:
-        """The schemes that `dgq mix` tries, from few bits to many."""
-        tried = [scheme for scheme in SCHEMES.values() if scheme.name in self.schemes and scheme.in_mix]
-        return tuple(scheme.name for scheme in sorted(tried, key=lambda scheme: scheme.bits))
-
-    def refusal(self, named: Collection[str]) -> str | None:
-        """What is wrong with a recipe that names these schemes, all of which the format stores."""
-        return None
-
-    def file_type(self, scheme: Scheme) -> int:
-        """general.file_type of an artifact that is mostly in this scheme; 0 where there is no such key."""
-        return 0
-
-    def artifact_name(self, canonical: str) -> str:
-        """The name of a canonical tensor in the artifact."""
-        return canonical
-
-    def file_names(self, name: str, label: str, tower: bool) -> tuple[str, ...]:
-        """The .gguf files of an artifact; () for a directory of safetensors. tower: there is a vision tower."""
-        return ()
-
-    def notices(self, source: Source) -> list[str]:
-        """What the user should know of this source in this format."""
-        return []
-
-    def check(self, recipe: str, tensors: Collection[PlannedTensor]) -> None:
-        """InputError, naming the recipe, for a plan that would open nowhere."""
-        return None
-
-    @abstractmethod
-    def names(self, source: Source) -> Names:
-        """The tensors that a recipe decides on."""
-
-    @abstractmethod
-    def planned(
-        self, recipe: str, source: Source, schemes: Mapping[str, Scheme], activations: bool
-    ) -> tuple[PlannedTensor, ...]:
-        """The artifact's tensors in order. schemes: of all names(). InputError, naming the recipe, for what it cannot
-        hold."""
-
-    @abstractmethod
-    def reader(self, path: Path) -> Callable[[str], Tensor]:
-        """The stored tensors of an artifact by name, as they lie on disk."""
-
 
 class GGUF(Format):
     """llama.cpp's format, in the layout of its pull request #24423 (runtime/shape/names.py has the names)."""
 
     name = title = "gguf"
+    hub_library, hub_tags = "gguf", ("gguf", "llama.cpp")
+    limit = "Text only in llama.cpp."
     default_recipe = "q4_k_m"
     schemes = frozenset(scheme.name for scheme in SCHEMES.values() if scheme.ggml)
     plain = "f32"
@@ -149,6 +86,7 @@ class Directory(Format):
     plain = "bf16"
     router = "*.router.*"
     ram_element = 8  # as read, encoded, waiting to be written
+    hub_library = "dgq"
 
     @abstractmethod
     def layout(self, schemes: Mapping[str, Scheme], activations: bool) -> Layout:
@@ -202,6 +140,11 @@ class Modelopt(Directory):
     """NVFP4 experts in modelopt's layout, with or without input scales; everything else BF16."""
 
     name = title = "nvfp4"
+    hub_tags = ("nvfp4", "modelopt")
+    limit = (
+        "Without the line import dgq.runtime.hf transformers has no loader for this layout: it gives the experts RANDOM"
+        " weights with a warning. Do not."
+    )
     default_recipe = "nvfp4"
     schemes = frozenset({"bf16", NVFP4.name})
     has_input_scales = True
@@ -247,6 +190,8 @@ class OwnNVFP4(Directory):
     name = "nvfp4"
     variant: ClassVar[Literal["dgq"] | None] = "dgq"
     title = "nvfp4 in dgq's own layout"
+    hub_tags = Modelopt.hub_tags
+    limit = f"It opens in {own_layout.ONLY_DGQ}."
     default_recipe = "nvfp4-all"
     schemes = frozenset({"bf16", NVFP4.name, Q8_0.name})
     opens_in = own_layout.ONLY_DGQ
@@ -265,6 +210,11 @@ class BitsAndBytes4(Directory):
     """bitsandbytes' NF4, experts included, with or without double quantisation."""
 
     name = title = "bnb4"
+    hub_tags = ("bitsandbytes", "nf4")
+    limit = (
+        "Without the line import dgq.runtime.hf transformers raises on the packed experts, for which it has no place;"
+        " vLLM has none either."
+    )
     default_recipe = "bnb4"
     schemes = frozenset({"bf16", NF4.name, NF4_DQ.name})
 
@@ -292,6 +242,15 @@ FORMATS: tuple[Format, ...] = (GGUF(), Modelopt(), OwnNVFP4(), BitsAndBytes4())
 def format_of(name: str, variant: str | None = None) -> Format | None:
     """The format of a recipe's `format` and `layout`; None if there is none."""
     return next((each for each in FORMATS if (each.name, each.variant) == (name, variant)), None)
+
+
+def written_format(document: Mapping[str, Any]) -> Format:
+    """The format of an artifact, by its dgq.json. An artifact from before dgq.json held the recipe's rules has no
+    layout of dgq's own."""
+    rules = document.get("recipe_rules") or {}
+    found = format_of(document["format"], rules.get("layout"))
+    assert found is not None, document["format"]
+    return found
 
 
 def mixed_format(name: str) -> Format:

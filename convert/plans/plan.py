@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dgq.convert.plans.formats import Directory, Format
+from dgq.convert.plans.format import Format
+from dgq.convert.plans.formats import Directory
 from dgq.convert.plans.recipe import Recipe
 from dgq.convert.plans.tensors import PlannedTensor, tally
 from dgq.convert.source.checkpoint import Source

@@ -14,7 +14,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from dgq.convert.plans.formats import FORMATS, Format, format_of
+from dgq.convert.plans.format import Format
+from dgq.convert.plans.formats import FORMATS, format_of
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import read_whole
 from dgq.quant.schemes.registry import SCHEMES

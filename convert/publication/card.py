@@ -22,12 +22,12 @@ from typing import Any
 
 from dgq.convert.calibration.stats import FLOOR
 from dgq.convert.estimate.needs import Runtime
+from dgq.convert.plans.formats import format_of, written_format
 from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.publication.judgement import Judgement
 from dgq.convert.validation.report.render import triple
 from dgq.convert.validation.report.result import Interval, as_json
 from dgq.quant.errors import printable
-from dgq.quant.formats.own_layout import ONLY_DGQ
 from dgq.quant.schemes.registry import SCHEMES, stored_bits
 from dgq.runtime.files.artifact import Artifact
 from dgq.runtime.shape.names import expected_tensors, part_of
@@ -35,16 +35,7 @@ from dgq.runtime.shape.names import expected_tensors, part_of
 Json = dict[str, Any]
 CONTEXTS = (4096, 32768, 131072, 262144)
 PLAIN_BITS, CONFIDENCE = 16, 95
-LIBRARIES = {"gguf": "gguf", "nvfp4": "dgq", "bnb4": "dgq"}  # as the Hub calls what opens a file
-TAGS = {"gguf": ["gguf", "llama.cpp"], "nvfp4": ["nvfp4", "modelopt"], "bnb4": ["bitsandbytes", "nf4"]}
 PLOTS = ("kl-by-level", "top-by-level", "steps", "tasks")
-LIMITS = {
-    "nvfp4": "Without the line import dgq.runtime.hf transformers has no loader for this layout: it gives the experts"
-    " RANDOM weights with a warning. Do not.",
-    "bnb4": "Without the line import dgq.runtime.hf transformers raises on the packed experts, for which it has no"
-    " place; vLLM has none either.",
-    "gguf": "Text only in llama.cpp.",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +73,7 @@ def card_data(facts: CardFacts, problems: Sequence[str]) -> Json:
         "imatrix": document["imatrix"], "input_scales": _input_scales(document["input_scales"]),
         "validation": None if facts.judgement is None else _validation(facts.judgement),
         "vram": _vram(artifact), "openers": _openers(artifact, document, repo),
-        "limits": [_first_limit(artifact, document["format"]), *_limits(document)],
+        "limits": [written_format(document).limit, *_limits(document)],
         "provable": calibration is None, "proof": _proof(repo, document),
         "files": _listed(document["files"]), "source_files": _listed(source["files"]),
         "libraries": ", ".join(f"{name} {version}" for name, version in (document.get("libraries") or {}).items()),
@@ -95,11 +86,12 @@ def card(data: Json) -> str:
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
 
-    base = data["base"]["repository"]
+    base, form = data["base"]["repository"], format_of(data["format"])
+    assert form is not None
     metadata = ModelCardData(
-        base_model=base, license=data["license"], library_name=LIBRARIES[data["format"]],
+        base_model=base, license=data["license"], library_name=form.hub_library,
         pipeline_tag="text-generation", base_model_relation="quantized" if base else None,
-        tags=["dgq", "diffusion-gemma", "text-diffusion", "4-bit", "quantized", *TAGS[data["format"]]],
+        tags=["dgq", "diffusion-gemma", "text-diffusion", "4-bit", "quantized", *form.hub_tags],
         **({"license_link": data["license_file"]} if data["license_file"] else {}),
     )  # fmt: skip
     environment = Environment(autoescape=False, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -219,13 +211,10 @@ def _openers(artifact: Artifact, document: Json, repo: str) -> list[Json]:
             and (one["name"] == "dgq" or not artifact.weights.only_dgq)]  # fmt: skip
 
 
-def _first_limit(artifact: Artifact, to: str) -> str:
-    return f"It opens in {ONLY_DGQ}." if artifact.weights.only_dgq else LIMITS[to]
-
-
 def _limits(document: Json) -> list[str]:
     lines = []
-    if document["format"] == "gguf" and (odd := sorted({"q5_0", "q8_0"} & set(document["tensors"].values()))):
+    fallback = (document.get("recipe_rules") or {}).get("fallback", {})
+    if odd := sorted(set(fallback.values()) & set(document["tensors"].values())):
         lines.append(f"Rows that no K-quant fits are {' and '.join(map(str.upper, odd))}.")
     kept = sorted({scheme for scheme in document["tensors"].values() if stored_bits(scheme) >= PLAIN_BITS})
     lines.append(f"What is not named above as quantised is stored as {', '.join(kept).upper()}.")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import Any
 
+from dgq.convert.plans.formats import written_format
 from dgq.convert.publication.judgement import Judgement
 from dgq.convert.source import release
 from dgq.quant.schemes.registry import stored_bits
@@ -48,7 +49,7 @@ def _share(artifact: Artifact, document: Json) -> Iterator[str]:
     plain = [name for name, weight in stored.items() if ".experts." in name and stored_bits(weight.scheme) >= 16]
     if plain:
         yield f"share quantised: {len(plain)} weights of routed experts are in 16 bits ({plain[0]}, …)"
-    apart = document["format"] == "gguf"  # its tower, which no recipe decides on
+    apart = written_format(document).one_file  # its tower is a file of its own, which no recipe decides on
     asked = [weight for name, weight in stored.items() if not (apart and name.startswith(VISION))]
     share = sum(w.numel for w in asked if stored_bits(w.scheme) < 16) / sum(w.numel for w in asked)
     rules = document.get("recipe_rules")
@@ -67,8 +68,8 @@ def _upstream(document: Json) -> Iterator[str]:
             yield f"{name}: is not in the artifact; the source had none"
     for name, wanted in release.FILES.items() if is_release else ():
         entry = files.get(name)
-        if entry is None or (name == release.CONFIG and document["format"] != "gguf"):  # others add what is quantised
-            continue
+        if entry is None or (name == release.CONFIG and not written_format(document).one_file):
+            continue  # a directory of safetensors says in config.json what is quantised
         if wanted.bytes not in (None, entry["bytes"]) or entry["sha256"] != wanted.sha256:
             where = f"{release.REPOSITORY} at {release.REVISION[:12]}"
             yield f"{name}: is not that of {where}, which the artifact names as its source"
