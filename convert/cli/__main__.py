@@ -19,9 +19,9 @@ from dgq.convert.cli.mix import mix
 from dgq.convert.cli.plan import plan
 from dgq.convert.cli.publish import publish
 from dgq.convert.cli.run import run
+from dgq.convert.cli.terminal.errors import OneLineErrors
 from dgq.convert.cli.validate import validate
 from dgq.convert.cli.verify import verify
-from dgq.convert.terminal.errors import OneLineErrors
 
 # This stands before torch is imported. OpenMP threads that spin while they wait make small products a hundred times
 # slower as soon as another process wants the cores.

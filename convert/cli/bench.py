@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dgq.convert.terminal.sizes import Size
+from dgq.convert.cli.terminal.sizes import Size
 
 if TYPE_CHECKING:
     from dgq.convert.bench.bench import BenchResult
@@ -39,7 +39,7 @@ def bench(
 ) -> None:
     """Measure how fast models denoise on this GPU, by part, beside what bytes and operations allow."""
     from dgq.convert.bench import bench as benchmark
-    from dgq.convert.terminal.console import note, print_json
+    from dgq.convert.cli.terminal.console import note, print_json
 
     page = _Page(as_json)
     options = benchmark.BenchOptions(shapes, schemes.split(","), context, batch, steps, zipf, peer, vram)
@@ -96,7 +96,7 @@ class _Page:
         self._print(f"{'':18}{titles}{'planned':>9}", style="bold")
 
     def _print(self, line: str, style: str | None = None) -> None:
-        from dgq.convert.terminal.console import out
+        from dgq.convert.cli.terminal.console import out
 
         if not self._quiet:
             out.print(line, style=style)

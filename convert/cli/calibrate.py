@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
+from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
 
 
 @click.command()
@@ -57,7 +57,7 @@ def calibrate(
     """Find out what goes through each weight of SRC, for `convert --stats`. Goes on where it broke off."""
     import dgq.convert.calibration.calibrate as calibration
     from dgq.convert.cli import statistics_page
-    from dgq.convert.terminal import console
+    from dgq.convert.cli.terminal import console
 
     options = calibration.CalibrateOptions(
         prompts=prompts, seed=seed, rounds=rounds, trajectories=trajectories, imatrix=imatrix, revision=revision,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, RECIPE, REVISION, SOURCE, TO, VRAM
+from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, JSON, RAM, RECIPE, REVISION, SOURCE, TO, VRAM
 
 if TYPE_CHECKING:
     from dgq.convert.write.pipeline import Converted
@@ -61,7 +61,7 @@ def convert(
     as_json: bool,
 ) -> None:
     """Quantise SRC into the directory given with -o."""
-    from dgq.convert.terminal import console
+    from dgq.convert.cli.terminal import console
     from dgq.convert.write import conversion
 
     options = conversion.ConvertOptions(
@@ -78,7 +78,7 @@ def convert(
 
 def _page(artifact: Converted) -> None:
     from dgq.convert.calibration.stats import named
-    from dgq.convert.terminal.console import MIB, following_run, input_scales, out
+    from dgq.convert.cli.terminal.console import MIB, following_run, input_scales, out
 
     document = artifact.document
     size = sum(file.stat().st_size for file in artifact.path.iterdir())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dgq.convert.terminal.options import JSON
+from dgq.convert.cli.terminal.options import JSON
 
 if TYPE_CHECKING:
     from dgq.convert.run.demo import Demonstration
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 @JSON
 def demo(out: Path, as_json: bool) -> None:
     """Convert `tiny` to every format, and compare what each answers. A minute, and nothing is downloaded."""
+    from dgq.convert.cli.terminal.console import byte_bar, note, print_json
     from dgq.convert.run import demo as flow
-    from dgq.convert.terminal.console import byte_bar, note, print_json
 
     with byte_bar("converting tiny") as show:
         models = flow.demo(out, show, note)
@@ -38,7 +38,7 @@ def _page(prompt: str, models: list[Demonstration]) -> None:
     """A model a row, the original first."""
     from rich.table import Table
 
-    from dgq.convert.terminal.console import MIB, following, out
+    from dgq.convert.cli.terminal.console import MIB, following, out
     from dgq.quant.errors import shown
 
     out.print(f"{prompt!r}, answered by {models[0].path} and by what was made of it:")

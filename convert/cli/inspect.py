@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from dgq.convert.terminal.options import JSON, REVISION
+from dgq.convert.cli.terminal.options import JSON, REVISION
 
 
 @click.command()
@@ -17,7 +17,7 @@ def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
     """Show what an artifact (or a checkpoint) holds and where it came from. Reads headers only; a published artifact
     is fetched whole. Of STATS: how many tokens each expert saw."""
     from dgq.convert.cli import statistics_page
-    from dgq.convert.terminal.console import print_json
+    from dgq.convert.cli.terminal.console import print_json
     from dgq.convert.verification import inspect as inspection
 
     content = inspection.inspect(artifact, revision)
@@ -32,7 +32,7 @@ def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
 def _page(content: dict[str, Any]) -> None:
     """content: what inspect() returned."""
     from dgq.convert.calibration.stats import named
-    from dgq.convert.terminal.console import MIB, count, following_run, groups_table, out, size
+    from dgq.convert.cli.terminal.console import MIB, count, following_run, groups_table, out, size
 
     out.print(f"{content['path']}: {content['kind']}, {content['file']}", style="bold")
     out.print(groups_table("scheme", content["by_scheme"], content["bytes"]))
@@ -58,7 +58,7 @@ def _page(content: dict[str, Any]) -> None:
 
 def _origin(content: dict[str, Any]) -> None:
     """What its dgq.json says of where it comes from."""
-    from dgq.convert.terminal.console import input_scales, out
+    from dgq.convert.cli.terminal.console import input_scales, out
 
     origin = content["provenance"]
     if origin is None and content["kind"] == "safetensors":

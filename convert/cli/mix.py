@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import click
 
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
-from dgq.convert.terminal.sizes import Size
+from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
+from dgq.convert.cli.terminal.sizes import Size
 
 
 @click.command()
@@ -60,7 +60,7 @@ def mix(
     the time. Hidden states take disk beside -o: 4.3 GiB a chunk.
     """
     import dgq.convert.mixture.mix as mixture
-    from dgq.convert.terminal import console
+    from dgq.convert.cli.terminal import console
 
     options = mixture.MixOptions(
         nbytes=nbytes, prompts=prompts, seed=seed, groups=groups, chunks=chunks, revision=revision, adapters=adapters,
@@ -75,7 +75,7 @@ def _show(src: str, to: str, out: Path, about: dict[str, Any]) -> None:
     """Print what was chosen part by part, what that loses, and the next command."""
     from rich.table import Table
 
-    from dgq.convert.terminal import console
+    from dgq.convert.cli.terminal import console
 
     table = Table("part", "chosen", "bytes", "KL, thousandths of a nat", box=None, pad_edge=False)
     for part in about["parts"]:

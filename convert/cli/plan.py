@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dgq.convert.terminal.options import ADAPTER, FORMATS, JSON, RECIPE, REVISION, SOURCE
+from dgq.convert.cli.terminal.options import ADAPTER, FORMATS, JSON, RECIPE, REVISION, SOURCE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,8 +45,8 @@ def plan(
     as_json: bool,
 ) -> None:
     """Show what `convert` would write, and what you will need: disk, RAM, time, VRAM. Reads headers only."""
+    from dgq.convert.cli.terminal.console import print_json
     from dgq.convert.estimate import forecast
-    from dgq.convert.terminal.console import print_json
 
     options = forecast.PlanOptions(recipe, revision, adapters, threads, probe=not no_probe)
     answer = forecast.plan(src, to, options)
@@ -60,7 +60,7 @@ def _recipes_page(src: str, recipes: dict[str, dict[str, Any]]) -> None:
     """A recipe a row, smallest first; then those that do not fit this source."""
     from rich.table import Table
 
-    from dgq.convert.terminal.console import GB, GIB, note, out
+    from dgq.convert.cli.terminal.console import GB, GIB, note, out
 
     table = Table(box=None, pad_edge=False)
     for heading in ("recipe", "--to", "GB", "GiB", "bits", "quantised", "VRAM, GiB", "card", "but"):
@@ -84,7 +84,7 @@ def _recipes_page(src: str, recipes: dict[str, dict[str, Any]]) -> None:
 
 def _page(forecast: Forecast, recipe: str | None) -> None:
     """The whole page of one recipe. recipe: the --recipe that was given."""
-    from dgq.convert.terminal.console import following, note, out
+    from dgq.convert.cli.terminal.console import following, note, out
 
     plan, where = forecast.plan, forecast.plan.source.where
     _artifact(plan)
@@ -100,7 +100,7 @@ def _page(forecast: Forecast, recipe: str | None) -> None:
 
 def _artifact(plan: Plan) -> None:
     """What would be written."""
-    from dgq.convert.terminal.console import MIB, count, groups_table, out, size
+    from dgq.convert.cli.terminal.console import MIB, count, groups_table, out, size
 
     where = plan.source.where
     pinned = f" @ {where.revision}" if where.revision else ""
@@ -127,8 +127,8 @@ def _vram(plan: Plan, contexts: dict[int, dict[str, Any]]) -> Table:
     """Needs on the GPU: a part a row, a context a column."""
     from rich.table import Table
 
+    from dgq.convert.cli.terminal.console import GIB
     from dgq.convert.estimate.needs import CARDS
-    from dgq.convert.terminal.console import GIB
 
     layers = [layer.is_sliding for layer in plan.source.config.layers]
     table = Table("VRAM to run it, GiB, by context", box=None, pad_edge=False)
@@ -149,7 +149,7 @@ def _vram(plan: Plan, contexts: dict[int, dict[str, Any]]) -> Table:
 
 def _running(needs: dict[str, Any]) -> None:
     """What images need, and what a card costs that does not hold all experts."""
-    from dgq.convert.terminal.console import out, size
+    from dgq.convert.cli.terminal.console import out, size
 
     if vision := needs["vision"]:
         out.print(
@@ -165,7 +165,7 @@ def _running(needs: dict[str, Any]) -> None:
 
 def _making(needs: dict[str, Any]) -> None:
     """Needs of the conversion itself: disk, RAM, time."""
-    from dgq.convert.terminal.console import GB, out, size
+    from dgq.convert.cli.terminal.console import GB, out, size
 
     disk, ram = needs["disk"], needs["ram"]
     download = f", {size(disk['download'])} to download" if disk["download"] else ""
@@ -188,7 +188,7 @@ def _making(needs: dict[str, Any]) -> None:
 
 
 def _time(estimate: dict[str, Any], without: str) -> None:
-    from dgq.convert.terminal.console import duration, out
+    from dgq.convert.cli.terminal.console import duration, out
 
     kinds = ("calibrate", "encode", "hash", "write", "read")
     times = ", ".join(f"{kind} {duration(s)}" for kind in kinds if (s := estimate[f"{kind}_s"]) is not None)

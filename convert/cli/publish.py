@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dgq.convert.terminal.options import JSON
+from dgq.convert.cli.terminal.options import JSON
 
 if TYPE_CHECKING:
     from dgq.convert.publication.publish import Publication
@@ -37,8 +37,8 @@ def publish(
 
     Run again after an interruption, it does not send again what arrived.
     """
+    from dgq.convert.cli.terminal import console
     from dgq.convert.publication.publish import PublishEvents, PublishOptions, publish
-    from dgq.convert.terminal import console
 
     options = PublishOptions(collection, reports, licence, licence_file, private, revision, dry_run, force)
     page = _Page(listing=dry_run and not as_json, published=not as_json)
@@ -57,7 +57,7 @@ class _Page:
 
     def checked(self, publication: Publication) -> None:
         """The checks that fail, on stderr; on a dry run every file with its SHA-256 and size, and the card."""
-        from dgq.convert.terminal.console import err, out
+        from dgq.convert.cli.terminal.console import err, out
 
         for one in publication.repositories:
             for line in one.problems:
@@ -73,8 +73,8 @@ class _Page:
 
     def published(self, name: str, where: str) -> None:
         """A repository's commit, or the collection's address."""
+        from dgq.convert.cli.terminal.console import err, out
         from dgq.convert.publication.publish import COLLECTION
-        from dgq.convert.terminal.console import err, out
 
         if not self._published:
             return

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dgq.convert.terminal.options import ADAPTER, DEVICE, DTYPE, JSON, REVISION
-from dgq.convert.terminal.sizes import Size
+from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, DTYPE, JSON, REVISION
+from dgq.convert.cli.terminal.sizes import Size
 from dgq.quant.errors import InputError
 
 if TYPE_CHECKING:
@@ -111,10 +111,10 @@ def _text(prompt: str) -> str:
 
 
 def _answer(request: RunRequest, prompt: str, images: tuple[Path, ...], draw: bool, as_json: bool) -> None:
+    from dgq.convert.cli.terminal.canvas import drawing
+    from dgq.convert.cli.terminal.console import note, print_json
     from dgq.convert.run.answer import answer
     from dgq.convert.run.request import open_run
-    from dgq.convert.terminal.canvas import drawing
-    from dgq.convert.terminal.console import note, print_json
 
     opened = open_run(request, note)
     with drawing(opened.artifact, draw) as on_step:
@@ -124,10 +124,10 @@ def _answer(request: RunRequest, prompt: str, images: tuple[Path, ...], draw: bo
 
 def _converse(request: RunRequest, images: tuple[Path, ...], draw: bool, as_json: bool) -> None:
     """Answer line after line of standard input on standard output; as JSON, one object a turn."""
+    from dgq.convert.cli.terminal.canvas import drawing
+    from dgq.convert.cli.terminal.console import note, print_json
     from dgq.convert.run.conversation import Conversation
     from dgq.convert.run.request import open_run
-    from dgq.convert.terminal.canvas import drawing
-    from dgq.convert.terminal.console import note, print_json
 
     conversation = Conversation(open_run(request, note), images)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
@@ -174,7 +174,7 @@ def _page(reply: dict[str, Any]) -> None:
     """The text on stdout; on a terminal, how it came about on stderr, and before it what the model thought."""
     from rich.text import Text
 
-    from dgq.convert.terminal.console import err
+    from dgq.convert.cli.terminal.console import err
     from dgq.quant.errors import shown
 
     if reply.get("thought"):

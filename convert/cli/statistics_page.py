@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from dgq.convert.calibration.stats import named
-from dgq.convert.terminal.console import count, following, note, out
+from dgq.convert.cli.terminal.console import count, following, note, out
 
 BARS = "▁▂▃▄▅▆▇█"
 COLUMNS = 32  # experts shown as bars, of each layer at most

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dgq.convert.terminal.options import ADAPTER, DEVICE, JSON, REVISION
+from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, JSON, REVISION
 
 if TYPE_CHECKING:
     from dgq.convert.validation.report.result import ArtifactResult, FreeResult, ValidationResult
@@ -60,7 +60,7 @@ def validate(
 
     Goes on where it broke off. Without an ARTIFACT it makes the --reference alone.
     """
-    from dgq.convert.terminal.console import count_bar, note, print_json
+    from dgq.convert.cli.terminal.console import count_bar, note, print_json
     from dgq.convert.validation.flow import validate as validate_artifacts
     from dgq.convert.validation.inputs import ValidateOptions
 
@@ -78,7 +78,7 @@ def validate(
 
 def _page(result: ValidationResult, options: Any) -> None:
     """One row an artifact, the limits that are broken, and where the report is."""
-    from dgq.convert.terminal.console import err, out
+    from dgq.convert.cli.terminal.console import err, out
 
     if not result.artifacts:
         out.print(f"{options.reference}: what {result.reference.name} does; judge artifacts with --reference")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dgq.convert.terminal.options import ADAPTER, JSON
+from dgq.convert.cli.terminal.options import ADAPTER, JSON
 
 if TYPE_CHECKING:
     from dgq.convert.verification.verify import VerifyResult
@@ -41,7 +41,7 @@ def verify(
 ) -> None:
     """Check every byte of an artifact against its dgq.json, and of a published one's other files against manifest.json.
     Exit code 1 if anything differs."""
-    from dgq.convert.terminal import console
+    from dgq.convert.cli.terminal import console
     from dgq.convert.verification.verify import VerifyOptions, verify
 
     options = VerifyOptions(threads, against, sample, seed, recipe, imatrix, revision, adapters)
@@ -52,7 +52,7 @@ def verify(
 
 def _page(artifact: str, result: VerifyResult) -> None:
     """The problems, or what was checked."""
-    from dgq.convert.terminal.console import err, following_run, out, size
+    from dgq.convert.cli.terminal.console import err, following_run, out, size
 
     for problem in result.problems:
         err.print(problem, style="red")

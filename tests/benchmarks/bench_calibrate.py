@@ -27,13 +27,13 @@ from bench_convert import peak_rss, write_checkpoint
 
 from dgq.convert.calibration.calibrate import CalibrateOptions, calibrate
 from dgq.convert.calibration.stats import read_stats
+from dgq.convert.cli.terminal.sizes import Size
 from dgq.convert.layerwise.budget import Budget
 from dgq.convert.layerwise.estimate import Needs, Sizes
 from dgq.convert.layerwise.samples import used
 from dgq.convert.plans.plan import make_plan
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.checkpoint import open_source
-from dgq.convert.terminal.sizes import Size
 from dgq.convert.write.refine import refinable, refined
 from dgq.convert.write.settings import ConversionSettings
 from dgq.convert.write.slices import slices

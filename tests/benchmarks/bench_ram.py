@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path)
     parser.add_argument("--same", action="store_true")
     options = parser.parse_args()
-    from dgq.convert.terminal.sizes import Size
+    from dgq.convert.cli.terminal.sizes import Size
 
     report: dict[str, Any] = {"layers": options.layers, "ram": options.ram, "documents": options.documents,
                               "row_groups": options.row_groups}  # fmt: skip

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dgq.convert.calibration.input_sums import InputSums
 from dgq.convert.cli.__main__ import main
+from dgq.convert.cli.terminal.sizes import Size
 from dgq.convert.layerwise import budget, estimate, passes, samples, schedule
 from dgq.convert.layerwise.budget import Budget
 from dgq.convert.layerwise.chunk import Chunk
@@ -31,7 +32,6 @@ from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.source.checkpoint import Source, open_source
 from dgq.convert.source.sizes import shown
-from dgq.convert.terminal.sizes import Size
 from dgq.convert.write import refine
 from dgq.convert.write.refine import refinable
 from dgq.quant.errors import InputError

@@ -16,7 +16,7 @@ from micro import write_micro
 from rich.console import Console
 
 from dgq.convert.cli.__main__ import main
-from dgq.convert.terminal.canvas import CanvasView
+from dgq.convert.cli.terminal.canvas import CanvasView
 from dgq.runtime.engine.engine import Step
 from dgq.runtime.files.tokenizer import Tokenizer
 

@@ -297,7 +297,7 @@ def test_the_page(real: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.2, "1 s"), (119, "119 s"), (120, "2.0 min"), (3600, "60 min"), (9000, "2.5 h"), (90000, "25 h")])  # fmt: skip # noqa: E501
 def test_durations(seconds: float, said: str) -> None:
-    from dgq.convert.terminal.console import duration
+    from dgq.convert.cli.terminal.console import duration
 
     assert duration(seconds) == said
 

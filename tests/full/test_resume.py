@@ -35,8 +35,8 @@ import dgq.convert.write.artifact_files as artifact_files
 import dgq.convert.write.pipeline as pipeline
 import dgq.convert.write.slices as slices
 from dgq.convert.cli.__main__ import main
+from dgq.convert.cli.terminal import console
 from dgq.convert.source import hashes
-from dgq.convert.terminal import console
 from dgq.convert.verification.files import check_files
 from dgq.convert.write import provenance
 from dgq.quant.errors import InputError

@@ -17,7 +17,7 @@ from rich.text import Text
 
 import dgq.recipes
 import dgq.runtime
-from dgq.convert.terminal.canvas import CanvasView
+from dgq.convert.cli.terminal.canvas import CanvasView
 from dgq.runtime.engine.engine import Step
 
 PROMPT = "Copy: stone river gold house lamb morning eyes city fire"

@@ -852,7 +852,7 @@ def invoke(command: Command) -> tuple[int, str, str]:
     from click.testing import CliRunner
 
     from dgq.convert.cli.__main__ import main
-    from dgq.convert.terminal import console
+    from dgq.convert.cli.terminal import console
 
     for stream in (console.out, console.err):  # what one command could not print, the next would print
         stream._buffer.clear()

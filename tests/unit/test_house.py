@@ -70,11 +70,11 @@ ARROWS["convert.run"] = {
 }  # fmt: skip
 # The command line may ask for any room below it; no library room may ask for these.
 LIBRARY = {room for room in ARROWS if room.startswith("convert.")}
-ARROWS["convert.terminal"] = {"quant", "runtime.engine", "runtime.files"}
-ARROWS["convert.cli"] = {*QUANT, *MODEL, "runtime.engine", *LIBRARY, "convert.terminal"}
+ARROWS["convert.cli.terminal"] = {"quant", "runtime.engine", "runtime.files"}
+ARROWS["convert.cli"] = {*QUANT, *MODEL, "runtime.engine", *LIBRARY, "convert.cli.terminal"}
 ARROWS["convert"] = LIBRARY
 
-MOST_FILES, MOST_ROOMS = 14, 15
+MOST_FILES, MOST_ROOMS = 14, 14
 MOST_LINES, MOST_FUNCTION, MOST_PARAMETERS = 320, 40, 7
 VAGUE = {"said", "told", "own", "found", "felt"}  # as names, not beyond three lines
 NOT_NAMES = ("utils", "util", "common", "helpers", "manager", "misc")

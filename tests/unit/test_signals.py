@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dgq.convert.terminal.signals import ENDING, unwind_on_signals
+from dgq.convert.cli.terminal.signals import ENDING, unwind_on_signals
 
 
 @pytest.fixture(autouse=True)

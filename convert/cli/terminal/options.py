@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from dgq.convert.terminal.sizes import Size
+from dgq.convert.cli.terminal.sizes import Size
 
 SOURCE = click.argument("src")
 FORMATS = click.Choice(["nvfp4", "bnb4", "gguf"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from dgq.convert.terminal.signals import unwind_on_signals
+from dgq.convert.cli.terminal.signals import unwind_on_signals
 from dgq.quant.errors import InputError
 
 
