@@ -6,7 +6,7 @@ ValidateOptions ── RunSettings (how models are run)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -144,23 +144,28 @@ def open_inputs(asked: Sequence[str], options: ValidateOptions, settings: RunSet
     if kept is not None:
         _check_kept(kept, options, source)
     if source is not None and source.adapters:
-        artifacts = {name: _adapted(artifact, source) for name, artifact in artifacts.items()}
+        artifacts = {name: adapted(artifact, source) for name, artifact in artifacts.items()}
     return Inputs(options, settings, source, artifacts, kept, remarks, _merged_sources(artifacts, source, options))
 
 
 def _open_artifacts(asked: Sequence[str], options: ValidateOptions, notice: Notice) -> dict[str, Artifact]:
-    """Each artifact by a name of its own: the directory's, or the .gguf file's without its ending."""
+    """Each artifact by a name of its own, see named()."""
     artifacts: dict[str, Artifact] = {}
     for one in asked:
         artifact = open_model(one, notice=notice)
-        name = Path(one).stem if one.endswith(".gguf") else Path(one).name or one
-        while name in artifacts:
-            name += "'"
-        artifacts[name] = artifact
+        artifacts[named(one, artifacts)] = artifact
     if options.activations and artifacts and not any(has_input_scales(artifact) for artifact in artifacts.values()):
         names = ", ".join(artifacts)
         raise InputError(f"--activations {options.activations}: none of {names} holds input scales (W4A4)")
     return artifacts
+
+
+def named(asked: str, taken: Container[str]) -> str:
+    """A name for an artifact that is not taken: its directory's, or its .gguf file's without the ending."""
+    name = Path(asked).stem if asked.endswith(".gguf") else Path(asked).name or asked
+    while name in taken:
+        name += "'"
+    return name
 
 
 def _adapter_remarks(artifact: Artifact, given: Sequence[AdapterLike], kept: KeptReference | None) -> tuple[str, ...]:
@@ -174,7 +179,7 @@ def _adapter_remarks(artifact: Artifact, given: Sequence[AdapterLike], kept: Kep
     return (f"made with {names}, which was not given: unless the reference holds it, this is not what was quantised",)
 
 
-def _adapted(artifact: Artifact, source: Artifact) -> Artifact:
+def adapted(artifact: Artifact, source: Artifact) -> Artifact:
     """The artifact with the source's adapters beside its weights, unless some were merged into these."""
     merged = (provenance_of(artifact) or {}).get("adapters")
     return artifact if merged else replace(artifact, adapters=source.adapters, active=source.active)
