@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dgq.runtime.adapters.adapter import SIDES
-from dgq.runtime.adapters.beside import Choice, LowRank
+from dgq.runtime.adapters.beside import Choice
 from dgq.runtime.kernels import dense, moe
 from dgq.runtime.kernels.repack import Tiles, in_order
 
@@ -55,7 +55,8 @@ def beside(choice: Choice | None, side: str, members: Sequence[tuple[str, int]],
     if not there:
         return None
     a = torch.cat([one.a for one in there])
-    b = torch.block_diag(*(_rows(one, rows) for one, (_, rows) in zip(factors, members, strict=True)))
+    nothing = [there[0].b.new_empty(rows, 0) for _, rows in members]
+    b = torch.block_diag(*(none if one is None else one.b for one, none in zip(factors, nothing, strict=True)))
     gains = [
         b.new_zeros(len(choice.adapters.names), rows) if one is None or one.gain is None else one.gain
         for one, (_, rows) in zip(factors, members, strict=True)
@@ -63,10 +64,6 @@ def beside(choice: Choice | None, side: str, members: Sequence[tuple[str, int]],
     gain = torch.cat(gains, 1) if any(one.gain is not None for one in there) else None
     owners = tuple(owner for one in there for owner in one.owners)
     return Beside(in_order(a) if ordered else a, b, owners, gain, choice)
-
-
-def _rows(one: LowRank | None, rows: int) -> Tensor:
-    return torch.empty(rows, 0) if one is None else one.b
 
 
 Sides = dict[bool, "Beside | None"]
