@@ -204,6 +204,12 @@ class Choice:
         self.look(0, len(rows))
         self._renew()
 
+    def begin(self, rows: int, tokens: int) -> None:
+        """Note a pass over rows of so many tokens. Rows that nobody has chosen for have the default."""
+        self.tokens = tokens
+        if self.count not in (1, rows):
+            self.set([self.adapters.default])
+
     def look(self, first: int, count: int) -> None:
         """Compute so many rows from `first` on."""
         self.first, self.count = first, count
@@ -245,5 +251,5 @@ class Choice:
         expert, tokens = picks
         inner, mask = functional.linear(x, factors.a[expert]), self.mask(factors.owners)
         if mask is not None:
-            inner = inner * mask[tokens // self.tokens]
+            inner = inner * (mask if len(mask) == 1 else mask[tokens // self.tokens])
         return y + functional.linear(inner, factors.b[expert])

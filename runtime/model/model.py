@@ -270,7 +270,7 @@ class Model:
         """x (rows, tokens, hidden) through all layers. side: the layers as encoder or decoder runs them, and its
         scalars."""
         if self.choice is not None:
-            self.choice.tokens = x.shape[1]
+            self.choice.begin(*x.shape[:2])
         tables = {sliding: rope_tables(f, positions, self.dtype) for sliding, f in self.frequencies.items()}
         for layer, scalar in zip(*side, strict=True):
             sliding = layer.shape.is_sliding
