@@ -150,6 +150,25 @@ def test_rows_choose_among_adapters(tmp_path: Path) -> None:
         torch.testing.assert_close(found[row : row + 1], right, atol=1e-4, rtol=0)
 
 
+def test_a_batch_that_nobody_has_chosen_for(tmp_path: Path) -> None:
+    """Rows of a pass without a request have the default, experts' factors too, whatever the batch before chose."""
+    one, two = (
+        open_adapter(write_adapter(tmp_path / name, CONFIG, seed, (".o_proj", ".experts.")), SHAPES)
+        for name, seed in (("one", 3), ("two", 4))
+    )
+    both, alone = model(one, two, active=("one",)), model(one)
+    ids, canvas = IDS.view(3, 7), CANVAS.expand(3, -1)
+    for _ in range(2):
+        caches = both.new_cache(3), alone.new_cache(3)
+        for its, cache in zip((both, alone), caches, strict=True):
+            its.encode(ids, cache)
+        ours, right = both.decode(canvas, caches[0]), alone.decode(canvas, caches[1])
+        torch.testing.assert_close(ours, right, atol=1e-4, rtol=0)
+        assert both.choice is not None
+        both.choice.grow(4)
+        both.choice.set([{1}, {0, 1}, set(), {1}])
+
+
 def test_choices_that_are_not_there(tmp_path: Path) -> None:
     one = open_adapter(write_adapter(tmp_path / "one", CONFIG, 3, (".mlp.",)), SHAPES)
     settings = GenerationConfig(SamplerConfig(steps=1), (1,), 0)
