@@ -55,7 +55,7 @@ def transformers_model(path: Path) -> Any:
 
 def save_adapter(model: Any, path: Path, settings: dict[str, Any]) -> None:
     """As training leaves it: no number zero."""
-    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **settings))
+    wrapped = get_peft_model(model, LoraConfig(**({"r": 4, "lora_alpha": 8} | settings)))
     generator = torch.Generator().manual_seed(len(settings))
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
