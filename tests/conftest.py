@@ -10,13 +10,14 @@ there is no GPU (they are decorated when Triton is imported, whoever does that f
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from oracle_modelopt import Oracle
 from pictures import draw_nothing
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,12 +42,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args = [str(TESTS)]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each test has its tier as a marker, so that `-m "full and not browser"` chooses among them."""
+    """Each test has its tier as a marker, so that `-m "full and not browser"` chooses among them. A module of the full
+    tier is a group of pytest-xdist's, so that one process makes its fixtures, unless it says another group."""
     for item in items:
         tier = item.path.relative_to(TESTS).parts[0]
         if tier in TIERS:
             item.add_marker(tier)
+        if tier == "full" and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
@@ -65,6 +70,23 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     draw_nothing(monkeypatch)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' generate() tells CUDA graphs of each step, for which torch imports its whole compiler."""
+    import torch
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+
+
+@pytest.fixture(scope="session")
+def modelopt() -> Iterator[Oracle]:
+    """modelopt("export", …): see oracle_modelopt.py. Tests that ask it are of the xdist_group "modelopt"."""
+    oracle = Oracle()
+    yield oracle
+    oracle.end()
 
 
 class Shared:
