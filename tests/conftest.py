@@ -62,9 +62,9 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For conversions whose subject is not how well they round: rows make each other's losses good in 4 groups, not
+    """For conversions whose subject is not how well they round: rows make each other's losses good in 2 groups, not
     64, each of which goes through all columns one by one."""
-    monkeypatch.setattr("dgq.quant.feedback.feedback.ROW_GROUPS", 4)
+    monkeypatch.setattr("dgq.quant.feedback.feedback.ROW_GROUPS", 2)
 
 
 @pytest.fixture
@@ -123,6 +123,7 @@ def run_dgq(*words: object) -> None:
     assert done.exit_code == 0, (done.output, done.exception)
 
 
+CHAT = '{"prompt": "Copy: dog sun river"}'  # which only the reference answers
 FORMATS = {"bnb4": "bnb4", "bnb4-dq": "bnb4", "nvfp4": "nvfp4", "nvfp4-w4a16": "nvfp4", "nvfp4-all": "nvfp4",
            "q4_k_m": "gguf", "q6_k": "gguf", "q8_0": "gguf"}  # fmt: skip
 Converted = Callable[..., Path]
@@ -151,7 +152,7 @@ def tiny_report(shared: Shared, converted: Converted) -> Path:
         folder.mkdir()
         prompts = files("dgq.recipes").joinpath("prompts")
         texts, tasks = (prompts.joinpath(f"heldout_{kind}.jsonl").read_text("utf-8") for kind in ("text", "tasks"))
-        (folder / "prompts.jsonl").write_text("\n".join([*texts.splitlines()[:1], *tasks.splitlines()[:2]]))
+        (folder / "prompts.jsonl").write_text("\n".join([*texts.splitlines()[:1], *tasks.splitlines()[:2], CHAT]))
         for name, recipe in (("nvfp4", "nvfp4-w4a16"), ("gguf", "q4_k_m")):
             shutil.copytree(converted(recipe), folder / name)
         run_dgq("validate", folder / "nvfp4", folder / "gguf", "--against", "tiny", "--quick", "--prompts",
