@@ -185,22 +185,33 @@ def test_offline(tmp_path: Path, fetch: Fetch) -> None:
     line = f"{REPO}: commit {COMMIT} is not, or not wholly, in the cache, and HF_HUB_OFFLINE is set; unset it to fetch"
     with serve(REPO, folder) as hub:
         assert fetch.refused(hub.url, revision=COMMIT, offline=True).startswith(line)
-        assert "HF_HUB_OFFLINE is set; unset it, or name a cached commit" in fetch.refused(hub.url, offline=True)
+        unknown = f"{REPO}: revision main is not, or not wholly, in the cache, and HF_HUB_OFFLINE is set; unset it"
+        assert fetch.refused(hub.url, offline=True).startswith(unknown)
         assert hub.log == []
-        fetch(hub.url, weights=False)
+        small = fetch(hub.url, weights=False)
         assert fetch.refused(hub.url, revision=COMMIT, offline=True).startswith(line), "no half a snapshot"
         where = fetch(hub.url, revision=COMMIT)
-        online = remote_specs(REPO, COMMIT)
+        online = remote_specs(small)
         hub.log.clear()
-        assert fetch(hub.url, revision=COMMIT, offline=True) == where
-        offline = remote_specs(REPO, COMMIT)
+        cached = fetch(hub.url, revision=COMMIT, offline=True)
+        assert cached == where and cached.notice is None
+        offline = remote_specs(fetch(hub.url, weights=False, offline=True))
         assert hub.log == []
+        tagged = fetch(hub.url, offline=True)
+        assert tagged == where and tagged.notice == (
+            f"{REPO}: HF_HUB_OFFLINE is set; the cache's commit of main, {COMMIT}, is used"
+        )
+    gone = fetch(hub.url)  # The same without the variable and without the Hub.
+    assert (
+        gone == where
+        and gone.notice == f"{REPO}: {hub.url} cannot be reached; the cache's commit of main, {COMMIT}, is used"
+    )
     assert {name: (spec.dtype, spec.shape) for name, spec in offline.items()} == {
         name: (spec.dtype, spec.shape) for name, spec in online.items()
     }
 
 
-API, CONFIG, TREE = f"/api/models/{REPO}", f"/resolve/{COMMIT}/config.json", f"/tree/{COMMIT}"
+API, CONFIG = f"/api/models/{REPO}", f"/resolve/{COMMIT}/config.json"
 SHARD = "model-00001-of-00002.safetensors"
 CDN = f"/cdn/{SHARD}"
 GATED, MISSING = {"X-Error-Code": "GatedRepo"}, {"X-Error-Code": "EntryNotFound"}
@@ -228,12 +239,14 @@ WAIT = "too many requests; wait 55 seconds and run the command again"
         (Fault(API, 200, body=HTML), NOT_HUB.format("JSONDecodeError")),
         (Fault(API, 200), NOT_HUB.format("KeyError")),
         (Fault(API, 200, body=b"[]"), NOT_HUB.format("TypeError")),
-        (Fault(API, 200, body=b'{"id": "someone/micro"}'), NOT_HUB.format("KeyError")),
-        (Fault(TREE, 429, SPENT), f"the Hub answered 429: {WAIT}"),
+        (
+            Fault(API, 200, body=b'{"id": "someone/micro"}'),
+            "the Hub gives 'None' as the commit, which it cannot be; is",
+        ),
         (Fault(CONFIG, 404, MISSING), "the Hub answered 404 for config.json: the file is listed, but not there;"),
         (Fault(CONFIG, 403, GATED), f"the Hub answered 403 for config.json: {TERMS}"),
         (Fault(CONFIG, 429, SPENT), f"the Hub answered 429 for config.json: {WAIT}"),
-        (Fault(CONFIG, 200, body=HTML), NOT_HUB.format("FileMetadataError")),
+        (Fault(CONFIG, 200, body=HTML), f"config.json arrived damaged ({len(HTML)} of "),
         (Fault(CDN, 403), f"the Hub answered 403 for {SHARD}: {RIGHTS}"),
         (Fault(CDN, 404), f"the Hub answered 404 for {SHARD}: dgq does not know why; run the command again later"),
         (Fault(CDN, 429, SPENT), f"the Hub answered 429 for {SHARD}: {WAIT}"),
@@ -255,9 +268,9 @@ def test_what_the_hub_refuses(fault: Fault, expected: str, tmp_path: Path, fetch
 
 def test_a_header_the_hub_refuses(tmp_path: Path, fetch: Fetch) -> None:
     with serve(REPO, write_micro(tmp_path / "micro"), Fault(CDN, 503)) as hub:
-        fetch(hub.url, weights=False)
+        where = fetch(hub.url, weights=False)
         with pytest.raises(InputError, match=f"^{REPO}: the Hub answered 503 for {SHARD}: the Hub is in trouble; run"):
-            remote_specs(REPO, COMMIT)
+            remote_specs(where)
 
 
 def test_names_revisions_and_tokens(tmp_path: Path, fetch: Fetch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +295,7 @@ def test_a_hub_that_is_not_there(fetch: Fetch) -> None:
 
 def test_one_line_and_no_traceback(tmp_path: Path) -> None:
     """The same through the command: what the client logs while it tries again stays out of sight."""
-    retried = Fault(TREE, 503, {"Retry-After": "0"}, times=1)
+    retried = Fault("/config.json", 429, {"Retry-After": "0"}, times=1)
     with serve(REPO, write_micro(tmp_path / "micro"), retried, Fault(CONFIG, 503, LATER)) as hub:
         done = dgq_forked(hub.url, tmp_path, "plan", REPO, "--to", "gguf")
     assert done.returncode == 2 and done.stdout == "" and retried.times == 0

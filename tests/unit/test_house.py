@@ -35,7 +35,8 @@ ARROWS: dict[str, set[str]] = {
     "runtime.engine": {"quant", *MODEL, "runtime.kernels"},
     "runtime.hf": {*QUANT, *MODEL},
     "runtime": {"runtime.engine"},
-    "convert.source": {*QUANT, "runtime.files", "runtime.shape"},
+    "convert.source.transfer": {"quant", "quant.files"},
+    "convert.source": {*QUANT, "runtime.files", "runtime.shape", "convert.source.transfer"},
     "convert.resume": {"quant"},
     "convert.plans": {*QUANT, "convert.source", "runtime.files", "runtime.shape"},
     "convert.layerwise": {*QUANT, *MODEL, "convert.plans", "convert.source"},
@@ -59,6 +60,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "convert.publication": {
         *QUANT, *MODEL, "convert.calibration", "convert.estimate", "convert.plans", "convert.source",
+        "convert.source.transfer",
         "convert.validation.report", "convert.verification", "convert.write",
     },
     "convert.bench": {
