@@ -223,8 +223,7 @@ def open_source(
     merged = tuple(open_adapter(path, {name: specs[name].shape for name in text}) for path in adapters)
     sampler = sampler_notices(where.path, generation)
     deviations = (*([stale] if stale else []), *named.notices)
-    offline = (where.notice,) if where.notice else ()
-    notices = (*offline, *_notices(specs, copies, raw.get("text_config", {})), *deviations, *sampler)
+    notices = (*_notices(specs, copies, raw.get("text_config", {})), *deviations, *sampler)
     return Source(
         where,
         config,

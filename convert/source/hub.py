@@ -7,6 +7,7 @@ checked of them, is in convert/source/transfer.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -25,19 +26,19 @@ TINY = "tiny"
 SMALL = ("*.json", "*.jinja", "tokenizer.model", "LICENSE", "NOTICE")
 WANTED = (*SMALL, "*.safetensors")
 PROVENANCE = "dgq.json"  # the file that makes a directory an artifact of dgq; convert/write/provenance.py writes it
+NOTICES = logging.getLogger("dgq")  # lines for the user; the command line shows them as notes
 MAIN = "main"  # the branch of a Hub id that is given without --revision
 
 
 @dataclass(frozen=True)
 class Located:
-    """Where a SRC lies. asked: what the user wrote; repo, revision (a commit hash): of a Hub source only; notice: a
-    line for the user, or None; listing: of the files that may be wanted, where the Hub gave one."""
+    """Where a SRC lies. asked: what the user wrote; repo, revision (a commit hash): of a Hub source only; listing: of
+    the files that may be wanted, where the Hub gave one."""
 
     asked: str
     path: Path
     repo: str | None = None
     revision: str | None = None
-    notice: str | None = field(default=None, compare=False)
     listing: tuple[RemoteFile, ...] = field(default=(), compare=False, repr=False)
 
     @property
@@ -135,8 +136,9 @@ def _cached(repo: str, revision: str | None, patterns: tuple[str, ...], why: str
         raise InputError(f"{folder_of(repo) / 'refs' / revision}: holds no commit; remove it")
     if not _is_whole(path, patterns):
         raise InputError(absent)
-    notice = None if revision == path.name else f"{repo}: {why}; the cache's commit of {revision}, {path.name}, is used"
-    return Located(repo, path, repo, path.name, notice)
+    if revision != path.name:
+        NOTICES.warning("%s: %s; the cache's commit of %s, %s, is used", repo, why, revision, path.name)
+    return Located(repo, path, repo, path.name)
 
 
 def _is_whole(path: Path, patterns: tuple[str, ...]) -> bool:

@@ -47,7 +47,7 @@ def document(
         "effort": settings.effort,
         "source": {"name": where.name, "repository": where.repo, "revision": where.revision, "files": sources},
         "adapters": [adapter.about for adapter in plan.source.adapters],
-        "notices": [line for line in plan.notices if line != where.notice],  # that is of the day, not of the artifact
+        "notices": list(plan.notices),
         "params": plan.params,
         "quantized_params": plan.quantized_params,
         "quantized_share": round(plan.quantized_share, 6),

@@ -180,7 +180,7 @@ def test_a_cached_file_of_another_size(tmp_path: Path, fetch: Fetch) -> None:
             assert (fetch(hub.url, revision=COMMIT).path / name.name).read_bytes() == whole
 
 
-def test_offline(tmp_path: Path, fetch: Fetch) -> None:
+def test_offline(tmp_path: Path, fetch: Fetch, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_micro(tmp_path / "micro")
     line = f"{REPO}: commit {COMMIT} is not, or not wholly, in the cache, and HF_HUB_OFFLINE is set; unset it to fetch"
     with serve(REPO, folder) as hub:
@@ -194,18 +194,17 @@ def test_offline(tmp_path: Path, fetch: Fetch) -> None:
         online = remote_specs(small)
         hub.log.clear()
         cached = fetch(hub.url, revision=COMMIT, offline=True)
-        assert cached == where and cached.notice is None
+        assert cached == where and caplog.messages == []
         offline = remote_specs(fetch(hub.url, weights=False, offline=True))
         assert hub.log == []
-        tagged = fetch(hub.url, offline=True)
-        assert tagged == where and tagged.notice == (
-            f"{REPO}: HF_HUB_OFFLINE is set; the cache's commit of main, {COMMIT}, is used"
-        )
-    gone = fetch(hub.url)  # The same without the variable and without the Hub.
-    assert (
-        gone == where
-        and gone.notice == f"{REPO}: {hub.url} cannot be reached; the cache's commit of main, {COMMIT}, is used"
-    )
+        assert fetch(hub.url, offline=True) == where
+        assert fetch(hub.url, revision="v1", offline=False) == where
+    assert fetch(hub.url, revision="v1") == where, "the same without the variable and without the Hub"
+    used = f"the cache's commit of %s, {COMMIT}, is used"
+    said = [f"{REPO}: HF_HUB_OFFLINE is set; {used % 'main'}"] * 2 + [
+        f"{REPO}: {hub.url} cannot be reached; {used % 'v1'}"
+    ]
+    assert caplog.messages == said
     assert {name: (spec.dtype, spec.shape) for name, spec in offline.items()} == {
         name: (spec.dtype, spec.shape) for name, spec in online.items()
     }
@@ -264,6 +263,40 @@ def test_what_the_hub_refuses(fault: Fault, expected: str, tmp_path: Path, fetch
         hub.faults.clear()
         hub.moved.clear()
         assert fetch(hub.url).revision == COMMIT, "and what was refused once does not stay broken"
+
+
+OUT = "../../../../outside"
+DAMAGED: tuple[tuple[str, str | None, object], ...] = (
+    ("sha", None, OUT), ("sha", None, "main"), ("rfilename", BIG, f"{OUT}.safetensors"),
+    ("rfilename", "config.json", "/tmp/outside.json"),
+    ("rfilename", "config.json", "C:\\outside.json"), ("rfilename", BIG, "config.json"), ("size", BIG, 1 << 60),
+    ("size", BIG, -1), ("size", "config.json", 10.5), ("size", "config.json", 10), ("blobId", "config.json", OUT),
+    ("blobId", "config.json", None), ("lfs.sha256", BIG, OUT), ("lfs.sha256", BIG, "0" * 64), ("lfs.size", BIG, 10),
+    ("lfs.sha256", BIG, None),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "name", "value"), DAMAGED, ids=lambda value: str(value)[:20])
+def test_a_listing_with_one_field_damaged(
+    field: str, name: str | None, value: object, tmp_path: Path, fetch: Fetch
+) -> None:
+    """One line, and nothing but whole files of the right hash anywhere, inside of the cache or outside of it."""
+    folder = write_micro(tmp_path / "a" / "b" / "micro", shards=0)
+    with serve(REPO, folder) as hub:
+        about = json.loads(hub.answer(f"{API}/revision/{COMMIT}")[1])
+        at = about if name is None else next(one for one in about["siblings"] if one["rfilename"] == name)
+        *path, last = field.split(".")
+        for key in path:
+            at = at[key]
+        at[last] = value
+        before = {file for file in tmp_path.rglob("*") if file.is_file()}
+        hub.faults.append(Fault(API, 200, body=json.dumps(about).encode()))
+        line = fetch.refused(hub.url)
+    assert line.startswith(f"{REPO}: ") and "\n" not in line
+    whole = {hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    for file in {file for file in tmp_path.rglob("*") if file.is_file()} - before:
+        assert file.is_relative_to(fetch.cache), file
+        assert file.suffix == ".lock" or hashlib.sha256(file.read_bytes()).hexdigest() in whole, file
 
 
 def test_a_header_the_hub_refuses(tmp_path: Path, fetch: Fetch) -> None:

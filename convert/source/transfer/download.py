@@ -95,7 +95,12 @@ def _fetch_blob(repo: str, commit: str, file: RemoteFile) -> Path:
         if blob.exists():  # another process was faster
             part.unlink()
             return blob
-        _download(repo, commit, file, out)
+        try:
+            _download(repo, commit, file, out)
+        except AnswerError as error:  # What came of it is not of the file.
+            out.close()
+            part.unlink()
+            raise InputError(f"{repo}: {file.name}: {error}") from None
         out.close()
         _check(repo, file, part, part)
         part.replace(blob)
@@ -129,9 +134,6 @@ def _download(repo: str, commit: str, file: RemoteFile, out: BinaryIO) -> None:
         if begun < file.size:
             url = hf_hub_url(repo, name, revision=commit)
             http_get(url, bounded, resume_size=begun, headers=build_hf_headers(), displayed_filename=name)
-    except AnswerError as error:
-        out.truncate(0)
-        raise InputError(f"{repo}: {name}: {error}") from None
     except errors.HTTPError as error:
         if hasattr(error, "response"):  # an answer of the Hub, not a broken connection
             refuse(repo, error, name)
