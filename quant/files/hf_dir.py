@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 
 from dgq.quant.errors import InputError
+from dgq.quant.files.positions import read_at
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed, Spec
 
@@ -264,16 +264,16 @@ class HFDir(Mapping[str, Packed]):
     def _fill(self, spec: Spec, name: str, raw: torch.Tensor, at: int) -> None:
         view = raw.numpy().data
         while view:
-            count = os.preadv(self._reader(spec.file), [view], at)
+            count = read_at(self._reader(spec.file), view, at)
             if not count:
                 raise InputError(f"{spec.file}: ends at byte {at}, inside {name}; it changed while it was read")
             view, at = view[count:], at + count
 
-    def _reader(self, file: Path) -> int:
+    def _reader(self, file: Path) -> BinaryIO:
         with self._lock:
             if file not in self._readers:
                 self._readers[file] = file.open("rb", buffering=0)
-            return self._readers[file].fileno()
+            return self._readers[file]
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -22,6 +21,7 @@ from typing import Any, BinaryIO, cast
 from dgq.convert.source.transfer.answers import AnswerError, Bounded, RemoteFile, relative
 from dgq.convert.source.transfer.session import reason, refuse
 from dgq.quant.errors import InputError
+from dgq.quant.files.places import free_bytes
 
 
 def folder_of(repo: str) -> Path:
@@ -71,7 +71,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _check_room(repo: str, folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if size > free:
         raise InputError(f"{repo}: {size} bytes are to be fetched, and {folder} has room for {free}; set HF_HOME")
 
