@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, DTYPE, JSON, REVISION
+from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, DTYPE, IMAGE_TOKENS, JSON, REVISION
 from dgq.convert.cli.terminal.sizes import Size
 from dgq.quant.errors import InputError
 
@@ -44,6 +44,7 @@ IMAGE, ADAPT = "/image ", "/adapter"
     help="Picture for the model to see, before PROMPT (or a conversation's first line), or where that says <|image|>;"
     " may be given several times.",
 )
+@IMAGE_TOKENS
 @click.option("--max-new-tokens", type=click.IntRange(1), help="[default: the model's generation_config]")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps a canvas at most. [default: generation_config]")
 @click.option(
@@ -73,6 +74,7 @@ def run(
     chat: bool,
     thinking: bool | None,
     images: tuple[Path, ...],
+    image_tokens: int | None,
     max_new_tokens: int | None,
     steps: int | None,
     seed: int,
@@ -91,8 +93,9 @@ def run(
     if thinking is not None and not chat:
         raise InputError("--thinking: is a switch of the chat template; add --chat")
     request = RunRequest(
-        model, revision, adapters, chat, thinking, max_new_tokens, steps, seed, device, dtype, activations, rng, vram
-    )
+        model, revision, adapters, chat, thinking, max_new_tokens, steps, seed, device, dtype, activations, rng, vram,
+        image_tokens,
+    )  # fmt: skip
     draw = sys.stdout.isatty() and not as_json
     if prompt is not None:
         _answer(request, _text(prompt), images, draw, as_json)
@@ -176,15 +179,23 @@ def _piped() -> Iterator[str]:
 
 
 def _page(reply: dict[str, Any]) -> None:
-    """The text on stdout; on a terminal, how it came about on stderr, and before it what the model thought."""
+    """The text and a line a tool call on stdout; on stderr what the model thought, and that it did not finish that; on
+    a terminal also how it came about."""
+    import json
+
     from rich.text import Text
 
-    from dgq.convert.cli.terminal.console import err
+    from dgq.convert.cli.terminal.console import err, note
     from dgq.quant.errors import shown
 
-    if reply.get("thought"):
-        err.print(Text(shown(reply["thought"]), style="dim italic"))
-    print(shown(reply["text"]))
+    if reply["reasoning"]:
+        err.print(Text(shown(reply["reasoning"]), style="dim italic"))
+    if reply["text"] or not reply["tool_calls"]:
+        print(shown(reply["text"]))
+    for call in reply["tool_calls"]:
+        print(shown(f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})"))
+    if reply["unfinished_thought"]:
+        note("the reply ends inside a thought; give it more --max-new-tokens")
     if err.is_terminal:
         steps = sum(reply["steps"])
         speed = len(reply["tokens"]) / max(reply["generate_s"], 1e-9)

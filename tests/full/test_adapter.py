@@ -12,9 +12,9 @@ import peft
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import error_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_bad_input import error_of
 from transformers import DiffusionGemmaForBlockDiffusion
 
 from dgq.convert.cli.__main__ import main

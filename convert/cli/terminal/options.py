@@ -78,6 +78,12 @@ ADAPTER = click.option(
     help="LoRA adapter (peft's; a directory or Hub id) to apply beside the weights, encoder's and decoder's numbers"
     " apart; may be given several times. Of named ones the first is active.",
 )
+IMAGE_TOKENS = click.option(
+    "--image-tokens",
+    type=click.Choice(["70", "140", "280", "560", "1120"]),
+    callback=lambda _context, _option, most: None if most is None else int(most),
+    help="The most that a picture becomes; small print needs more. [default: the model's, 280]",
+)
 RAM = click.option(
     "--ram", type=Size(), help="RAM to keep below, like 8GiB; takes longer, same bytes. [default: 80 % of what is free]"
 )
