@@ -108,7 +108,8 @@ def ours(backend: Any, prompt: Tensor, canvas: Tensor, raw: Tensor) -> tuple[Ten
     session = Session(backend, 1, prompt.shape[1] + canvas.shape[1], sampler)
     session.start(prompt.tolist())
     state, view = session.state, session._view()
-    state.begin(CounterRandom(0, [0], config.canvas, config.vocab, device), torch.zeros(1, dtype=torch.int64), 0)
+    first = torch.zeros(1, dtype=torch.int64, device=device)
+    state.begin(CounterRandom(0, [0], config.canvas, config.vocab, device), first, 0)
     both = []
     for step in range(2):
         if step and isinstance(backend, Plain):
