@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from second import WINDOWS, write_second
+from second import WINDOWS, in_transformers, write_second
 
 from dgq.runtime.engine import batch
 from dgq.runtime.engine.engine import Request, generate
@@ -46,9 +46,7 @@ def shape(request, shared):
 
 def opened(name, path):
     artifact = open_artifact(path)
-    oracle = transformers.DiffusionGemmaForBlockDiffusion.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="sdpa", experts_implementation="eager"
-    ).eval()
+    oracle = in_transformers(path, attn_implementation="sdpa", experts_implementation="eager")
     return name, artifact.load(), artifact, oracle
 
 
