@@ -30,13 +30,14 @@ from dgq.quant.formats.bnb import BitsAndBytes
 from dgq.quant.formats.bnb_experts import experts_apart
 from dgq.quant.formats.compressed_tensors import CompressedTensors
 from dgq.quant.formats.fp8_groups import Mixed
-from dgq.runtime.files.canonical import canonical, stored_tensors
+from dgq.runtime.files.canonical import canonical, canonical_packed, index_notices, stored_tensors
 from dgq.runtime.files.folders import refuse_other
+from dgq.runtime.files.gguf_weights import GGUFWeights
 from dgq.runtime.files.mmproj import ARCH, Mmproj, find_mmproj, is_mmproj, only_mmproj
 from dgq.runtime.files.quantization import quantization, stale_declaration
 from dgq.runtime.files.tied import TiedDir
-from dgq.runtime.files.weights import DirWeights, GGUFWeights, Weights
-from dgq.runtime.shape.config import ModelConfig
+from dgq.runtime.files.weights import DirWeights, Weights
+from dgq.runtime.shape.config import ModelConfig, early_names
 from dgq.runtime.shape.names import expected_tensors
 from dgq.runtime.shape.settings import GenerationConfig, sampler_notices
 from dgq.runtime.shape.vision import causal_images, expected_vision
@@ -161,11 +162,15 @@ def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, Dir
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
     base = layout.base if isinstance(layout, Mixed) else layout
     tied = base is None or isinstance(base, (CompressedTensors, BitsAndBytes))
-    remarks: tuple[str, ...] = ()
+    remarks = early_names(raw)
     if quantised is None:
         named = canonical(stored, expected_tensors(config), vision)
         stale = stale_declaration(path, raw, stored)
-        stored, vision, remarks = named.specs, named.vision, (*([stale] if stale else []), *named.notices)
+        remarks += [*([stale] if stale else []), *index_notices(path, stored)]
+    else:
+        named = canonical_packed(stored, vision)
+    remarks += named.notices
+    stored, vision = named.specs, named.vision
     directory = TiedDir(path, stored, config.experts) if tied else HFDir(path, stored)
     apart = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
     if isinstance(apart, Mixed):

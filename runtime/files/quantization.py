@@ -45,7 +45,7 @@ _SEVERAL, _EIGHTS = "MIXED_PRECISION", ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")  # m
 _BITSANDBYTES: dict[str, tuple[Any, ...]] = {  # a key's values that dgq reads, None: the key may be absent
     "load_in_8bit": (False, None),
     "load_in_4bit": (True,),
-    "bnb_4bit_quant_type": ("nf4",),
+    "bnb_4bit_quant_type": ("nf4", "fp4", None),
     "bnb_4bit_blocksize": (BLOCK, None),
     "bnb_4bit_quant_storage": ("uint8", None),
     "bnb_4bit_use_double_quant": (True, False, None),
@@ -107,8 +107,9 @@ class Quantization:
             value = self.raw.get(key)
             if value not in allowed:
                 said = f"{self.source}: bitsandbytes with {key} {repr(value)[:40]} is not opened"
-                raise InputError(f"{said}; dgq reads NF4 in blocks of {BLOCK}, stored as uint8")
-        return BitsAndBytes(double=bool(self.raw.get("bnb_4bit_use_double_quant")))
+                raise InputError(f"{said}; dgq reads NF4 and FP4 in blocks of {BLOCK}, stored as uint8")
+        kind = self.raw.get("bnb_4bit_quant_type") or "fp4"  # bitsandbytes' default
+        return BitsAndBytes(double=bool(self.raw.get("bnb_4bit_use_double_quant")), kind=kind)
 
 
 def stale_declaration(path: Path, config: Mapping[str, Any], specs: Mapping[str, Spec]) -> str | None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from gguf import GGUFReader
+from micro import micro_config, micro_tensors, write_micro
 from safetensors.torch import load_file, save_file
 from test_bad_input import error_of
+from test_exports import APART, early
 
 from dgq.convert.cli.__main__ import main
 from dgq.quant.errors import InputError
@@ -51,7 +53,9 @@ def dgq(*arguments: object) -> Any:
 @pytest.mark.parametrize("kind", ["more", "fewer", "text"])
 def test_every_format_takes_them(tmp_path: Path, kind: str) -> None:
     """A row that no product divides; rows taken from the end of a vocabulary with its tokens; no vision."""
-    source = tuned(tmp_path / "tuned", *{"more": (7,), "fewer": (-5,), "text": (0, False, False)}[kind])
+    source = tuned(
+        tmp_path / "tuned", *{"more": (7,), "fewer": (-5,), "text": (0, False, False), "unsaid": (0, True, False)}[kind]
+    )
     rows = len(load_file(source / "model.safetensors")[EMBEDDING])
     if kind == "fewer":
         raw = json.loads((source / "tokenizer.json").read_text())
@@ -103,7 +107,6 @@ def test_both_sides_saved(tmp_path: Path) -> None:
 
 def test_what_contradicts_itself_is_one_line(tmp_path: Path) -> None:
     for name, change, problem in (
-        ("unsaid", {"config_vision": False}, "is not part of the model"),
         ("long", {"rows": 3, "config_rows": 0}, "embed_tokens.weight has shape [2051"),
         ("short", {"rows": 0, "config_rows": 64}, "embed_tokens.weight has shape [2048"),
     ):
@@ -115,3 +118,22 @@ def test_what_contradicts_itself_is_one_line(tmp_path: Path) -> None:
         said = error_of("convert", str(fewer), "--to", to, "-o", str(tmp_path / "out"))
         assert "outside the vocabulary of 2043" in said and "tokenizer.json" in said
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_experts_apart_and_early_names(tmp_path: Path) -> None:
+    """vLLM's names of experts, and a config.json from before the release: the plain checkpoint's bytes, and a
+    config.json that transformers builds its model from."""
+    from transformers import AutoConfig
+
+    tensors = micro_tensors(micro_config())
+    paths = [write_micro(tmp_path / name / "micro", tensors=each) for name, each in
+             (("apart", APART["vLLM"](tensors)), ("plain", tensors))]  # fmt: skip
+    early(paths[0])
+    outs = [tmp_path / f"{path.parent.name}.out" for path in paths]
+    for path, out in zip(paths, outs, strict=True):
+        dgq("convert", path, "--to", "gguf", "--recipe", "q8_0", "-o", out, "--effort", "fast", "--device", "cpu")
+    first, second = (next(out.glob("*.gguf")).read_bytes() for out in outs)
+    assert first == second
+    config = json.loads((outs[0] / "config.json").read_text())
+    assert (config["model_type"], config["text_config"]["model_type"]) == ("diffusion_gemma", "diffusion_gemma_text")
+    assert type(AutoConfig.from_pretrained(outs[0])).__name__ == "DiffusionGemmaConfig"
