@@ -180,7 +180,8 @@ class Packed:
 
     Every part but the scheme's shared ones keeps the weight's leading axes, so that row and expert slices of the
     parts are the slices of the weight: for a ggml scheme parts[""] is uint8 (…, rows, bytes of a row). One part is
-    no part of the weight: "input_scale" float32 (…, rows, 1), the scale to round the weight's INPUT with (W4A4).
+    no part of the weight: "input_scale" float32 (…, rows, 1), the scale to round the weight's INPUT with (W4A4); inf
+    where the files have none, and the input is not rounded.
     """
 
     scheme: Scheme

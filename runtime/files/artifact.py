@@ -30,11 +30,12 @@ from dgq.quant.formats.bnb import BitsAndBytes
 from dgq.quant.formats.bnb_experts import experts_apart
 from dgq.quant.formats.compressed_tensors import CompressedTensors
 from dgq.quant.formats.fp8_groups import Mixed
+from dgq.quant.formats.nvfp4_modules import NVFP4Modules, fitted
 from dgq.runtime.files.canonical import canonical, canonical_packed, index_notices, stored_tensors
 from dgq.runtime.files.folders import refuse_other
 from dgq.runtime.files.gguf_weights import GGUFWeights
 from dgq.runtime.files.mmproj import ARCH, Mmproj, find_mmproj, is_mmproj, only_mmproj
-from dgq.runtime.files.quantization import quantization, stale_declaration
+from dgq.runtime.files.quantization import quantization, scale_remarks, stale_declaration
 from dgq.runtime.files.tied import TiedDir
 from dgq.runtime.files.weights import DirWeights, Weights
 from dgq.runtime.shape.config import ModelConfig, early_names
@@ -174,7 +175,11 @@ def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, Dir
     directory = TiedDir(path, stored, config.experts) if tied else HFDir(path, stored)
     apart = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
     if isinstance(apart, Mixed):
-        apart = dataclasses.replace(apart, specs=directory.specs)
+        base = apart.base if apart.either else fitted(apart.base, directory.specs)
+        apart = dataclasses.replace(apart, specs=directory.specs, base=base)
+    elif isinstance(apart, NVFP4Modules):
+        apart = fitted(apart, directory.specs)
+        remarks += scale_remarks(apart, base)
     kind = "safetensors" if quantised is None else quantised.kind
     return kind, config, DirWeights(directory, config, apart, vision, remarks)
 

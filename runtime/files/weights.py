@@ -194,13 +194,13 @@ class DirWeights(Weights):
             numel = sum(one.numel for one in eights)
             what = f"{len(eights)} weights are FP8, which dgq has no kernels for: on a GPU they are decoded to BF16"
             memory = f"{2 * numel / MIB:,.1f} MiB of memory instead of {numel / MIB:,.1f}"
-            return (f"{self._dir.path.name}: {what} when loaded, {memory}",) if eights else ()
+            return (*self._odd, *([f"{self._dir.path.name}: {what} when loaded, {memory}"] if eights else []))
         if not isinstance(self._layout, ExpertsApart) or not self._layout.base.double:
             return self._odd
         experts = sum(math.prod(self.shapes[name]) for name in self._quantised if len(self.shapes[name]) == 3)
         more = 3 * experts / BLOCK / MIB  # a byte becomes four
         what = f"absmax quantised an expert at a time become float32 when loaded, {more:,.1f} MiB more"
-        return (f"{self._dir.path.name}: {what}",)
+        return (*self._odd, f"{self._dir.path.name}: {what}")
 
     def vision_tensor(self, name: str) -> Tensor:
         if name in self._tower:
