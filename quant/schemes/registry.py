@@ -12,6 +12,7 @@ from dgq.quant.schemes.fp8 import FP8
 from dgq.quant.schemes.ggml.iq4_nl import IQ4_NL
 from dgq.quant.schemes.ggml.q4_k import Q4_K
 from dgq.quant.schemes.ggml.q5_0 import Q5_0
+from dgq.quant.schemes.ggml.q5_k import Q5_K
 from dgq.quant.schemes.ggml.q6_k import Q6_K
 from dgq.quant.schemes.ggml.q8_0 import Q8_0
 from dgq.quant.schemes.gguf_guests import guest
@@ -25,6 +26,7 @@ _ROWS: tuple[Scheme, ...] = (
     F32,
     Q4_K,
     Q5_0,
+    Q5_K,
     Q6_K,
     Q8_0,
     IQ4_NL,

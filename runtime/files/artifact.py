@@ -31,6 +31,7 @@ from dgq.quant.formats.bnb_experts import experts_apart
 from dgq.quant.formats.compressed_tensors import CompressedTensors
 from dgq.quant.formats.fp8_groups import Mixed
 from dgq.quant.formats.nvfp4_modules import NVFP4Modules, fitted
+from dgq.quant.types import Layout
 from dgq.runtime.files.canonical import canonical, canonical_packed, index_notices, stored_tensors
 from dgq.runtime.files.folders import refuse_other
 from dgq.runtime.files.gguf_weights import GGUFWeights
@@ -41,7 +42,7 @@ from dgq.runtime.files.weights import DirWeights, Weights
 from dgq.runtime.shape.config import ModelConfig, early_names
 from dgq.runtime.shape.names import expected_tensors
 from dgq.runtime.shape.settings import GenerationConfig, sampler_notices
-from dgq.runtime.shape.vision import causal_images, expected_vision
+from dgq.runtime.shape.vision import causal_images, expected_vision, gguf_attention
 
 if TYPE_CHECKING:
     from dgq.runtime.files.images import Tokens, Vision
@@ -89,7 +90,9 @@ class Artifact:
             config, read = mmproj.config, mmproj.tensor
         if not config or not weights.sees:
             raise InputError(f"{self.path}: has no vision tower, which images need")
-        is_causal = folder is not None and causal_images(raw, str(self.path / "config.json"))
+        metadata = weights.reader.metadata if isinstance(weights, GGUFWeights) else {}
+        settings = (raw, str(self.path / "config.json")) if folder else (gguf_attention(metadata), str(self.path))
+        is_causal = causal_images(*settings)
         return Vision(config, self.config.hidden, read, self._image_tokens(raw), folder, str(self.path), is_causal)
 
     def _image_tokens(self, raw: Mapping[str, Any]) -> Tokens:
@@ -173,7 +176,7 @@ def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, Dir
     remarks += named.notices
     stored, vision = named.specs, named.vision
     directory = TiedDir(path, stored, config.experts) if tied else HFDir(path, stored)
-    apart = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
+    apart: Layout | None = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
     if isinstance(apart, Mixed):
         base = apart.base if apart.either else fitted(apart.base, directory.specs)
         apart = dataclasses.replace(apart, specs=directory.specs, base=base)

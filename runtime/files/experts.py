@@ -59,14 +59,14 @@ def _joined(specs: Mapping[str, Spec], fused: str, shape: tuple[int, ...]) -> tu
     owner, _, last = fused.rpartition(".")
     for way in WAYS[last]:
         names = [name.format(owner, expert) for expert in range(shape[0]) for name in way]
-        wanted = (shape[1] // len(way), shape[2])
         if names[0] in specs:
-            return _fused(fused, shape, _fitting(specs, names, wanted)), names
+            pieces = _fitting(specs, names, (shape[1] // len(way), shape[2]))
+            return _fused(fused, shape, pieces), names
     for way in _STACKS[last]:
         names = [name.format(owner) for name in way]
-        wanted = (shape[0], shape[1] // len(way), shape[2])
         if names[0] in specs:
-            each = [list(_experts(stack)) for stack in _fitting(specs, names, wanted)]
+            stacks = _fitting(specs, names, (shape[0], shape[1] // len(way), shape[2]))
+            each = [list(_experts(stack)) for stack in stacks]
             return _fused(fused, shape, [piece for pieces in zip(*each, strict=True) for piece in pieces]), names
     return None
 

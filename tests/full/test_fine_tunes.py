@@ -137,3 +137,56 @@ def test_experts_apart_and_early_names(tmp_path: Path) -> None:
     config = json.loads((outs[0] / "config.json").read_text())
     assert (config["model_type"], config["text_config"]["model_type"]) == ("diffusion_gemma", "diffusion_gemma_text")
     assert type(AutoConfig.from_pretrained(outs[0])).__name__ == "DiffusionGemmaConfig"
+
+
+@pytest.mark.parametrize("attention", [None, False])
+def test_a_bare_gguf_sees_as_its_checkpoint(tmp_path: Path, attention: bool | None) -> None:
+    """use_bidirectional_attention, which no key of llama.cpp's holds, travels in the file; the released model's file
+    has no key of it."""
+    path = tuned(tmp_path / "tuned")
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["use_bidirectional_attention"] = attention
+    (path / "config.json").write_text(json.dumps(config))
+    dgq("convert", path, "--to", "gguf", "--recipe", "q8_0", "-o", tmp_path / "out", "--device", "cpu")
+    (tmp_path / "out" / "config.json").unlink()
+    (file,) = (one for one in (tmp_path / "out").glob("*.gguf") if "mmproj" not in one.name)
+    if attention is None:
+        assert open_artifact(file).vision._is_causal
+    else:
+        with pytest.raises(InputError, match="use_bidirectional_attention is false"):
+            _ = open_artifact(file).vision
+    assert "dgq.use_bidirectional_attention" in GGUFReader(file).fields
+
+
+def pruned(path: Path, experts: int) -> Path:
+    """`tiny` with its first experts alone."""
+    tuned(path)
+    tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+    for name, tensor in tensors.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj", "router.proj.weight", "per_expert_scale")):
+            tensors[name] = tensor[:experts].clone()
+    config["text_config"]["num_experts"] = experts
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("experts", [13, 8])
+def test_pruned_experts(tmp_path: Path, experts: int) -> None:
+    """A number that nothing divides, and the 8 that llama-quantize takes for Mixtral's: what is converted runs, and is
+    counted as planned. Types of the 8: llama_tensor_get_type of llama.cpp, read in its source."""
+    source = pruned(tmp_path / "pruned", experts)
+    wanted = dgq("run", source, *ASK)
+    for to, recipe in RECIPES.items() if experts == 8 else (("nvfp4", "nvfp4-w4a16"),):
+        planned = dgq("plan", source, "--to", to, "--recipe", recipe, "--no-probe")
+        dgq("convert", source, "--to", to, "--recipe", recipe, "-o", tmp_path / to, "--device", "cpu")
+        found = dgq("inspect", tmp_path / to)
+        assert (found["model"]["experts"], found["params"]) == (experts, planned["params"])
+        assert len(dgq("run", tmp_path / to, *ASK)["tokens"]) == len(wanted["tokens"])
+    if experts != 8:
+        return
+    (file,) = (one for one in (tmp_path / "gguf").glob("*.gguf") if "mmproj" not in one.name)
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+    for layer in range(6):
+        kinds = [types.get(f"blk.{layer}.attn_{part}.weight") for part in ("q", "k", "v", "output")]
+        assert kinds[:2] == ["Q4_K", "Q8_0"] and kinds[2] in ("Q8_0", None) and kinds[3] == "Q5_K"
