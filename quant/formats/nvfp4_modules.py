@@ -87,7 +87,8 @@ class NVFP4Modules(ABC):
         for part, suffix in scalars.items():
             lacking = self.unscaled if part == "input_scale" else frozenset()
             values = [_scalar(stored, [base + suffix for base in group if base not in lacking]) for group in groups]
-            each = torch.stack([value.reciprocal() if called.inverted else value for value in values])
+            each = torch.stack(values)
+            each = each.reciprocal() if called.inverted else each
             if lacking:
                 each[[not lacking.isdisjoint(group) for group in groups]] = float("inf")
             parts[part] = each.view(-1, *(1 for _ in shape[1:])).expand(*shape[:-1], 1)

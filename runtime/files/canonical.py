@@ -97,6 +97,9 @@ def _plain_name(name: str) -> str:
     """The name without what wrappers and other programs add to it."""
     bare = ".".join(word for word in name.split(".") if word not in WRAPPERS).removeprefix(PEFT)
     bare = _MIXTRAL.sub(lambda match: f"{match[1]}{_PROJECTIONS[match[2]]}.", _EXPERTS.sub(".experts.", bare))
+    for tower in VISION:  # Gemma 4 has no encoder above it
+        if bare.startswith(tower.replace("encoder.", "", 1)):
+            return bare.replace("model.", "model.encoder.", 1)
     return f"model.{bare}" if bare.startswith(("decoder.", "encoder.")) else bare
 
 

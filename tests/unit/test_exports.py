@@ -211,3 +211,15 @@ def test_an_index_that_lists_the_head_is_said(tmp_path: Path) -> None:
     edited(path, lambda raw: raw["weight_map"].update({"lm_head.weight": shard}), index)
     source = checked(path, tensors, "lists 1 tied weights that no file holds (lm_head.weight)")
     assert source.text[EMBEDDING].shape == tensors[EMBEDDING].shape
+
+
+def test_gemmas_names_of_the_tower(tmp_path: Path) -> None:
+    """Gemma 4 has its tower directly below the model."""
+    path = tmp_path / "tiny"
+    shutil.copytree(TINY, path)
+    tensors = load_file(TINY / "model.safetensors")
+    names = {n: n.replace("model.encoder.", "model.", 1) if "vision" in n else n for n in tensors}
+    save_file({names[n]: t for n, t in tensors.items()}, path / "model.safetensors")
+    source = checked(path, {n: t for n, t in tensors.items() if "vision" not in n}, "another program's names")
+    for name in source.vision:
+        assert torch.equal(source.vision_tensor(name), tensors[name])

@@ -346,6 +346,8 @@ FOLDERS: dict[str, tuple[tuple[str, ...], str]] = {
     "onnx": (("config.json", "onnx/model.onnx"), "ONNX export"),
     "tf": (("config.json", "tf_model.h5"), "TensorFlow"),
     "openvino": (("config.json", "openvino_model.xml", "x.bin"), "OpenVINO"),
+    "no index": (("config.json", "model-00001-of-00002.safetensors"), "fetch that file too"),
+    "variant": (("config.json", "model.bf16.safetensors"), "a variant, and no model.safetensors"),
     "mistral": (("params.json", "consolidated.safetensors"), "consolidated.safetensors alone"),
 }
 
