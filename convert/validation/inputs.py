@@ -6,7 +6,7 @@ ValidateOptions ── RunSettings (how models are run)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -141,18 +141,23 @@ def open_inputs(asked: Sequence[str], options: ValidateOptions, settings: RunSet
 
 
 def _open_artifacts(asked: Sequence[str], options: ValidateOptions, notice: Notice) -> dict[str, Artifact]:
-    """Each artifact by a name of its own: the directory's, or the .gguf file's without its ending."""
+    """Each artifact by a name of its own, see named()."""
     artifacts: dict[str, Artifact] = {}
     for one in asked:
         artifact = open_model(one, notice=notice)
-        name = Path(one).stem if one.endswith(".gguf") else Path(one).name or one
-        while name in artifacts:
-            name += "'"
-        artifacts[name] = artifact
+        artifacts[named(one, artifacts)] = artifact
     if options.activations and artifacts and not any(has_input_scales(artifact) for artifact in artifacts.values()):
         names = ", ".join(artifacts)
         raise InputError(f"--activations {options.activations}: none of {names} holds input scales (W4A4)")
     return artifacts
+
+
+def named(asked: str, taken: Container[str]) -> str:
+    """A name for an artifact that is not taken: its directory's, or its .gguf file's without the ending."""
+    name = Path(asked).stem if asked.endswith(".gguf") else Path(asked).name or asked
+    while name in taken:
+        name += "'"
+    return name
 
 
 def _adapter_remarks(artifact: Artifact, given: Sequence[Path], kept: KeptReference | None) -> tuple[str, ...]:

@@ -100,9 +100,10 @@ class Tokenizer:
             text = bos + text
         return self._ids(text)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """Messages such as {"role": "user", "content": "…"}, rendered by the template and encoded; see render()."""
-        return self._ids(self.render(messages, **variables))
+    def chat(self, messages: Sequence[Mapping[str, Any]], prefill: str = "", **variables: Any) -> list[int]:
+        """Messages such as {"role": "user", "content": "…"}, rendered by the template and encoded; see render().
+        prefill: how the answer begins."""
+        return self._ids(self.render(messages, **variables) + prefill)
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The template's text. variables reach the template (tools, enable_thinking, …); add_generation_prompt is True

@@ -22,6 +22,7 @@ MODEL = {"runtime.shape", "runtime.model", "runtime.files"}
 # Room -> the rooms that it may import, itself aside. The order is that of the house from the ground up.
 ARROWS: dict[str, set[str]] = {
     "recipes": set(),
+    "recipes.tasks": set(),
     "quant": set(),
     "quant.schemes.ggml": {"quant"},
     "quant.schemes": {"quant", "quant.schemes.ggml"},
@@ -52,6 +53,10 @@ ARROWS: dict[str, set[str]] = {
     "convert.validation": {
         *QUANT, *MODEL, "runtime.engine", "convert.layerwise", "convert.resume", "convert.source",
         "convert.validation.report", "convert.verification", "convert.write",
+    },
+    "convert.validation.evaluation": {
+        "quant", "quant.files", *MODEL, "convert.resume", "convert.source", "convert.validation",
+        "convert.validation.report", "convert.write",
     },
     "convert.mixture": {
         *QUANT, *MODEL, "convert.estimate", "convert.layerwise", "convert.plans", "convert.resume", "convert.source",
