@@ -109,7 +109,7 @@ def fitted(layout: NVFP4Modules, specs: Mapping[str, Spec]) -> NVFP4Modules:
 
 
 def _scalar(stored: Stored, names: list[str]) -> torch.Tensor:
-    return shared_scalar(stored, names) if names else torch.ones(())
+    return shared_scalar(stored, names).flatten()[0] if names else torch.ones(())
 
 
 def modules(name: str, shape: tuple[int, ...]) -> list[tuple[str, ...]]:
