@@ -32,7 +32,8 @@ class Spec:
     """A tensor as its file's header announces it: nothing was read yet.
 
     dtype is the file format's own name (safetensors: BF16, F16, F32, U8, …); file holds the bytes from byte
-    `start` (counted from the beginning of the file) to `stop`.
+    `start` (counted from the beginning of the file) to `stop`. pieces: of a tensor that lies in several places, equal
+    parts of its rows in their order; stop - start is then the sum of their bytes.
     """
 
     name: str
@@ -41,10 +42,16 @@ class Spec:
     file: Path
     start: int
     stop: int
+    pieces: tuple[Spec, ...] = ()
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def places(self) -> tuple[Spec, ...]:
+        """Where its bytes lie."""
+        return self.pieces or (self,)
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,8 @@ class Packed:
 
     Every part but the scheme's shared ones keeps the weight's leading axes, so that row and expert slices of the
     parts are the slices of the weight: for a ggml scheme parts[""] is uint8 (…, rows, bytes of a row). One part is
-    no part of the weight: "input_scale" float32 (…, rows, 1), the scale to round the weight's INPUT with (W4A4).
+    no part of the weight: "input_scale" float32 (…, rows, 1), the scale to round the weight's INPUT with (W4A4); inf
+    where the files have none, and the input is not rounded.
     """
 
     scheme: Scheme

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import click
 
-from dgq.convert.cli.terminal.options import JSON, REVISION
+from dgq.convert.cli.terminal.options import BASE, JSON, REVISION
 
 
 @click.command()
 @click.argument("artifact")
 @REVISION
+@BASE
 @JSON
-def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
-    """Show what an artifact (or a checkpoint) holds and where it came from. Reads headers only; a published artifact
-    is fetched whole. Of STATS: how many tokens each expert saw."""
+def inspect(artifact: str, revision: str | None, base: str | None, as_json: bool) -> None:
+    """Show what an artifact (or a checkpoint) holds and where it came from. Reads headers only, unless --base is given;
+    a published artifact is fetched whole. Of STATS: how many tokens each expert saw."""
     from dgq.convert.cli import statistics_page
-    from dgq.convert.cli.terminal.console import print_json
+    from dgq.convert.cli.terminal.console import byte_bar, print_json
     from dgq.convert.verification import inspect as inspection
 
-    content = inspection.inspect(artifact, revision)
+    with byte_bar("comparing") if base is not None else nullcontext() as show:
+        content = inspection.inspect(artifact, revision, base, show)
     if as_json:
         print_json(content)
     elif inspection.is_statistics(content):
@@ -33,6 +36,7 @@ def _page(content: dict[str, Any]) -> None:
     """content: what inspect() returned."""
     from dgq.convert.calibration.stats import named
     from dgq.convert.cli.terminal.console import MIB, count, following_run, groups_table, out, size
+    from dgq.convert.cli.terminal.difference_page import difference_page
 
     out.print(f"{content['path']}: {content['kind']}, {content['file']}", style="bold")
     out.print(groups_table("scheme", content["by_scheme"], content["bytes"]))
@@ -53,6 +57,8 @@ def _page(content: dict[str, Any]) -> None:
         out.print(f"stats    {named(calibration['starved'])}")
     for line in content["remarks"]:
         out.print(f"note     {line}")
+    if difference := content.get("difference"):
+        difference_page(difference)
     following_run(content["path"])
 
 

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dgq.convert.cli.terminal.options import FORMATS, IMAGE_TOKENS, JSON, RECIPE, REVISION, SOURCE, merged_adapters
+from dgq.convert.cli.terminal.options import (
+    BASE,
+    FORMATS,
+    IMAGE_TOKENS,
+    JSON,
+    RECIPE,
+    REVISION,
+    SOURCE,
+    merged_adapters,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +40,7 @@ VRAM_ROWS = {
 @RECIPE
 @REVISION
 @merged_adapters
+@BASE
 @click.option("--threads", type=click.IntRange(1, 1024), help="To convert with. [default: CPU cores]")
 @IMAGE_TOKENS
 @click.option("--no-probe", is_flag=True, help="Do not try how fast this machine is: no estimate of time.")
@@ -41,21 +51,31 @@ def plan(
     recipe: str | None,
     revision: str | None,
     adapters: tuple[AdapterChoice, ...],
+    base: str | None,
     threads: int | None,
     image_tokens: int | None,
     no_probe: bool,
     as_json: bool,
 ) -> None:
-    """Show what `convert` would write, and what you will need: disk, RAM, time, VRAM. Reads headers only."""
-    from dgq.convert.cli.terminal.console import print_json
+    """Show what `convert` would write, and what you will need: disk, RAM, time, VRAM. Reads headers only, unless --base
+    is given."""
+    from dgq.convert.cli.terminal.console import byte_bar, print_json
+    from dgq.convert.cli.terminal.difference_page import difference_page
     from dgq.convert.estimate import forecast
 
     options = forecast.PlanOptions(recipe, revision, adapters, threads, not no_probe, image_tokens)
     answer = forecast.plan(src, to, options)
+    changed: dict[str, Any] | None = None
+    if base is not None:
+        with byte_bar("comparing") as show:
+            changed = forecast.changed(src, base, options, show).to_json()
+    more = {} if changed is None else {"difference": changed}
     if not isinstance(answer, forecast.Forecast):
-        print_json({"source": src, "recipes": answer}) if as_json else _recipes_page(src, answer)
+        print_json({"source": src, "recipes": answer} | more) if as_json else _recipes_page(src, answer)
     else:
-        print_json(answer.to_json()) if as_json else _page(answer, recipe)
+        print_json(answer.to_json() | more) if as_json else _page(answer, recipe)
+    if changed is not None and not as_json:
+        difference_page(changed)
 
 
 def _recipes_page(src: str, recipes: dict[str, dict[str, Any]]) -> None:

@@ -20,6 +20,7 @@ from dgq.convert.plans.plan import Plan, make_plan
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.source.adapter import AdapterLike
 from dgq.convert.source.checkpoint import open_source
+from dgq.convert.source.difference import Difference, Show, difference
 from dgq.quant.errors import InputError
 
 Choices = dict[str, dict[str, Any]]
@@ -88,3 +89,11 @@ def plan(src: str | Path, to: str | None = None, options: PlanOptions | None = N
     if options.probe:
         needed["estimate"] = probe.probe(planned, threads)
     return Forecast(planned, needed)
+
+
+def changed(src: str | Path, base: str, options: PlanOptions | None = None, show: Show | None = None) -> Difference:
+    """What a checkpoint, with the adapters of the options merged, changed of its base: a directory or a Hub id. All
+    weights of both are read. InputError as of plan()."""
+    options = options or PlanOptions()
+    source = open_source(str(src), options.revision, adapters=options.adapters)
+    return difference(source, open_source(base), show)

@@ -195,6 +195,7 @@ def disk(plan: Plan) -> dict[str, int]:
     artifact, download = plan.nbytes + HEADER_ALLOWANCE, 0
     if plan.source.where.repo is not None:
         specs = (plan.source.text | plan.source.vision).values()
-        missing = {spec.file for spec in specs if not (plan.source.path / spec.file).is_file()}
-        download = sum(spec.stop - spec.start for spec in specs if spec.file in missing)
+        places = [place for spec in specs for place in spec.places]
+        missing = {place.file for place in places if not (plan.source.path / place.file).is_file()}
+        download = sum(place.stop - place.start for place in places if place.file in missing)
     return {"artifact": artifact, "download": download, "total": artifact + download}

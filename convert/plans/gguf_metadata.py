@@ -6,6 +6,7 @@ file itself, so that a bare .gguf can be opened without its directory.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from dgq.quant.files.imatrix import Imatrix
 from dgq.runtime.files.reply import MARKERS
 from dgq.runtime.files.tokenizer import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
 from dgq.runtime.shape.config import GGUF_ARCH
+from dgq.runtime.shape.vision import IMAGE_ATTENTION
 
 
 def metadata(plan: Plan, version: str, imatrix: Imatrix | None) -> dict[str, KV]:
@@ -38,6 +40,9 @@ def metadata(plan: Plan, version: str, imatrix: Imatrix | None) -> dict[str, KV]
     keys["general.quantization_version"] = KV(2, "uint32")
     keys["general.file_type"] = KV(plan.recipe.file_type, "uint32")
     keys["dgq.version"] = KV(version, "string")
+    attention = read_json(source.path / "config.json")["text_config"].get("use_bidirectional_attention")
+    if attention != "vision":  # as in the released model, whose files have no key for it
+        keys[IMAGE_ATTENTION] = KV(json.dumps(attention), "string")
     if imatrix is not None:
         keys["quantize.imatrix.file"] = KV(Path(imatrix.file).name, "string")  # llama-quantize: the path as given
         if imatrix.datasets:
@@ -119,7 +124,7 @@ def _tokenizer(source: Source) -> dict[str, KV]:
     raw = read_json(path)
     read_json(source.path / "tokenizer_config.json")  # without it, nothing says which tokens are control tokens
     tokens = _tokens(raw, source.config.vocab, str(path))
-    with _unmarked(source.path) as folder:
+    with _readable(source.path) as folder:
         control = _all_special_ids(source, folder)
         try:
             special = gguf.SpecialVocab(folder, load_merges=True)
@@ -171,17 +176,22 @@ def _token_type(number: int, token: str | None, control: frozenset[int]) -> int:
 
 
 @contextmanager
-def _unmarked(path: Path) -> Iterator[Path]:
-    """The folder, if none of its JSON files begins with a byte order mark, over which both libraries stumble; else a
-    copy of its small files without such marks."""
+def _readable(path: Path) -> Iterator[Path]:
+    """The folder, if both libraries read its small files; else a copy of these without what they stumble over: byte
+    order marks, and a false use_bidirectional_attention, which transformers knows no model by."""
     files = [file for pattern in ("*.json", "*.jinja", "tokenizer.model") for file in path.glob(pattern)]
-    if not any(file.suffix == ".json" and file.read_bytes().startswith(BOM) for file in files):
+    config = read_json(path / "config.json")
+    odd = config["text_config"].get("use_bidirectional_attention") is False
+    if not odd and not any(file.suffix == ".json" and file.read_bytes().startswith(BOM) for file in files):
         yield path
         return
     with TemporaryDirectory() as name:
         copy = Path(name)
         for file in files:
             (copy / file.name).write_bytes(file.read_bytes().removeprefix(BOM))
+        if odd:
+            text = config["text_config"] | {"use_bidirectional_attention": None}
+            (copy / "config.json").write_text(json.dumps(config | {"text_config": text}))
         yield copy
 
 

@@ -152,11 +152,11 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     config = source.config
     if config.experts in recipe.refuse_experts:
         raise InputError(
-            f"{source.path}: recipe {recipe.name} does not cover models with exactly {config.experts} experts"
-            " (llama-quantize treats them as Mixtral)"
+            f"{source.path}: recipe {recipe.name} does not cover models with exactly {config.experts} experts; take"
+            " another"
         )
     names = recipe.writes.names(source)
-    schemes = recipe.assign({name: shape for name, (_, shape) in names.items()}, len(config.layers))
+    schemes = recipe.assign({name: shape for name, (_, shape) in names.items()}, len(config.layers), config.experts)
     tensors = recipe.writes.planned(recipe.name, source, schemes, recipe.activations is not None)
     recipe.writes.check(recipe.name, tensors)
     plan = Plan(source, recipe, tensors)

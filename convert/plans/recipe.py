@@ -30,13 +30,15 @@ class _Strict(BaseModel):
 
 
 class Rule(_Strict):
-    """One line of a recipe. match is a shell pattern on the tensor's name in the artifact."""
+    """One line of a recipe. match is a shell pattern on the tensor's name in the artifact; experts: the number of a
+    model's experts that the rule is for, None for all."""
 
     match: str
     scheme: str
     more_bits: str | None = None
     counted: Literal["layer", "tensor"] = "layer"
     max_dims: int | None = None
+    experts: int | None = None
 
     @field_validator("scheme", "more_bits")
     @classmethod
@@ -45,7 +47,9 @@ class Rule(_Strict):
             raise ValueError(f"unknown scheme {name!r} (dgq has {', '.join(SCHEMES)})")
         return name
 
-    def matches(self, name: str, shape: tuple[int, ...]) -> bool:
+    def matches(self, name: str, shape: tuple[int, ...], experts: int) -> bool:
+        if self.experts not in (None, experts):
+            return False
         return fnmatchcase(name, self.match) and (self.max_dims is None or len(shape) <= self.max_dims)
 
 
@@ -92,12 +96,12 @@ class Recipe(_Strict):
         named = {rule.scheme for rule in self.rule} | {rule.more_bits for rule in self.rule if rule.more_bits}
         return named | set(self.fallback) | set(self.fallback.values())
 
-    def assign(self, shapes: Mapping[str, tuple[int, ...]], layers: int) -> dict[str, Scheme]:
-        """name -> scheme for every tensor; shapes in the artifact's order, `layers` the model's layer count.
+    def assign(self, shapes: Mapping[str, tuple[int, ...]], layers: int, experts: int) -> dict[str, Scheme]:
+        """name -> scheme for every tensor; shapes in the artifact's order, `layers` and `experts` the model's counts.
 
         InputError, naming the tensor, if no rule matches or its rows fit neither the scheme nor the fallback.
         """
-        chosen = {name: self._rule(name, shape) for name, shape in shapes.items()}
+        chosen = {name: self._rule(name, shape, experts) for name, shape in shapes.items()}
         schemes: dict[str, Scheme] = {}
         for name, shape in shapes.items():
             rule = chosen[name]
@@ -111,9 +115,9 @@ class Recipe(_Strict):
             schemes[name] = self._fitting(name, shape, rule.more_bits if better and rule.more_bits else rule.scheme)
         return schemes
 
-    def _rule(self, name: str, shape: tuple[int, ...]) -> Rule:
+    def _rule(self, name: str, shape: tuple[int, ...], experts: int) -> Rule:
         for rule in self.rule:
-            if rule.matches(name, shape):
+            if rule.matches(name, shape, experts):
                 return rule
         raise InputError(f"recipe {self.name}: no rule matches tensor {name} {list(shape)}; add one")
 

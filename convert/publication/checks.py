@@ -17,7 +17,7 @@ from dgq.convert.publication.judgement import Judgement
 from dgq.convert.source import release
 from dgq.quant.schemes.registry import stored_bits
 from dgq.runtime.files.artifact import Artifact
-from dgq.runtime.files.weights import GGUFWeights
+from dgq.runtime.files.gguf_weights import GGUFWeights
 from dgq.runtime.shape.names import VISION
 
 Json = dict[str, Any]

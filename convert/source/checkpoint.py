@@ -23,11 +23,12 @@ from dgq.convert.source.hub import Located, locate, remote_specs
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import FLOATS, HFDir, read_json
 from dgq.quant.types import Packed, Spec
-from dgq.runtime.files.canonical import canonical, stored_tensors
+from dgq.runtime.files.canonical import canonical, index_notices, stored_tensors
 from dgq.runtime.files.folders import refuse_other
 from dgq.runtime.files.quantization import DECLARATIONS, quantization, stale_declaration
+from dgq.runtime.files.tokenizer import tokenizer_notices
 from dgq.runtime.files.weights import Stored, Weights
-from dgq.runtime.shape.config import ModelConfig
+from dgq.runtime.shape.config import ARCHITECTURE, ModelConfig, early_names, released
 from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER, check_tensors, expected_tensors
 from dgq.runtime.shape.settings import GenerationConfig, sampler_notices
 from dgq.runtime.shape.vision import expected_vision
@@ -35,7 +36,6 @@ from dgq.runtime.shape.vision import expected_vision
 COMPARE_BYTES = 1 << 24
 ROWS = 8  # of a matrix that tell it from another
 STRIDE = 37  # from the row that tells an expert to the next one's
-ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
 SAMPLER_KEYS = ("t_min", "t_max", "stability_threshold", "confidence_threshold", "sampler_config._cls_name",
                 "sampler_config.entropy_bound")  # fmt: skip
 
@@ -85,12 +85,13 @@ class Source(Weights):
         return (*self.deviations, *(adapter.notice for adapter in self.adapters))
 
     def plain_config(self) -> dict[str, Any] | None:
-        """config.json without what the files contradict: a stale declaration of quantisation, the vision_config of a
-        model without a tower. None if there is no such thing in it."""
+        """config.json without what the files contradict, a stale declaration of quantisation, the vision_config of a
+        model without a tower; and with the released names. None if it is so already."""
         config = read_json(self.path / "config.json")
         wrong = [key for key in DECLARATIONS if config.get(key) is not None]
         wrong += [] if self.vision or config.get("vision_config") is None else ["vision_config"]
-        return {key: value for key, value in config.items() if key not in wrong} if wrong else None
+        plain = released({key: value for key, value in config.items() if key not in wrong})
+        return plain if plain != config else None
 
     def vision_tensor(self, name: str) -> torch.Tensor:
         return self._dir.tensor(name)
@@ -134,7 +135,7 @@ class Source(Weights):
     @property
     def files(self) -> list[Path]:
         """The weight files, in order of name."""
-        return sorted({spec.file for spec in self._dir.specs.values()})
+        return sorted({place.file for spec in self._dir.specs.values() for place in spec.places})
 
     def check_copies(self) -> None:
         """Compare each copy of a tied weight with its original, byte by byte; InputError if one differs."""
@@ -183,7 +184,8 @@ class Source(Weights):
         settings = read_json(file) if file.is_file() else {}
         sampler = settings.get("sampler_config") or {}
         settings |= {f"sampler_config.{key}": value for key, value in sampler.items()}
-        named = ARCHITECTURE in str(read_json(self.path / "config.json").get("architectures"))
+        config = released(read_json(self.path / "config.json"))
+        named = ARCHITECTURE in str(config.get("architectures"))
         missing = [f"{file.name}: {key}" for key in SAMPLER_KEYS if settings.get(key) is None]
         return missing if named else [f"config.json: architectures [{ARCHITECTURE}]", *missing]
 
@@ -222,7 +224,8 @@ def open_source(
     _check_dtypes(specs)
     merged = tuple(merge(AdapterChoice.of(one), text | vision) for one in adapters)
     sampler = sampler_notices(where.path, generation)
-    deviations = (*([stale] if stale else []), *named.notices)
+    listed = index_notices(where.path, stored) if remote is None else []
+    deviations = (*early_names(raw), *([stale] if stale else []), *listed, *named.notices)
     notices = (*_notices(specs, copies, raw.get("text_config", {})), *deviations, *sampler)
     return Source(
         where,
@@ -231,7 +234,7 @@ def open_source(
         {n: specs[n] for n in text},
         {n: specs[n] for n in vision},
         copies,
-        (*notices, *(adapter.notice for adapter in merged)),
+        (*notices, *tokenizer_notices(where.path), *(adapter.notice for adapter in merged)),
         MergedDir(directory, merged) if merged else directory,
         merged,
         deviations,

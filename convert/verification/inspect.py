@@ -13,6 +13,7 @@ from typing import Any
 from dgq.convert.calibration.stats import counted
 from dgq.convert.plans.tensors import tally
 from dgq.convert.source.checkpoint import Source, open_source
+from dgq.convert.source.difference import Show, difference
 from dgq.convert.source.hub import fetch_artifact, is_hub_id
 from dgq.convert.source.models import is_artifact, published
 from dgq.convert.verification.template import template_remarks
@@ -27,16 +28,29 @@ from dgq.runtime.shape.names import VISION
 from dgq.runtime.shape.settings import sampler_notices
 
 
-def inspect(path: str, revision: str | None = None) -> dict[str, Any]:
+def inspect(
+    path: str, revision: str | None = None, base: str | None = None, show: Show | None = None
+) -> dict[str, Any]:
     """Describe an artifact, a checkpoint or STATS, by headers alone, as `dgq inspect --json` prints it.
 
     path: a file, a directory, `tiny` or USER/NAME on the Hub at `revision`. Of a checkpoint on the Hub only headers are
     fetched; of an artifact there everything, into the cache, where `run` and `verify` find it. InputError if it is not
-    what its config says. STATS are told by is_statistics().
+    what its config says. STATS are told by is_statistics(). base: what a checkpoint was fine-tuned from, a directory or
+    a Hub id: all weights of both are read and compared, into "difference"; show hears of the progress.
     """
+    if base is not None:
+        source = open_compared(path, revision)
+        return _described(path, source) | {"difference": difference(source, open_source(base), show).to_json()}
     if Path(path).is_file() and (statistics := counted(Path(path))) is not None:
         return statistics
     return _described(path, _opened(path, revision))
+
+
+def open_compared(path: str, revision: str | None) -> Source:
+    """A checkpoint for --base. InputError for STATS and what is quantised."""
+    if Path(path).is_file() or is_artifact(path):
+        raise InputError(f"--base: {path} is no BF16 checkpoint; `dgq verify --against SRC` compares an artifact")
+    return open_source(path, revision)
 
 
 def is_statistics(content: dict[str, Any]) -> bool:

@@ -17,8 +17,8 @@ from dgq.convert.source.release import FILES, REPOSITORY, SHAPE, TEMPLATE
 from dgq.convert.write.provenance import FILE
 from dgq.quant.files.hf_dir import read_json
 from dgq.runtime.files.artifact import Artifact
+from dgq.runtime.files.gguf_weights import GGUFWeights
 from dgq.runtime.files.tokenizer import template_of
-from dgq.runtime.files.weights import GGUFWeights
 from dgq.runtime.shape.config import ModelConfig
 
 RELEASED = FILES[TEMPLATE].sha256

@@ -221,8 +221,14 @@ class HFDir(Mapping[str, Packed]):
         return Packed(SCHEMES[FLOATS[spec.dtype]], spec.shape, {"": self.tensor(name)})
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Any tensor, as it lies on disk: a view of the mapped file (a copy where the file does not align it)."""
+        """Any tensor, as it lies on disk: a view of the mapped file (a copy where the file does not align it, and of a
+        tensor in pieces)."""
         spec = self.specs[name]
+        if spec.pieces:
+            return torch.cat([self._mapped(piece) for piece in spec.pieces]).view(spec.shape)
+        return self._mapped(spec)
+
+    def _mapped(self, spec: Spec) -> torch.Tensor:
         dtype = DTYPES[spec.dtype]
         if not spec.numel:
             return torch.empty(spec.shape, dtype=dtype)
@@ -243,14 +249,26 @@ class HFDir(Mapping[str, Packed]):
         shape = spec.shape or (1,)
         row = (spec.stop - spec.start) // shape[0]
         raw = torch.empty((stop - start) * row, dtype=torch.uint8)
-        at = spec.start + start * row
-        pieces = range(0, len(raw), _PIECE)
-        if len(pieces) > 1:  # memory that is new is slow to touch: by several threads, less so
+        jobs = list(self._places(spec, start * row, raw))
+        if len(jobs) > 1:  # memory that is new is slow to touch: by several threads, less so
             with ThreadPoolExecutor(_READERS) as pool:
-                list(pool.map(lambda first: self._fill(spec, name, raw[first : first + _PIECE], at + first), pieces))
+                list(pool.map(lambda job: self._fill(*job), jobs))
         else:
-            self._fill(spec, name, raw, at)
+            for job in jobs:
+                self._fill(*job)
         return raw.view(DTYPES[spec.dtype]).view(stop - start, *shape[1:])
+
+    def _places(self, spec: Spec, skipped: int, raw: torch.Tensor) -> Iterator[tuple[Spec, torch.Tensor, int]]:
+        """Yield what to read: a place, a part of raw, and where in the place's file it begins. skipped: bytes of the
+        tensor before raw's. A tensor in pieces is read from whole pieces on."""
+        if not spec.pieces:
+            starts = range(0, len(raw), _PIECE)
+            yield from ((spec, raw[first : first + _PIECE], spec.start + skipped + first) for first in starts)
+            return
+        size = (spec.stop - spec.start) // len(spec.pieces)
+        for number in range(skipped // size, -(-(skipped + len(raw)) // size)):
+            first = number * size - skipped
+            yield spec.pieces[number], raw[first : first + size], spec.pieces[number].start
 
     def row(self, name: str, *at: int) -> torch.Tensor:
         """One row (in,) of a matrix, or of one of a stack of them: row(name, expert, row)."""
@@ -258,15 +276,18 @@ class HFDir(Mapping[str, Packed]):
         size = (spec.stop - spec.start) // math.prod(spec.shape[:-1])
         number = functools.reduce(lambda number, axis: number * spec.shape[axis] + at[axis], range(len(at)), 0)
         raw = torch.empty(size, dtype=torch.uint8)
-        self._fill(spec, name, raw, spec.start + number * size)
+        if spec.pieces:
+            rows = math.prod(spec.shape[:-1]) // len(spec.pieces)
+            spec, number = spec.pieces[number // rows], number % rows
+        self._fill(spec, raw, spec.start + number * size)
         return raw.view(DTYPES[spec.dtype])
 
-    def _fill(self, spec: Spec, name: str, raw: torch.Tensor, at: int) -> None:
+    def _fill(self, spec: Spec, raw: torch.Tensor, at: int) -> None:
         view = raw.numpy().data
         while view:
             count = read_at(self._reader(spec.file), view, at)
             if not count:
-                raise InputError(f"{spec.file}: ends at byte {at}, inside {name}; it changed while it was read")
+                raise InputError(f"{spec.file}: ends at byte {at}, inside {spec.name}; it changed while it was read")
             view, at = view[count:], at + count
 
     def _reader(self, file: Path) -> BinaryIO:

@@ -8,6 +8,9 @@
     with double quantisation:
       .absmax U8    .nested_absmax F32 [ceil(n/64/256)]    .nested_quant_map F32 [256]    nested_offset in the JSON
 
+FP4 has …bitsandbytes__fp4 in its place, and another quant_map; it is read, and never written. So is a vision tower
+whose Linears bitsandbytes packed, with blocks that go on over the ends of rows.
+
 bitsandbytes' own QuantState decodes each of them. Stock transformers loads the Linears and raises on the packed
 experts, for which it has no place. The JSON text of double quantisation is padded with spaces to one length, so that
 every size is known before the offset is.
@@ -25,19 +28,23 @@ from typing import Any
 import torch
 
 from dgq.quant.errors import InputError
+from dgq.quant.schemes.fp4 import FP4, FP4_MAP
 from dgq.quant.schemes.nf4 import BLOCK, NESTED, NF4, NF4_DQ, QUANT_MAP, nest, row_numbers
 from dgq.quant.types import Entry, Packed, Scheme, Stored
 
-STATE = ".quant_state.bitsandbytes__nf4"
+STATES = ".quant_state.bitsandbytes__"
+STATE = STATES + "nf4"
 LONGEST_NUMBER = "-1.2345678901234567e-123"
 LONGEST_STATE = 4096
 
 
 @dataclass
 class BitsAndBytes:
-    """The layout. double: absmax in 8 bits. While a weight is split, its absmax wait here for the last slice."""
+    """The layout. double: absmax in 8 bits; kind: nf4 or fp4. While a weight is split, its absmax wait here for the
+    last slice."""
 
     double: bool
+    kind: str = NF4.name
     _waiting: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     @property
@@ -45,26 +52,26 @@ class BitsAndBytes:
         return NF4
 
     def scheme_of(self, name: str) -> Scheme:
-        return NF4_DQ if self.double else NF4
+        return FP4 if self.kind == FP4.name else NF4_DQ if self.double else NF4
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
         if len(shape) == 3:
             return name.rpartition(".")[0].endswith(".experts")
-        return len(shape) == 2 and name.endswith(".weight") and "embed" not in name
+        return len(shape) == 2 and name.endswith(".weight") and "embed_tokens" not in name
 
     def entries(self, name: str, shape: tuple[int, ...]) -> dict[str, Entry]:
         fused = len(shape) == 3
-        blocks = math.prod(shape) // BLOCK
+        blocks = -(-math.prod(shape) // BLOCK)
         absmax = (*shape[:-1], shape[-1] // BLOCK) if fused else (blocks,)
         tensors: dict[str, Entry] = {
-            name: ("U8", (*shape[:-1], shape[-1] // 2) if fused else (math.prod(shape) // 2, 1)),
+            name: ("U8", (*shape[:-1], shape[-1] // 2) if fused else (-(-math.prod(shape) // 2), 1)),
             name + ".absmax": ("U8" if self.double else "F32", absmax),
             name + ".quant_map": ("F32", (16,)),
         }
         if self.double:
             tensors[name + ".nested_absmax"] = ("F32", (-(-blocks // NESTED),))
             tensors[name + ".nested_quant_map"] = ("F32", (256,))
-        return tensors | {name + STATE: ("U8", (len(self._state(shape, None)),))}
+        return tensors | {name + STATES + self.kind: ("U8", (len(self._state(shape, None)),))}
 
     def split(self, name: str, shape: tuple[int, ...], piece: Packed, start: int) -> Iterator[tuple[str, torch.Tensor]]:
         absmax = piece.parts["absmax"]
@@ -86,11 +93,33 @@ class BitsAndBytes:
 
     def join(self, name: str, shape: tuple[int, ...], stored: Stored) -> Packed:
         """The weight as it lies on disk. InputError for another block size or table, or absmax no quantiser writes."""
-        state = _read_state(name, shape, stored)
         absmax = stored.tensor(name + ".absmax").view(*shape[:-1], -1)
         parts = {"": stored.tensor(name).view(*shape[:-1], -1), "absmax": absmax}
-        if not torch.equal(stored.tensor(name + ".quant_map"), QUANT_MAP):
-            raise InputError(f"{stored.file(name)}: {name}.quant_map is not the table of NF4; dgq decodes only that")
+        return self._joined(name, shape, parts, stored)
+
+    def decoded(self, name: str, shape: tuple[int, ...], stored: Stored) -> torch.Tensor:
+        """A weight of any shape, float32: its blocks go on over the ends of rows, and the last may be short. InputError
+        as of join()."""
+        numel = math.prod(shape)
+        blocks, codes = -(-numel // BLOCK), stored.tensor(name).flatten()
+        codes = torch.nn.functional.pad(codes, (0, blocks * BLOCK // 2 - len(codes)))
+        parts = {"": codes.view(blocks, -1), "absmax": stored.tensor(name + ".absmax").view(blocks, 1)}
+        packed = self._joined(name, (blocks, BLOCK), parts, stored, shape)
+        return packed.dequantize().flatten()[:numel].view(shape)
+
+    def _joined(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        parts: dict[str, torch.Tensor],
+        stored: Stored,
+        written: tuple[int, ...] | None = None,
+    ) -> Packed:
+        """parts: codes and absmax of the weight as `shape` has it; written: its shape in quant_state, if another."""
+        state = _read_state(name, written or shape, stored, self.kind)
+        if not torch.equal(stored.tensor(name + ".quant_map"), FP4_MAP if self.kind == FP4.name else QUANT_MAP):
+            table = f"{name}.quant_map is not the table of {self.kind.upper()}"
+            raise InputError(f"{stored.file(name)}: {table}; dgq decodes only that")
         if self.double:
             parts["nested_absmax"] = _positive(stored, name + ".nested_absmax")
             parts["nested_quant_map"] = stored.tensor(name + ".nested_quant_map")
@@ -98,13 +127,16 @@ class BitsAndBytes:
                 raise InputError(f"{stored.file(name)}: {name}.nested_quant_map holds values that are not finite")
             parts["nested_offset"] = torch.tensor(state["nested_offset"], dtype=torch.float32)
             parts["row"] = row_numbers(shape)
-            return Packed(NF4_DQ, shape, parts)
-        _positive(stored, name + ".absmax")
-        return Packed(NF4, shape, parts)
+            if self.kind != FP4.name:
+                return Packed(NF4_DQ, shape, parts)
+            parts = {"": parts[""], "absmax": NF4_DQ.absmax(parts)}
+        else:
+            _positive(stored, name + ".absmax")
+        return Packed(FP4 if self.kind == FP4.name else NF4, shape, parts)
 
     def _state(self, shape: tuple[int, ...], offset: float | None) -> bytes:
         """The JSON text; offset None gives the longest it can be."""
-        state: dict[str, Any] = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "bfloat16", "shape": list(shape)}
+        state: dict[str, Any] = {"quant_type": self.kind, "blocksize": BLOCK, "dtype": "bfloat16", "shape": list(shape)}
         if not self.double:
             return json.dumps(state).encode()
         state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": 0}
@@ -125,17 +157,18 @@ def _positive(stored: Stored, name: str) -> torch.Tensor:
     return values
 
 
-def _read_state(name: str, shape: tuple[int, ...], stored: Stored) -> dict[str, Any]:
+def _read_state(name: str, shape: tuple[int, ...], stored: Stored, kind: str) -> dict[str, Any]:
     """The quant_state's JSON, held against what it must say."""
-    where = f"{stored.file(name + STATE)}: {name}{STATE}"
+    entry = name + STATES + kind
+    where = f"{stored.file(entry)}: {entry}"
     try:
-        state = json.loads(bytes(stored.tensor(name + STATE).tolist()))
+        state = json.loads(bytes(stored.tensor(entry).tolist()))
     except (ValueError, RecursionError):
         state = None
     if not isinstance(state, dict):
         raise InputError(f"{where} is no JSON object; damaged")
     nested = name + ".nested_absmax" in stored
-    expected: dict[str, Any] = {"quant_type": "nf4", "blocksize": BLOCK, "shape": list(shape)}
+    expected: dict[str, Any] = {"quant_type": kind, "blocksize": BLOCK, "shape": list(shape)}
     expected |= {"nested_blocksize": NESTED, "nested_dtype": "float32"} if nested else {}
     for key, value in expected.items():
         if state.get(key) != value:

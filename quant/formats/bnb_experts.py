@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import torch
 
 from dgq.quant.formats.bnb import BitsAndBytes
+from dgq.quant.schemes.fp4 import FP4
 from dgq.quant.schemes.nf4 import NF4, NF4_DQ
 from dgq.quant.types import Entry, Packed, Scheme, Stored
 
-_WAYS = {
+WAYS = {
     "gate_up_proj": (
         ("{}.{}.gate_proj.weight", "{}.{}.up_proj.weight"),
         ("{}.{}.gate_up_proj.weight",),
@@ -48,7 +49,7 @@ class ExpertsApart:
         return self.base.slices
 
     def scheme_of(self, name: str) -> Scheme:
-        return NF4 if self._way(name) else self.base.scheme_of(name)
+        return self._single if self._way(name) else self.base.scheme_of(name)
 
     def holds(self, name: str, shape: tuple[int, ...]) -> bool:
         return self.base.holds(name, shape)
@@ -65,15 +66,20 @@ class ExpertsApart:
         if not self._way(name):
             return self.base.join(name, shape, stored)
         linears = [self.base.join(linear, size, stored) for linear, size in self._linears(name, shape).items()]
-        scheme = NF4_DQ if self.base.double else NF4
-        absmax = torch.cat([scheme.absmax(one.parts) for one in linears])
+        parts = [one.parts for one in linears]
+        absmax = torch.cat([NF4_DQ.absmax(part) if "nested_absmax" in part else part["absmax"] for part in parts])
         codes = torch.cat([one.parts[""] for one in linears])
-        return Packed(NF4, shape, {"": codes.view(*shape[:-1], -1), "absmax": absmax.view(*shape[:-1], -1)})
+        return Packed(self._single, shape, {"": codes.view(*shape[:-1], -1), "absmax": absmax.view(*shape[:-1], -1)})
+
+    @property
+    def _single(self) -> Scheme:
+        """Of weights whose absmax are float32."""
+        return FP4 if self.base.kind == FP4.name else NF4
 
     def _way(self, name: str) -> tuple[str, ...]:
         """How the experts of a fused weight are called; () if it is stored as one."""
         owner, _, last = name.rpartition(".")
-        ways = _WAYS.get(last, ()) if owner.endswith(".experts") else ()
+        ways = WAYS.get(last, ()) if owner.endswith(".experts") else ()
         return next((way for way in ways if way[0].format(owner, 0) in self.names), ())
 
     def _linears(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -37,7 +37,7 @@ class Modelopt(NVFP4Modules):
             yield base + "weight", module.parts[""]
             yield base + "weight_scale", module.parts["weight_scale"]
             yield base + "weight_scale_2", module.parts["weight_scale_2"][0, 0]
-            if self.activations:
+            if self.activations and bool(module.parts["input_scale"][0, 0].isfinite()):
                 yield base + "input_scale", module.parts["input_scale"][0, 0]
 
 

@@ -12,15 +12,15 @@ gate and up of an expert share theirs. Each layout says what it calls them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from dgq.quant.errors import InputError
 from dgq.quant.schemes.nvfp4 import BLOCK, NVFP4
-from dgq.quant.types import Entry, Packed, Scheme, Stored
+from dgq.quant.types import Entry, Packed, Scheme, Spec, Stored
 
 PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
@@ -40,9 +40,11 @@ class Suffixes:
 
 @dataclass(frozen=True)
 class NVFP4Modules(ABC):
-    """A layout of NVFP4. activations: whether each module carries a scale for its inputs (W4A4)."""
+    """A layout of NVFP4. activations: whether modules carry a scale for their inputs (W4A4); unscaled: those that do
+    not all the same, by their names up to the last point."""
 
     activations: bool
+    unscaled: frozenset[str] = frozenset()
     suffixes: ClassVar[Suffixes]
 
     @property
@@ -66,7 +68,7 @@ class NVFP4Modules(ABC):
             tensors[base + called.codes] = ("U8", (rows, columns // 2))
             tensors[base + called.scale] = ("F8_E4M3", (rows, columns // BLOCK))
             tensors[base + called.scale_2] = ("F32", called.scalar)
-            if self.activations:
+            if self.activations and base not in self.unscaled:
                 tensors[base + called.input_scale] = ("F32", called.scalar)
         return tensors
 
@@ -83,10 +85,31 @@ class NVFP4Modules(ABC):
         parts = {"": codes.view(*shape[:-1], -1), "weight_scale": scales.view(*shape[:-1], -1)}
         scalars = {"weight_scale_2": called.scale_2} | ({"input_scale": called.input_scale} if self.activations else {})
         for part, suffix in scalars.items():
-            each = torch.stack([shared_scalar(stored, [base + suffix for base in group]) for group in groups])
+            lacking = self.unscaled if part == "input_scale" else frozenset()
+            values = [_scalar(stored, [base + suffix for base in group if base not in lacking]) for group in groups]
+            each = torch.stack(values)
             each = each.reciprocal() if called.inverted else each
+            if lacking:
+                each[[not lacking.isdisjoint(group) for group in groups]] = float("inf")
             parts[part] = each.view(-1, *(1 for _ in shape[1:])).expand(*shape[:-1], 1)
         return Packed(NVFP4, shape, parts)
+
+
+def fitted(layout: NVFP4Modules, specs: Mapping[str, Spec]) -> NVFP4Modules:
+    """The layout of a directory with these tensors: without input scales if it holds none, or with the modules that
+    lack theirs."""
+    called = layout.suffixes
+    if not layout.activations:
+        return layout
+    if not any(name.endswith("." + called.input_scale) for name in specs):
+        return replace(layout, activations=False)
+    codes = [name.removesuffix(called.codes) for name, spec in specs.items() if spec.dtype == "U8"]
+    packed = [base for base in codes if base + called.scale in specs and base.endswith(".")]
+    return replace(layout, unscaled=frozenset(base for base in packed if base + called.input_scale not in specs))
+
+
+def _scalar(stored: Stored, names: list[str]) -> torch.Tensor:
+    return shared_scalar(stored, names).flatten()[0] if names else torch.ones(())
 
 
 def modules(name: str, shape: tuple[int, ...]) -> list[tuple[str, ...]]:

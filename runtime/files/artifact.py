@@ -31,17 +31,20 @@ from dgq.quant.formats.bnb import BitsAndBytes
 from dgq.quant.formats.bnb_experts import experts_apart
 from dgq.quant.formats.compressed_tensors import CompressedTensors
 from dgq.quant.formats.fp8_groups import Mixed
+from dgq.quant.formats.nvfp4_modules import NVFP4Modules, fitted
+from dgq.quant.types import Layout
 from dgq.runtime.adapters.adapter import Adapter
-from dgq.runtime.files.canonical import canonical, stored_tensors
+from dgq.runtime.files.canonical import canonical, canonical_packed, index_notices, stored_tensors
 from dgq.runtime.files.folders import refuse_other
+from dgq.runtime.files.gguf_weights import GGUFWeights
 from dgq.runtime.files.mmproj import ARCH, Mmproj, find_mmproj, is_mmproj, only_mmproj
-from dgq.runtime.files.quantization import quantization, stale_declaration
+from dgq.runtime.files.quantization import quantization, scale_remarks, stale_declaration
 from dgq.runtime.files.tied import TiedDir
-from dgq.runtime.files.weights import DirWeights, GGUFWeights, Weights
-from dgq.runtime.shape.config import ModelConfig
+from dgq.runtime.files.weights import DirWeights, Weights
+from dgq.runtime.shape.config import ModelConfig, early_names
 from dgq.runtime.shape.names import expected_tensors
 from dgq.runtime.shape.settings import GenerationConfig, sampler_notices
-from dgq.runtime.shape.vision import causal_images, expected_vision
+from dgq.runtime.shape.vision import causal_images, expected_vision, gguf_attention
 
 if TYPE_CHECKING:
     from dgq.runtime.files.images import Tokens, Vision
@@ -108,7 +111,9 @@ class Artifact:
             config, read = mmproj.config, mmproj.tensor
         if not config or not weights.sees:
             raise InputError(f"{self.path}: has no vision tower, which images need")
-        is_causal = folder is not None and causal_images(raw, str(self.path / "config.json"))
+        metadata = weights.reader.metadata if isinstance(weights, GGUFWeights) else {}
+        settings = (raw, str(self.path / "config.json")) if folder else (gguf_attention(metadata), str(self.path))
+        is_causal = causal_images(*settings)
         read = self._with_changes(read)
         return Vision(config, self.config.hidden, read, self._image_tokens(raw), folder, str(self.path), is_causal)
 
@@ -201,15 +206,23 @@ def open_weights(path: Path, raw: dict[str, Any]) -> tuple[str, ModelConfig, Dir
     vision = expected_vision(raw, config.hidden, str(path / "config.json"))
     base = layout.base if isinstance(layout, Mixed) else layout
     tied = base is None or isinstance(base, (CompressedTensors, BitsAndBytes))
-    remarks: tuple[str, ...] = ()
+    remarks = early_names(raw)
     if quantised is None:
         named = canonical(stored, expected_tensors(config), vision)
         stale = stale_declaration(path, raw, stored)
-        stored, vision, remarks = named.specs, named.vision, (*([stale] if stale else []), *named.notices)
+        remarks += [*([stale] if stale else []), *index_notices(path, stored)]
+    else:
+        named = canonical_packed(stored, vision)
+    remarks += named.notices
+    stored, vision = named.specs, named.vision
     directory = TiedDir(path, stored, config.experts) if tied else HFDir(path, stored)
-    apart = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
+    apart: Layout | None = experts_apart(layout, directory.specs) if isinstance(layout, BitsAndBytes) else layout
     if isinstance(apart, Mixed):
-        apart = dataclasses.replace(apart, specs=directory.specs)
+        base = apart.base if apart.either else fitted(apart.base, directory.specs)
+        apart = dataclasses.replace(apart, specs=directory.specs, base=base)
+    elif isinstance(apart, NVFP4Modules):
+        apart = fitted(apart, directory.specs)
+        remarks += scale_remarks(apart, base)
     kind = "safetensors" if quantised is None else quantised.kind
     return kind, config, DirWeights(directory, config, apart, vision, remarks)
 

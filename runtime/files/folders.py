@@ -35,6 +35,8 @@ KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
         "is a TensorFlow or Flax export ({first}); take the safetensors checkpoint that it was made from",
     ),
     (("weights*.npz",), "is an MLX export ({first}); take the safetensors checkpoint that it was made from"),
+    (("model-*-of-*.safetensors",), "holds shards ({first}) without {index}; fetch that file too"),
+    (("model.*.safetensors",), "holds {first}, a variant, and no model.safetensors; rename it so"),
     (("consolidated*.safetensors",), "holds {first} alone, another layout; take the checkpoint with model.safetensors"),
 )  # fmt: skip
 
@@ -47,4 +49,4 @@ def refuse_other(path: Path) -> None:
         first = next((file for pattern in patterns for file in sorted(path.glob(pattern))), None)
         if first is not None:
             below = first.parent.name + "/" if first.parent != path else first.name
-            raise InputError(f"{path}: {text.format(path=path, first=below)}")
+            raise InputError(f"{path}: {text.format(path=path, first=below, index=INDEX)}")

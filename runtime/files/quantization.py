@@ -14,7 +14,8 @@ were in another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dgq.quant.formats.bnb import BitsAndBytes
 from dgq.quant.formats.compressed_tensors import METHOD, CompressedTensors, layout_of, refused
 from dgq.quant.formats.fp8_groups import Mixed
 from dgq.quant.formats.modelopt import HF_QUANT_CONFIG, W4A4, W4A16, Modelopt
+from dgq.quant.formats.nvfp4_modules import NVFP4Modules
 from dgq.quant.formats.own_layout import METHOD as OWN
 from dgq.quant.formats.own_layout import OwnLayout
 from dgq.quant.formats.own_layout import layout_of as own_layout_of
@@ -41,11 +43,13 @@ COMPANIONS = (
     "weight_scale", "weight_scale_2", "input_scale", "_global_scale", "_amax", "zero_point", ".scales", ".biases",
     "weight_packed", "absmax", "quant_map", "SCB", "qweight", "qzeros", "g_idx",
 )  # fmt: skip
+_EXPERT = re.compile(r"layers\.(\d+)\.experts\.(\d+)\.")
+_SHOWN = 8  # places in one remark
 _SEVERAL, _EIGHTS = "MIXED_PRECISION", ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")  # modelopt's quant_algos
 _BITSANDBYTES: dict[str, tuple[Any, ...]] = {  # a key's values that dgq reads, None: the key may be absent
     "load_in_8bit": (False, None),
     "load_in_4bit": (True,),
-    "bnb_4bit_quant_type": ("nf4",),
+    "bnb_4bit_quant_type": ("nf4", "fp4", None),
     "bnb_4bit_blocksize": (BLOCK, None),
     "bnb_4bit_quant_storage": ("uint8", None),
     "bnb_4bit_use_double_quant": (True, False, None),
@@ -107,8 +111,38 @@ class Quantization:
             value = self.raw.get(key)
             if value not in allowed:
                 said = f"{self.source}: bitsandbytes with {key} {repr(value)[:40]} is not opened"
-                raise InputError(f"{said}; dgq reads NF4 in blocks of {BLOCK}, stored as uint8")
-        return BitsAndBytes(double=bool(self.raw.get("bnb_4bit_use_double_quant")))
+                raise InputError(f"{said}; dgq reads NF4 and FP4 in blocks of {BLOCK}, stored as uint8")
+        kind = self.raw.get("bnb_4bit_quant_type") or "fp4"  # bitsandbytes' default
+        return BitsAndBytes(double=bool(self.raw.get("bnb_4bit_use_double_quant")), kind=kind)
+
+
+def scale_remarks(layout: NVFP4Modules, declared: Any) -> list[str]:
+    """What vLLM does with NVFP4 that is declared W4A4 and lacks input scales. declared: the layout that the directory's
+    declaration means; layout: that of its tensors. Sources: issues 45212 and 54189 of vLLM."""
+    if isinstance(declared, NVFP4Modules) and declared.activations and not layout.activations:
+        what = "declared W4A4 (NVFP4), but no file holds an input scale: read as W4A16"
+        vllm = "vLLM without pull request 54427 (0.29.0 and before) multiplies its experts by memory that nobody set"
+        return [f"{what}. {vllm}; there, set quant_algo to {W4A16} in config.json and {HF_QUANT_CONFIG}"]
+    if not layout.unscaled:
+        return []
+    vllm = "vLLM does not check that: with 4-bit activations (Blackwell) tokens that reach them give NaN or nothing"
+    return [
+        f"no input_scale, as ModelOpt leaves it out where no token came: {_places(layout.unscaled)}; their inputs stay"
+        f" in 16 bits. {vllm}; its weight-only Marlin (Hopper, Ada) reads none. Calibrate with more text"
+    ]
+
+
+def _places(bases: Collection[str]) -> str:
+    """Layers and experts of modules' names, in words; the first layers if there are many."""
+    layers: dict[str, set[int]] = {}
+    for base in bases:
+        match = _EXPERT.search(base)
+        place, expert = (f"layer {match[1]} experts", int(match[2])) if match else (base.rstrip("."), -1)
+        layers.setdefault(place, set()).add(expert)
+    order = sorted(layers, key=lambda place: (-1 in layers[place], len(place), place))
+    lines = [f"{place} {', '.join(map(str, sorted(layers[place])))}".removesuffix(" -1") for place in order]
+    more = f" and {len(lines) - _SHOWN} more layers" if len(lines) > _SHOWN else ""
+    return "; ".join(lines[:_SHOWN]) + more
 
 
 def stale_declaration(path: Path, config: Mapping[str, Any], specs: Mapping[str, Spec]) -> str | None:

@@ -26,7 +26,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from dgq.quant.errors import InputError
-from dgq.quant.files.hf_dir import BOM, read_json, refuse_pointer
+from dgq.quant.files.hf_dir import BOM, LFS_POINTER, read_json, refuse_pointer
 from dgq.runtime.files.reply import CHANNEL, END_CHANNEL, MARKERS, Reply, opens_thought, parse_reply
 
 # GGUF token types (llama.h, enum llama_token_type): what a token is for.
@@ -207,6 +207,22 @@ def _rebuild(
     ]
     backend.add_tokens(added)
     return backend
+
+
+def tokenizer_notices(path: Path) -> list[str]:
+    """What is odd about a checkpoint's tokenizer.json, from its first bytes. InputError for git-LFS's pointer to it."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        saved = "save tokenizer.model with transformers: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+        remedy = saved if (path / "tokenizer.model").is_file() else "copy the base model's"
+        return [f"{file}: is missing, without it no text is read and no GGUF written; {remedy}"]
+    with file.open("rb") as opened:
+        start = opened.read(len(LFS_POINTER))
+    refuse_pointer(file, start)
+    if not start.removeprefix(BOM).strip():
+        return [f"{file}: is empty; fetch it again"]
+    marked = f"{file}: begins with a byte order mark, which other loaders refuse; artifacts are written without it"
+    return [marked] if start.startswith(BOM) else []
 
 
 def template_of(path: Path) -> str | None:

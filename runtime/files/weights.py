@@ -1,7 +1,7 @@
 """An artifact's weights under their canonical names, whatever its files call them. They are checked when the artifact
 is opened and read when they are used.
 
-    GGUFWeights   blk.7.attn_output.weight                      one tensor a weight
+    GGUFWeights   blk.7.attn_output.weight                      one tensor a weight; gguf_weights.py has it
     DirWeights    model.decoder.layers.7.self_attn.o_proj.weight   one tensor, or those of the directory's layout
 
 Both map a canonical name to a Packed and know each weight's scheme and bytes without reading it.
@@ -19,20 +19,17 @@ import torch
 from torch import Tensor
 
 from dgq.quant.errors import InputError
-from dgq.quant.files.gguf_file import GGUFReader
 from dgq.quant.files.hf_dir import FLOATS, HFDir
-from dgq.quant.formats.bnb import LONGEST_STATE, STATE, BitsAndBytes
+from dgq.quant.formats.bnb import LONGEST_STATE, STATE, STATES, BitsAndBytes
 from dgq.quant.formats.bnb_experts import ExpertsApart
 from dgq.quant.formats.fp8_groups import Mixed
 from dgq.quant.formats.modelopt import Modelopt
 from dgq.quant.formats.own_layout import OwnLayout
 from dgq.quant.schemes.fp8 import FP8
-from dgq.quant.schemes.gguf_guests import Guest, stays_packed
 from dgq.quant.schemes.nf4 import BLOCK
-from dgq.quant.types import Entry, Layout, Packed
-from dgq.runtime.files.mmproj import Mmproj, mmproj_name
+from dgq.quant.types import Entry, Layout, Packed, Spec
 from dgq.runtime.shape.config import ModelConfig
-from dgq.runtime.shape.names import ROPE_FREQS, VISION, check_tensors, expected_tensors, gguf_name, hf_name
+from dgq.runtime.shape.names import check_tensors, expected_tensors
 
 MIB = 1 << 20
 
@@ -89,91 +86,6 @@ class Weights(Mapping[str, Packed]):
         raise KeyError(name)
 
 
-class GGUFWeights(Weights):
-    """A .gguf's tensors under their canonical names, checked against the config when made. mmproj: its vision tower."""
-
-    def __init__(self, reader: GGUFReader, config: ModelConfig, mmproj: Mmproj | None = None) -> None:
-        """InputError naming the tensor as the .gguf does: missing, unknown, renamed, mis-shaped, or another RoPE."""
-        self.reader, self.mmproj = reader, mmproj
-        self._names: dict[str, str] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for stored_name in reader:
-            if stored_name != ROPE_FREQS:
-                # An unknown name stays as it is, and check_tensors() refuses it.
-                name = hf_name(stored_name) or stored_name
-                if name in self._names:
-                    raise InputError(
-                        f"{reader.path}: {stored_name} and {self._names[name]} are two names of one tensor"
-                    )
-                self._names[name] = stored_name
-                shapes[name] = reader.shape(stored_name)
-        expected = expected_tensors(config)
-        check_tensors(shapes, expected, str(reader.path), shown=self.own_name)
-        _check_rope(reader, config)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, name: str) -> Packed:
-        return self.reader[self._names[name]]
-
-    def everything(self) -> dict[str, Stored]:
-        stored = {name: self._stored(self.reader, stored_name) for name, stored_name in self._names.items()}
-        if self.mmproj is not None:
-            stored |= {name: self._stored(self.mmproj.reader, mmproj_name(name)) for name in self.mmproj.shapes}
-        return stored
-
-    @staticmethod
-    def _stored(reader: GGUFReader, name: str) -> Stored:
-        return Stored(reader.scheme(name).name, math.prod(reader.shape(name)), reader.nbytes(name))
-
-    def vision_tensor(self, name: str) -> Tensor:
-        assert self.mmproj is not None
-        return self.mmproj.tensor(name)
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """The ggml types that have no kernels, and the memory that decoding them costs."""
-        decoded = {
-            name: scheme
-            for name in self._names.values()
-            if isinstance(scheme := self.reader.scheme(name), Guest) and not stays_packed(scheme)
-        }
-        if not decoded:
-            return ()
-        kinds = ", ".join(sorted({scheme.name.upper() for scheme in decoded.values()}))
-        stored = sum(map(self.reader.nbytes, decoded)) / MIB
-        taken = sum(2 * math.prod(self.reader.shape(name)) for name in decoded) / MIB
-        return (
-            f"{self.reader.path.name}: {len(decoded)} tensors are {kinds}, which dgq has no kernels for: decoded to "
-            f"BF16 when loaded, they take {taken:,.1f} MiB of memory instead of the file's {stored:,.1f}",
-        )
-
-    def own_name(self, name: str) -> str:
-        return self._names.get(name) or (mmproj_name(name) if name.startswith(VISION) else gguf_name(name) or name)
-
-    @property
-    def files(self) -> list[Path]:
-        return [*self.reader.files, *([self.mmproj.reader.path] if self.mmproj else [])]
-
-
-def _check_rope(reader: GGUFReader, config: ModelConfig) -> None:
-    """rope_freqs.weight divides full layers' frequencies: 1 for angles that turn, 1e30 for those that stand still."""
-    half = config.layers[-1].head_dim // 2
-    if ROPE_FREQS not in reader:
-        raise InputError(f"{reader.path}: tensor {ROPE_FREQS} is missing")
-    factors = reader[ROPE_FREQS].dequantize().flatten()
-    turning = int((factors == 1).sum())
-    if len(factors) != half or turning != config.rope_angles or not bool((factors[turning:] >= 1e29).all()):
-        raise InputError(
-            f"{reader.path}: tensor {ROPE_FREQS} lets {turning} of {len(factors)} angles turn, the config says "
-            f"{config.rope_angles} of {half}"
-        )
-
-
 class DirWeights(Weights):
     """A safetensors directory's text weights. layout: how the quantised ones are stored; None if there are none."""
 
@@ -190,12 +102,14 @@ class DirWeights(Weights):
         vision: the tensors of the vision part, which must be there too. remarks: what was odd about the directory.
         """
         self._odd = tuple(remarks)
-        self._dir, self._layout, self._vision = directory, layout, tuple(vision)
+        self._dir, self._layout, self._vision = directory, layout, dict(vision)
         self.shapes = expected_tensors(config)
         specs = directory.specs
         self._quantised: dict[str, dict[str, Entry]] = {}
+        self._tower = _packed_tower(layout, vision, directory.specs)
         held = sum(spec.stop - spec.start for spec in specs.values())
-        expected = dict(vision)
+        expected = {name: shape for name, shape in vision.items() if name not in self._tower}
+        expected |= {entry: size for entries in self._tower.values() for entry, (_, size) in entries.items()}
         for name, shape in self.shapes.items():
             plain = name in specs and specs[name].dtype in FLOATS
             if layout is None or plain or not layout.holds(name, shape):
@@ -204,15 +118,16 @@ class DirWeights(Weights):
                 _check_room(layout, name, shape, held, directory.path)
                 self._quantised[name] = layout.entries(name, shape)
                 expected |= {entry: size for entry, (_, size) in self._quantised[name].items()}
-        if layout is not None and not self._quantised:
+        if layout is not None and not (self._quantised or self._tower):
             wrong = f"{directory.path}: said to be {layout.slices.name}, but every weight is plain"
             raise InputError(f"{wrong}; fetch it again, or delete what its config says of quantisation")
         # A quant_state is a JSON text, whose length depends on who wrote it.
-        states = {name: specs[name].shape for name in expected if name.endswith(STATE) and name in specs}
+        states = {name: specs[name].shape for name in expected if STATES in name and name in specs}
         expected |= {name: shape for name, shape in states.items() if len(shape) == 1 and shape[0] <= LONGEST_STATE}
         shapes = {name: spec.shape for name, spec in specs.items()}
         check_tensors(shapes, expected, str(directory.path), file=lambda name: str(directory.file(name)))
-        dtypes = {entry: {kind} for entries in self._quantised.values() for entry, (kind, _) in entries.items()}
+        packed = (*self._quantised.values(), *self._tower.values())
+        dtypes = {entry: {kind} for entries in packed for entry, (kind, _) in entries.items()}
         for name in expected:
             allowed = dtypes.get(name, set(FLOATS))
             if specs[name].dtype not in allowed:
@@ -279,28 +194,50 @@ class DirWeights(Weights):
             numel = sum(one.numel for one in eights)
             what = f"{len(eights)} weights are FP8, which dgq has no kernels for: on a GPU they are decoded to BF16"
             memory = f"{2 * numel / MIB:,.1f} MiB of memory instead of {numel / MIB:,.1f}"
-            return (f"{self._dir.path.name}: {what} when loaded, {memory}",) if eights else ()
+            return (*self._odd, *([f"{self._dir.path.name}: {what} when loaded, {memory}"] if eights else []))
         if not isinstance(self._layout, ExpertsApart) or not self._layout.base.double:
             return self._odd
         experts = sum(math.prod(self.shapes[name]) for name in self._quantised if len(self.shapes[name]) == 3)
         more = 3 * experts / BLOCK / MIB  # a byte becomes four
         what = f"absmax quantised an expert at a time become float32 when loaded, {more:,.1f} MiB more"
-        return (f"{self._dir.path.name}: {what}",)
+        return (*self._odd, f"{self._dir.path.name}: {what}")
 
     def vision_tensor(self, name: str) -> Tensor:
+        if name in self._tower:
+            bnb = _bitsandbytes(self._layout)
+            assert bnb is not None
+            return bnb.decoded(name, self._vision[name], self._dir)
         return self._dir.tensor(name)
 
     def _stored(self, name: str) -> Stored:
-        entries = self._quantised.get(name)
+        entries = self._quantised.get(name) or self._tower.get(name)
         specs = [self._dir.specs[entry] for entry in entries or (name,)]
         nbytes = sum(spec.stop - spec.start for spec in specs)
         if entries and self._layout:
-            return Stored(self._layout.scheme_of(name).name, math.prod(self.shapes[name]), nbytes, len(specs))
+            shape = self.shapes.get(name) or self._vision[name]
+            return Stored(self._layout.scheme_of(name).name, math.prod(shape), nbytes, len(specs))
         return Stored(FLOATS[specs[0].dtype], specs[0].numel, nbytes)
 
     @property
     def files(self) -> list[Path]:
-        return sorted({spec.file for spec in self._dir.specs.values()})
+        return sorted({place.file for spec in self._dir.specs.values() for place in spec.places})
+
+
+def _bitsandbytes(layout: Layout | None) -> BitsAndBytes | None:
+    base = layout.base if isinstance(layout, ExpertsApart) else layout
+    return base if isinstance(base, BitsAndBytes) else None
+
+
+def _packed_tower(
+    layout: Layout | None, vision: Mapping[str, tuple[int, ...]], specs: Mapping[str, Spec]
+) -> dict[str, dict[str, Entry]]:
+    """The tensors of those vision weights that bitsandbytes packed, as transformers' load_in_4bit does unless it is
+    told to leave the tower out. No other layout packs them."""
+    bnb = _bitsandbytes(layout)
+    if bnb is None:
+        return {}
+    packed = [name for name in vision if name in specs and specs[name].dtype not in FLOATS]
+    return {name: bnb.entries(name, vision[name]) for name in packed if bnb.holds(name, vision[name])}
 
 
 def _check_room(layout: Layout, name: str, shape: tuple[int, ...], held: int, path: Path) -> None:

@@ -83,7 +83,7 @@ def _goes_back(x: Tensor) -> bool:
 def rounded(x: Tensor, weight: Packed) -> Tensor:
     """The input x (…, in) of a product with weight (out, in): rounded to NVFP4 if the weight carries an input scale."""
     scale = weight.parts.get("input_scale")
-    return x if scale is None else round_activations(x, scale[:1])
+    return x if scale is None or bool(scale[0, 0].isinf()) else round_activations(x, scale[:1])
 
 
 def gated_mlp(x: Tensor, weights: tuple[Packed, Packed, Packed], observe: Observer | None = None) -> Tensor:

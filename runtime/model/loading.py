@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from dgq.quant.errors import InputError
-from dgq.quant.schemes.fp8 import FP8
-from dgq.quant.types import Packed
+from dgq.quant.types import DECODED, Packed
 from dgq.runtime.adapters.adapter import Adapter
 from dgq.runtime.kernels.repack import Tiles, tile
 from dgq.runtime.model.memory import CONTEXT, GIB, SHORT, working_bytes
@@ -214,7 +213,7 @@ def for_kernels(
         elif (key := product_of.get(name)) is None:
             loaded.weights[name] = plain(weight) if len(weight.shape) > 1 else weight
         else:
-            waiting[name] = plain(weight) if decode or weight.scheme is FP8 else weight
+            waiting[name] = plain(weight) if decode or weight.scheme.gpu is DECODED else weight
             if all(member in waiting for member in products[key]):
                 members = [waiting.pop(member) for member in products[key]]
                 loaded.products[key], parts = join(members, key, source, key in apart)

@@ -21,6 +21,13 @@ from dgq.quant.files.hf_dir import read_json
 from dgq.runtime.shape.fields import Fields
 
 MODEL_TYPE = "diffusion_gemma"
+EARLY_TYPE = "diffusion_gemma4"  # before the release
+ARCHITECTURE = "DiffusionGemmaForBlockDiffusion"
+EARLY_ARCHITECTURES = (
+    "DiffusionGemma4ModelForBlockDiffusion",
+    "DiffusionGemma4ForBlockDiffusion",
+    "DiffusionGemmaForConditionalGeneration",
+)
 GGUF_ARCH = "diffusion-gemma"
 
 
@@ -70,7 +77,7 @@ class ModelConfig:
         """Parse a config.json that was already read; source is its name in error messages."""
         top = Fields(raw, source)
         found = top.get("model_type", str, "")
-        if found != MODEL_TYPE:
+        if found not in (MODEL_TYPE, EARLY_TYPE):
             raise InputError(f"{source}: model_type is {found!r}, dgq knows {MODEL_TYPE!r}")
         text = top.section("text_config")
         _refuse_unsupported(top, text)
@@ -142,6 +149,28 @@ class ModelConfig:
         """How many of a full head's head_dim/2 angles turn with the position; the rest stay at zero."""
         full = next(layer for layer in self.layers if not layer.is_sliding)
         return int(self.rope_partial * full.head_dim // 2)
+
+
+def released(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the names of the release, by which transformers and vLLM know the model, for those of builds
+    before it, which llama.cpp's converter, vLLM and unsloth list. What is none of them stays."""
+    config = dict(raw)
+    if config.get("model_type") == EARLY_TYPE:
+        config["model_type"] = MODEL_TYPE
+    if isinstance(names := config.get("architectures"), list):
+        config["architectures"] = [ARCHITECTURE if name in EARLY_ARCHITECTURES else name for name in names]
+    for part, kind in (("text_config", MODEL_TYPE + "_text"), ("vision_config", "gemma4_vision")):
+        inner = config.get(part)
+        if isinstance(inner, dict) and str(inner.get("model_type")).startswith(EARLY_TYPE):
+            config[part] = {**inner, "model_type": kind}
+    return config
+
+
+def early_names(raw: Mapping[str, Any]) -> list[str]:
+    """A notice if a config.json has names from before the release."""
+    if released(raw) == raw:
+        return []
+    return [f"config.json has names from before the release ({EARLY_TYPE} or its like): read as {MODEL_TYPE}"]
 
 
 def _refuse_unsupported(top: Fields, text: Fields) -> None:

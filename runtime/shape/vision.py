@@ -13,6 +13,7 @@ from dgq.quant.errors import InputError
 TOWER = "model.encoder.vision_tower."
 EMBED = "model.encoder.embed_vision."
 MAX_LAYERS = 1024
+IMAGE_ATTENTION = "dgq.use_bidirectional_attention"  # of a .gguf: config.json's value as JSON, where not "vision"
 NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 BOUNDS = ("input_min", "input_max", "output_min", "output_max")  # of a clipped linear
 
@@ -75,3 +76,11 @@ def causal_images(raw: Mapping[str, Any], source: str) -> bool:
             ' it to "vision" if they were trained as the released model\'s, or null if causally (text works as it is)'
         )
     return attention is None
+
+
+def gguf_attention(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What causal_images() asks of a config.json, from a bare .gguf's metadata: without the key its images are the
+    released model's."""
+    values = {"null": None, "false": False}
+    attention = values.get(str(metadata.get(IMAGE_ATTENTION)), "vision")
+    return {"text_config": {"use_bidirectional_attention": attention}}

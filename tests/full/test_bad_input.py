@@ -190,10 +190,13 @@ def test_a_broken_checkpoint_is_refused_from_its_headers(break_it: Callable[[Pat
     assert tree(tmp_path) == before
 
 
-def test_eight_experts_are_refused_by_the_recipe(tmp_path: Path) -> None:
+def test_a_number_of_experts_that_a_recipe_refuses(tmp_path: Path) -> None:
     source = write_micro(tmp_path / "source")
+    recipe = Path(__file__).parents[2].joinpath("recipes", "q8_0.toml").read_text()
+    (tmp_path / "mine.toml").write_text(recipe.replace("[[rule]]", "refuse_experts = [8]\n\n[[rule]]", 1))
     eight_experts(source)
-    assert "exactly 8 experts" in error_of("plan", str(source), "--to", "gguf")
+    line = error_of("plan", str(source), "--to", "gguf", "--recipe", str(tmp_path / "mine.toml"))
+    assert "does not cover models with exactly 8 experts" in line
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), 1e6), ids=str)

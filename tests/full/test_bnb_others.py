@@ -3,10 +3,12 @@ functions; and what transformers saves of a model that it quantised, the encoder
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from micro import micro_config, micro_tensors, write_micro
@@ -63,7 +65,7 @@ def apart(
     return tensors, decoded
 
 
-def said(double: bool, **more: Any) -> BitsAndBytesConfig:
+def configured(double: bool, **more: Any) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double, **more)
 
 
@@ -71,7 +73,7 @@ def written(path: Path, way: str, double: bool) -> tuple[Path, dict[str, torch.T
     config = micro_config()
     config["text_config"]["moe_intermediate_size"] = 64
     tensors, decoded = apart(micro_tensors(config), way, double)
-    config["quantization_config"] = said(double).to_dict()
+    config["quantization_config"] = configured(double).to_dict()
     return write_micro(path, config, tensors, shards=0), decoded
 
 
@@ -118,7 +120,7 @@ def test_saved_by_transformers(double: bool, tmp_path: Path, monkeypatch: pytest
     skipped = ["lm_head", "model.encoder.vision_tower", "model.encoder.embed_vision", r".*\.router"]
     skipped += ["model.decoder.embed_tokens", "model.encoder.language_model.embed_tokens"]
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(
-        TINY, dtype=torch.bfloat16, quantization_config=said(double, llm_int8_skip_modules=skipped)
+        TINY, dtype=torch.bfloat16, quantization_config=configured(double, llm_int8_skip_modules=skipped)
     )
     model.save_pretrained(tmp_path / "saved")
     tensors = load_file(tmp_path / "saved" / "model.safetensors")
@@ -139,3 +141,35 @@ def test_saved_by_transformers(double: bool, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(InputError, match=r"is not a copy of model\.decoder"):
         weights = open_artifact(tmp_path / "saved").weights
         weights[orphans[0].removesuffix(STATE).replace("model.encoder.language_model.", "model.decoder.")]
+
+
+@pytest.mark.parametrize("kind", ("fp4", "nf4", "double"))
+def test_load_in_4bit_as_it_is(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' default: self-conditioning and the vision tower are packed, and of the text model nothing else.
+    Every weight is what transformers holds, and the tower sees."""
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "bitsandbytes_4bit", Bnb4BitHfQuantizer)  # as before dgq.runtime.hf
+    config = BitsAndBytesConfig(load_in_4bit=True) if kind == "fp4" else configured(kind == "double")
+    model = DiffusionGemmaForBlockDiffusion.from_pretrained(TINY, dtype=torch.bfloat16, quantization_config=config)
+    path = tmp_path / "saved"
+    model.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
+        shutil.copyfile(TINY / name, path / name)
+    artifact, packed = open_artifact(path), 0
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            state = module.weight.quant_state
+            state.dtype, shape = torch.float32, state.shape
+            state.shape = torch.Size((shape.numel(),))  # 0.50's CPU kernel is wrong for rows that no block divides
+            expected = functional.dequantize_4bit(module.weight.data, state).view(shape)
+            tower = name.startswith("model.encoder.")
+            found = artifact.weights.vision_tensor(name + ".weight") if tower else None
+            found = artifact.weights[name + ".weight"].dequantize() if found is None else found
+            assert torch.equal(found, expected), name
+            packed += 1
+    assert packed == 12
+    stored = artifact.weights.everything()
+    tensors = load_file(path / "model.safetensors")
+    assert sum(one.nbytes for one in stored.values()) == sum(tensor.nbytes for tensor in tensors.values())
+    patches = artifact.vision.patches(PIL.Image.new("RGB", (96, 64), "red"))
+    seen = artifact.vision.tower("cpu", torch.float32)(patches)
+    assert seen.shape == (patches.soft_tokens, 256) and artifact.load("cpu")

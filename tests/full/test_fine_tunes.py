@@ -12,7 +12,9 @@ import torch
 from click.testing import CliRunner
 from commands import error_of
 from gguf import GGUFReader
+from micro import micro_config, micro_tensors, write_micro
 from safetensors.torch import load_file, save_file
+from test_exports import APART, early
 
 from dgq.convert.cli.__main__ import main
 from dgq.quant.errors import InputError
@@ -51,7 +53,9 @@ def dgq(*arguments: object) -> Any:
 @pytest.mark.parametrize("kind", ["more", "fewer", "text"])
 def test_every_format_takes_them(tmp_path: Path, kind: str) -> None:
     """A row that no product divides; rows taken from the end of a vocabulary with its tokens; no vision."""
-    source = tuned(tmp_path / "tuned", *{"more": (7,), "fewer": (-5,), "text": (0, False, False)}[kind])
+    source = tuned(
+        tmp_path / "tuned", *{"more": (7,), "fewer": (-5,), "text": (0, False, False), "unsaid": (0, True, False)}[kind]
+    )
     rows = len(load_file(source / "model.safetensors")[EMBEDDING])
     if kind == "fewer":
         raw = json.loads((source / "tokenizer.json").read_text())
@@ -103,7 +107,6 @@ def test_both_sides_saved(tmp_path: Path) -> None:
 
 def test_what_contradicts_itself_is_one_line(tmp_path: Path) -> None:
     for name, change, problem in (
-        ("unsaid", {"config_vision": False}, "is not part of the model"),
         ("long", {"rows": 3, "config_rows": 0}, "embed_tokens.weight has shape [2051"),
         ("short", {"rows": 0, "config_rows": 64}, "embed_tokens.weight has shape [2048"),
     ):
@@ -115,3 +118,75 @@ def test_what_contradicts_itself_is_one_line(tmp_path: Path) -> None:
         said = error_of("convert", str(fewer), "--to", to, "-o", str(tmp_path / "out"))
         assert "outside the vocabulary of 2043" in said and "tokenizer.json" in said
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_experts_apart_and_early_names(tmp_path: Path) -> None:
+    """vLLM's names of experts, and a config.json from before the release: the plain checkpoint's bytes, and a
+    config.json that transformers builds its model from."""
+    from transformers import AutoConfig
+
+    tensors = micro_tensors(micro_config())
+    paths = [write_micro(tmp_path / name / "micro", tensors=each) for name, each in
+             (("apart", APART["vLLM"](tensors)), ("plain", tensors))]  # fmt: skip
+    early(paths[0])
+    outs = [tmp_path / f"{path.parent.name}.out" for path in paths]
+    for path, out in zip(paths, outs, strict=True):
+        dgq("convert", path, "--to", "gguf", "--recipe", "q8_0", "-o", out, "--effort", "fast", "--device", "cpu")
+    first, second = (next(out.glob("*.gguf")).read_bytes() for out in outs)
+    assert first == second
+    config = json.loads((outs[0] / "config.json").read_text())
+    assert (config["model_type"], config["text_config"]["model_type"]) == ("diffusion_gemma", "diffusion_gemma_text")
+    assert type(AutoConfig.from_pretrained(outs[0])).__name__ == "DiffusionGemmaConfig"
+
+
+@pytest.mark.parametrize("attention", [None, False])
+def test_a_bare_gguf_sees_as_its_checkpoint(tmp_path: Path, attention: bool | None) -> None:
+    """use_bidirectional_attention, which no key of llama.cpp's holds, travels in the file; the released model's file
+    has no key of it."""
+    path = tuned(tmp_path / "tuned")
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["use_bidirectional_attention"] = attention
+    (path / "config.json").write_text(json.dumps(config))
+    dgq("convert", path, "--to", "gguf", "--recipe", "q8_0", "-o", tmp_path / "out", "--device", "cpu")
+    (tmp_path / "out" / "config.json").unlink()
+    (file,) = (one for one in (tmp_path / "out").glob("*.gguf") if "mmproj" not in one.name)
+    if attention is None:
+        assert open_artifact(file).vision._is_causal
+    else:
+        with pytest.raises(InputError, match="use_bidirectional_attention is false"):
+            _ = open_artifact(file).vision
+    assert "dgq.use_bidirectional_attention" in GGUFReader(file).fields
+
+
+def pruned(path: Path, experts: int) -> Path:
+    """`tiny` with its first experts alone."""
+    tuned(path)
+    tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+    for name, tensor in tensors.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj", "router.proj.weight", "per_expert_scale")):
+            tensors[name] = tensor[:experts].clone()
+    config["text_config"]["num_experts"] = experts
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("experts", [13, 8])
+def test_pruned_experts(tmp_path: Path, experts: int) -> None:
+    """A number that nothing divides, and the 8 that llama-quantize takes for Mixtral's: what is converted runs, and is
+    counted as planned. Types of the 8: llama_tensor_get_type of llama.cpp, read in its source."""
+    source = pruned(tmp_path / "pruned", experts)
+    wanted = dgq("run", source, *ASK)
+    for to, recipe in RECIPES.items() if experts == 8 else (("nvfp4", "nvfp4-w4a16"),):
+        planned = dgq("plan", source, "--to", to, "--recipe", recipe, "--no-probe")
+        dgq("convert", source, "--to", to, "--recipe", recipe, "-o", tmp_path / to, "--device", "cpu")
+        found = dgq("inspect", tmp_path / to)
+        assert (found["model"]["experts"], found["params"]) == (experts, planned["params"])
+        assert len(dgq("run", tmp_path / to, *ASK)["tokens"]) == len(wanted["tokens"])
+    if experts != 8:
+        return
+    (file,) = (one for one in (tmp_path / "gguf").glob("*.gguf") if "mmproj" not in one.name)
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+    for layer in range(6):
+        kinds = [types.get(f"blk.{layer}.attn_{part}.weight") for part in ("q", "k", "v", "output")]
+        assert kinds[:2] == ["Q4_K", "Q8_0"] and kinds[2] in ("Q8_0", None) and kinds[3] == "Q5_K"

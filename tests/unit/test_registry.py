@@ -27,6 +27,7 @@ BITSANDBYTES = ("test_bnb.py", "bitsandbytes")
 ORACLES: dict[str, tuple[str, str]] = {
     "q4_k": ANOTHER_GGML,
     "q5_0": ANOTHER_GGML,
+    "q5_k": ANOTHER_GGML,
     "q6_k": ANOTHER_GGML,
     "q8_0": ANOTHER_GGML,
     "iq4_nl": ANOTHER_GGML,
@@ -94,7 +95,8 @@ def test_facts_agree(name: str) -> None:
         assert kind.value == scheme.ggml.id
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         assert (block, 8 * block_bytes / block) == (scheme.block, scheme.bits)
-        file_type = "ALL_F32" if name == "f32" else f"MOSTLY_{scheme.ggml.name}".replace("Q4_K", "Q4_K_M")
+        mixed = {"q4_k": "_M", "q5_k": "_M"}.get(name, "")
+        file_type = "ALL_F32" if name == "f32" else f"MOSTLY_{scheme.ggml.name}{mixed}"
         assert gguf.LlamaFileType[file_type] == scheme.ggml.file_type
         if scheme.ggml.fallback is not None:
             other = SCHEMES[scheme.ggml.fallback]

@@ -18,13 +18,14 @@ from dgq.quant.schemes.ggml.blocks import GGMLScheme
 from dgq.quant.schemes.ggml.iq4_nl import IQ4_NL
 from dgq.quant.schemes.ggml.q4_k import Q4_K
 from dgq.quant.schemes.ggml.q5_0 import Q5_0
+from dgq.quant.schemes.ggml.q5_k import Q5_K
 from dgq.quant.schemes.ggml.q6_k import Q6_K
 from dgq.quant.schemes.ggml.q8_0 import Q8_0
 from dgq.quant.schemes.nf4 import NF4, NF4_DQ
 from dgq.quant.schemes.nvfp4 import NVFP4
 from dgq.quant.types import Packed, Scheme
 
-SCHEMES = (Q4_K, Q5_0, Q6_K, Q8_0, IQ4_NL)
+SCHEMES = (Q4_K, Q5_0, Q5_K, Q6_K, Q8_0, IQ4_NL)
 ROWS, COLUMNS = 12, 768
 
 

@@ -214,7 +214,9 @@ def test_small_files(tmp_path: Path) -> None:
         (path / folder).mkdir(parents=True)
     save_file({"tok_embeddings.weight": torch.ones(2)}, path / "consolidated.safetensors")
     checked(path, tensors)
-    assert not open_source(str(path)).notices
+    assert [line.split(": ")[1].split(",")[0] for line in open_source(str(path)).notices] == [
+        "begins with a byte order mark"
+    ]
     tokenizer = open_model(str(path)).tokenizer
     assert tokenizer.encode("a b") == plain.encode("a b")
     assert tokenizer.render([{"role": "user", "content": "hi"}]) == "hi" and tokenizer.chats and not plain.chats
@@ -288,12 +290,15 @@ def buffered(tensors: Tensors) -> Tensors:
 
 
 NAMES: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
-    "compile": (prefixed("_orig_mod."), "names of a wrapper"),
-    "ddp": (prefixed("module."), "names of a wrapper"),
-    "peft": (prefixed("base_model.model."), "names of a wrapper"),
-    "ddp of compile": (prefixed("module._orig_mod."), "names of a wrapper"),
-    "inner model": (lambda tensors: {n.removeprefix("model."): t for n, t in tensors.items()}, "names of a wrapper"),
-    "parts compiled": (compiled, "names of a wrapper"),
+    "compile": (prefixed("_orig_mod."), "another program's names"),
+    "ddp": (prefixed("module."), "another program's names"),
+    "peft": (prefixed("base_model.model."), "another program's names"),
+    "ddp of compile": (prefixed("module._orig_mod."), "another program's names"),
+    "inner model": (
+        lambda tensors: {n.removeprefix("model."): t for n, t in tensors.items()},
+        "another program's names",
+    ),
+    "parts compiled": (compiled, "another program's names"),
     "accelerate": (accelerates, "tied weights are saved under their other name"),
     "save_model": (headed, "tied weights are saved under their other name"),
     "ddp of accelerate": (lambda tensors: prefixed("module.")(accelerates(tensors)), "tied weights are saved"),
@@ -341,6 +346,8 @@ FOLDERS: dict[str, tuple[tuple[str, ...], str]] = {
     "onnx": (("config.json", "onnx/model.onnx"), "ONNX export"),
     "tf": (("config.json", "tf_model.h5"), "TensorFlow"),
     "openvino": (("config.json", "openvino_model.xml", "x.bin"), "OpenVINO"),
+    "no index": (("config.json", "model-00001-of-00002.safetensors"), "fetch that file too"),
+    "variant": (("config.json", "model.bf16.safetensors"), "a variant, and no model.safetensors"),
     "mistral": (("params.json", "consolidated.safetensors"), "consolidated.safetensors alone"),
 }
 

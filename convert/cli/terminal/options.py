@@ -88,4 +88,9 @@ RAM = click.option(
     "--ram", type=Size(), help="RAM to keep below, like 8GiB; takes longer, same bytes. [default: 80 % of what is free]"
 )
 VRAM = click.option("--vram", type=Size(), help="The same for the GPU's memory.")
+BASE = click.option(
+    "--base",
+    metavar="SRC",
+    help="Read all weights, of SRC's base as well (a directory or a Hub id), and say what SRC changed of it.",
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object last, and nothing for people.")

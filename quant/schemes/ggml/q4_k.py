@@ -39,10 +39,16 @@ def unpack(b: Tensor) -> Unpacked:
 
 def encode(x: Tensor, importance: Tensor | None) -> Tensor:
     """x (rows, in) float32 and importance (in,) -> uint8 (blocks, 144), ggml's bytes."""
+    return pack(*chosen(x, importance, 15, (-1.0, 0.1, 20)))
+
+
+def chosen(x: Tensor, importance: Tensor | None, top: int, search: tuple[float, float, int]) -> tuple[Tensor, ...]:
+    """What pack() takes, of Q4_K and of Q5_K, whose levels go to `top`; search: make_qkx_quants' settings without
+    importance."""
     columns = positions(x, 32)
     if importance is None:
         weight = columns.abs().add_(square_root(sum_positions(columns * columns) / 32))
-        scales, mins, level = make_qkx_quants(15, columns, weight, -1.0, 0.1, 20)
+        scales, mins, level = make_qkx_quants(top, columns, weight, *search)
         d, ls = _fractions_of_largest(scales.view(-1, 8))
         dmin, lm = _fractions_of_largest(mins.view(-1, 8))
     else:
@@ -50,18 +56,18 @@ def encode(x: Tensor, importance: Tensor | None) -> Tensor:
         sigma2 = 2 * sum_positions(positions(squares, 256)) / 256
         importance = importance.expand_as(x).reshape(-1, 256)
         weight = positions(importance * square_root(sigma2.unsqueeze(1) + squares.view(-1, 256)), 32)
-        scales, mins, level = make_qkx_quants(15, columns, weight, -0.9, 0.05, 36)
+        scales, mins, level = make_qkx_quants(top, columns, weight, -0.9, 0.05, 36)
         both = torch.cat((positions(scales, 8), positions(mins, 8)), 1)
         d_dmin, ls_lm = make_qp_quants(63, both, positions(sum_positions(weight), 8).repeat(1, 2))
         (d, dmin), (ls, lm) = d_dmin.chunk(2), ls_lm.t().chunk(2)
-    low, mid, high = _six_bits(ls, lm)
+    low, mid, high = six_bits(ls, lm)
     d16, dmin16 = half(d), half(dmin)
     sc = torch.cat((low & 63, high & 15 | low >> 6 << 4), 1)
     m = torch.cat((mid & 63, high >> 4 | mid >> 6 << 4), 1)
     scale, minimum = (d16.float() * sc).view(-1), (dmin16.float() * m).view(-1)
-    rounded = nearest_int((columns + minimum) / scale).clamp_(0, 15)
+    rounded = nearest_int((columns + minimum) / scale).clamp_(0, top)
     q = torch.where(scale != 0, rounded, level.to(torch.int32)).t().reshape(-1, 256)
-    return pack(d16, dmin16, ls, lm, q)
+    return d16, dmin16, ls, lm, q
 
 
 def pack(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, q: Tensor) -> Tensor:
@@ -69,10 +75,10 @@ def pack(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, q: Tensor) -> Te
     (blocks, 144)."""
     q = q.view(-1, 4, 2, 32)
     qs = (q[:, :, 0] | q[:, :, 1] << 4).flatten(1)
-    return join(d, dmin, *map(low_bytes, _six_bits(scales, mins)), low_bytes(qs))
+    return join(d, dmin, *map(low_bytes, six_bits(scales, mins)), low_bytes(qs))
 
 
-def _six_bits(ls: Tensor, lm: Tensor) -> tuple[Tensor, ...]:
+def six_bits(ls: Tensor, lm: Tensor) -> tuple[Tensor, ...]:
     """The twelve bytes of scales and mins (blocks, 8), in three times four; the low four of scales are whole bytes
     first, so that a wrapped 255 spoils their neighbours as in C."""
     packed = (ls[:, :4] | ls[:, 4:] >> 4 << 6, lm[:, :4] | lm[:, 4:] >> 4 << 6, ls[:, 4:] & 15 | (lm[:, 4:] & 15) << 4)
@@ -88,19 +94,20 @@ def _fractions_of_largest(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Grid:
-    """open() fixes d and dmin of the 256; scale and minimum of each 32 are one of 25 pairs around ggml's choice."""
+    """open() fixes d and dmin of the 256; scale and minimum of each 32 are one of 25 pairs around ggml's choice. top:
+    the largest level."""
 
-    block, sub = 256, 32
+    block, sub, top = 256, 32, 15
     around = (-2, -1, 0, 1, 2)
 
     def __init__(self, weight: Tensor) -> None:
-        self.levels = torch.arange(16, dtype=torch.float32, device=weight.device)
+        self.levels = torch.arange(self.top + 1, dtype=torch.float32, device=weight.device)
 
     def open(self, x: Tensor, cost: Tensor) -> tuple[Tensor, ...]:
         """d and dmin (B, rows), and what ggml would make of each 32 as it is now: scales and mins (B, rows, 8)."""
         flat, weights = (v.reshape(-1, 32).t().contiguous() for v in (x, cost.expand_as(x)))
         scale, low = (
-            v.view(*x.shape[:-1], 8) for v in searches(x).make_qkx_quants(15, flat, weights, -0.9, 0.05, 36)[:2]
+            v.view(*x.shape[:-1], 8) for v in searches(x).make_qkx_quants(self.top, flat, weights, -0.9, 0.05, 36)[:2]
         )
         d, dmin = ((v.amax(-1).clamp(min=0) / 63).half().float() for v in (scale, low))
         near = ((v * inverse(by).unsqueeze(-1)).round() for v, by in ((scale, d), (low, dmin)))
