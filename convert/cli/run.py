@@ -171,15 +171,23 @@ def _piped() -> Iterator[str]:
 
 
 def _page(reply: dict[str, Any]) -> None:
-    """The text on stdout; on a terminal, how it came about on stderr, and before it what the model thought."""
+    """The text and a line a tool call on stdout; on stderr what the model thought, and that it did not finish that; on
+    a terminal also how it came about."""
+    import json
+
     from rich.text import Text
 
-    from dgq.convert.cli.terminal.console import err
+    from dgq.convert.cli.terminal.console import err, note
     from dgq.quant.errors import shown
 
-    if reply.get("thought"):
-        err.print(Text(shown(reply["thought"]), style="dim italic"))
-    print(shown(reply["text"]))
+    if reply["reasoning"]:
+        err.print(Text(shown(reply["reasoning"]), style="dim italic"))
+    if reply["text"] or not reply["tool_calls"]:
+        print(shown(reply["text"]))
+    for call in reply["tool_calls"]:
+        print(shown(f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})"))
+    if reply["unfinished_thought"]:
+        note("the reply ends inside a thought; give it more --max-new-tokens")
     if err.is_terminal:
         steps = sum(reply["steps"])
         speed = len(reply["tokens"]) / max(reply["generate_s"], 1e-9)

@@ -52,6 +52,7 @@ class Conversation:
         )  # fmt: skip
         self._images = []
         return vars(reply) | {
+            "tool_calls": [vars(call) for call in reply.tool_calls],
             "seed": request.seed,
             "device": self._run.device,
             "load_s": self._load_s,

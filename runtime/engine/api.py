@@ -27,6 +27,8 @@ from dgq.runtime.engine.chat import Chat
 from dgq.runtime.engine.engine import Block, Request, Step, generate, stream
 from dgq.runtime.files.artifact import Artifact, open_artifact
 from dgq.runtime.files.images import Once, placed
+from dgq.runtime.files.reply import Reply
+from dgq.runtime.files.tool_calls import ToolCall
 from dgq.runtime.shape.pictured import Pictured
 
 if TYPE_CHECKING:
@@ -41,12 +43,17 @@ Images = Sequence[Any]
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one prompt. ended: whether the model ended it by itself; steps: how many each block took."""
+    """The answer to one prompt. ended: whether the model ended it by itself; steps: how many each block took.
+    reasoning, tool_calls, unfinished_thought: of an answer to messages, whose text is without them, see
+    files.reply.Reply; an answer to a raw text has all of it as its text."""
 
     text: str
     tokens: list[int]
     ended: bool
     steps: list[int]
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    unfinished_thought: bool = False
 
 
 class Engine:
@@ -103,8 +110,13 @@ class Engine:
         request = Request(self._all_ids(prompts, images), self.generation, **settings)
         with self._lock:
             result = generate(self.model, request, on_step)
-        texts = map(self.tokenizer.decode, result.tokens)
-        return [Answer(*one) for one in zip(texts, result.tokens, result.ended, result.steps, strict=True)]
+        rows = zip(prompts, request.prompts, result.tokens, result.ended, result.steps, strict=True)
+        answers = []
+        for prompt, ids, tokens, ended, steps in rows:
+            chat = len(prompt) > 0 and isinstance(prompt[0], Mapping)
+            reply = self.tokenizer.reply(tokens, ids) if chat else Reply(self.tokenizer.decode(tokens))
+            answers.append(Answer(reply.text, tokens, ended, steps, *reply[1:]))
+        return answers
 
     def stream(
         self,

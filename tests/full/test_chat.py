@@ -23,6 +23,7 @@ from dgq.runtime.engine.plain import Plain
 from dgq.runtime.engine.turns import SessionStore, TurnOnSlots, Turns
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.files.images import Once, parted, placed
+from dgq.runtime.files.reply import Reply
 from dgq.runtime.files.tokenizer import Tokenizer
 from dgq.runtime.model.session import Session
 from dgq.runtime.model.slots import CanvasView
@@ -393,7 +394,7 @@ def test_thoughts_are_told_apart_and_not_told_again(tmp_path):
         ("the<|channel>thought\na<channel|> fox<|channel>thought\nb\n<channel|>", ("the fox", "a\n\nb")),
         ("<channel|>the", ("the", "")),
     ):
-        assert tokenizer.reply(tokenizer.encode(text)[1:]) == found
+        assert tokenizer.reply(tokenizer.encode(text)[1:])[:2] == found
     with pytest.raises(InputError, match="no enable_thinking"):
         thinker(tmp_path, "{{ messages }}").thinking(True)
 
@@ -401,7 +402,7 @@ def test_thoughts_are_told_apart_and_not_told_again(tmp_path):
 def test_a_template_that_writes_turns_anew(tmp_path, artifact, model, store, worst, monkeypatch):
     """With thoughts in the generation prompt that the next turn does not have, and in the reply."""
     tokenizer = thinker(tmp_path)
-    monkeypatch.setattr(Tokenizer, "reply", lambda self, ids: ("the fox", "quick"))
+    monkeypatch.setattr(Tokenizer, "reply", lambda self, ids, prompt: Reply("the fox", "quick"))
     chat = Chat(model, tokenizer.thinking(False), endless(artifact))
     before = 0
     for said in SAID:
