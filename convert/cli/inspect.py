@@ -16,7 +16,7 @@ from dgq.convert.cli.terminal.options import JSON, REVISION
 def inspect(artifact: str, revision: str | None, as_json: bool) -> None:
     """Show what an artifact (or a checkpoint) holds and where it came from. Reads headers only; a published artifact
     is fetched whole. Of STATS: how many tokens each expert saw."""
-    from dgq.convert.cli import statistics_page
+    from dgq.convert.cli.terminal import statistics_page
     from dgq.convert.cli.terminal.console import print_json
     from dgq.convert.verification import inspect as inspection
 

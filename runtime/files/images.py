@@ -118,8 +118,9 @@ class Vision:
         tower: Callable[[Patches], Tensor],
         front: int | None = None,
     ) -> Pictured:
-        """A prompt with its images (or what patches() made of them), each run through the tower once. front: where they stand if `ids` has no <|image|>;
-        None: nowhere. InputError if there are more or fewer images than places for them."""
+        """A prompt with its images (or what patches() made of them), each run through the tower once. front: where they
+        stand if `ids` has no <|image|>; None: nowhere. InputError if there are more or fewer images than places for
+        them."""
         ids, image = list(ids), self.tokens.image
         if front is not None and image not in ids:
             ids[front:front] = [image] * len(images)

@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "runtime.files": {*QUANT, "runtime.model", "runtime.shape"},
     "runtime.engine": {"quant", *MODEL, "runtime.kernels"},
     "runtime.hf": {*QUANT, *MODEL},
+    "runtime.serve": {"quant", *MODEL, "runtime.engine"},
     "runtime": {"runtime.engine"},
     "convert.source": {*QUANT, "runtime.files", "runtime.shape"},
     "convert.resume": {"quant"},
@@ -75,8 +76,8 @@ ARROWS["convert.run"] = {
 }  # fmt: skip
 # The command line may ask for any room below it; no library room may ask for these.
 LIBRARY = {room for room in ARROWS if room.startswith("convert.")}
-ARROWS["convert.cli.terminal"] = {"quant", "runtime.engine", "runtime.files"}
-ARROWS["convert.cli"] = {*QUANT, *MODEL, "runtime.engine", *LIBRARY, "convert.cli.terminal"}
+ARROWS["convert.cli.terminal"] = {"quant", "runtime.engine", "runtime.files", "convert.calibration"}
+ARROWS["convert.cli"] = {*QUANT, *MODEL, "runtime.engine", "runtime.serve", *LIBRARY, "convert.cli.terminal"}
 ARROWS["convert"] = LIBRARY
 
 MOST_FILES, MOST_ROOMS = 14, 14
