@@ -124,7 +124,9 @@ def _serve(run: OpenedRun, settings: ServeSettings) -> None:
     logging.getLogger("dgq.serve").addHandler(handler)
     run.artifact.tokenizer  # noqa: B018  # refuses a broken tokenizer before the weights are loaded
     tower_device = run.device if run.request.vram is None else "cpu"
-    served = server.served(run.artifact, run.load(), settings, tower_device)
+    vram = run.request.vram and server.weights_vram(run.artifact.config, settings, run.request.vram)
+    model = run.artifact.load(run.device, run.dtype, vram=vram)
+    served = server.served(run.artifact, model, settings, tower_device)
 
     def ready(address: str) -> None:
         where = f"{settings.name} on {run.device}, {settings.rows} rows, context {settings.context}"

@@ -7,11 +7,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from dgq.runtime.serve.errors import ApiError
+from dgq.runtime.serve.errors import ApiError, internal
 from dgq.runtime.serve.metrics import Meters
 from dgq.runtime.serve.settings import LOOPBACK, ServeSettings
 
@@ -21,7 +20,6 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 OPEN = ("/", "/health")  # need no key: the page asks for it
-log = logging.getLogger("dgq.serve")
 # The page talks to its own server, loads nothing else, and is in nobody's frame.
 SAFE = [
     (b"x-content-type-options", b"nosniff"),
@@ -58,14 +56,10 @@ class Guard:
             await self._app(scope, receive if body is None else _replayed(body, receive), watched)
         except ApiError as error:
             await _refuse(watched, error, scope["method"] == "POST")
-        except Exception as error:  # the type alone: an error's text may hold what was asked
-            place = error.__traceback__
-            while place is not None and place.tb_next is not None:
-                place = place.tb_next
-            where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}" if place else "?"
-            log.error("%s at %s", type(error).__name__, where)
+        except Exception as error:
+            refusal = internal(error)
             if not status:
-                await _refuse(watched, ApiError(500, "an error of the server; its log has the place", "internal"), True)
+                await _refuse(watched, refusal, True)
             else:
                 raise ConnectionError("a response broke off") from None
         finally:

@@ -20,13 +20,26 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from dgq.quant.errors import InputError
 from dgq.runtime.files.artifact import Artifact
+from dgq.runtime.model.memory import GIB, SHORT, working_bytes
 from dgq.runtime.model.model import Model
 from dgq.runtime.serve.app import Served, make_app
 from dgq.runtime.serve.metrics import Meters
 from dgq.runtime.serve.settings import ServeSettings
 from dgq.runtime.serve.worker import Worker
+from dgq.runtime.shape.config import ModelConfig
 
 IDLE_S = 30  # seconds that a connection may wait for its next request
+
+
+def weights_vram(config: ModelConfig, settings: ServeSettings, vram: int) -> int:
+    """What to give Artifact.load() as vram, so that weights and the memory of all rows stay within `vram` bytes:
+    loading leaves room for one row of memory.SHORT tokens, the server needs more. InputError if nothing is left."""
+    rows = working_bytes(config, settings.context, settings.rows)
+    left = vram - max(0, rows - working_bytes(config, SHORT))
+    if left <= 0:
+        needed = f"{settings.rows} rows of {settings.context} tokens take {rows / GIB:.1f} GiB"
+        raise InputError(f"--vram: {needed}; give less --rows or --context")
+    return left
 
 
 def served(artifact: Artifact, model: Model, settings: ServeSettings, tower_device: str) -> Served:

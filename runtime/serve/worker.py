@@ -22,7 +22,7 @@ from dgq.runtime.engine.engine import Block, Request, Step, stream
 from dgq.runtime.engine.prefixes import Prefixes
 from dgq.runtime.files.artifact import Artifact
 from dgq.runtime.model.model import Model
-from dgq.runtime.serve.errors import ApiError
+from dgq.runtime.serve.errors import ApiError, internal
 from dgq.runtime.serve.rows import Draft, Row
 from dgq.runtime.serve.settings import ServeSettings
 
@@ -118,11 +118,12 @@ class Worker:
         """End the rows of a batch that could not be computed, and give its memory back."""
         self._prefixes.forget()
         self._model.drop_session()
-        shown: Exception = error
         if isinstance(error, InputError):
             shown = ApiError(503, f"the model could not answer: {error}", "model_error")
         elif type(error).__name__ == "OutOfMemoryError":
             shown = ApiError(503, "memory ran out; serve with less --rows or --context", "out_of_memory", retry=10)
+        else:
+            shown = internal(error)
         for row in batch:
             if not row.done:
                 row.fail(shown)

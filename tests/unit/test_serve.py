@@ -19,8 +19,10 @@ from click.testing import CliRunner
 from fastapi.testclient import TestClient
 
 from dgq.convert.cli.__main__ import main
+from dgq.quant.errors import InputError
 from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.artifact import Artifact, open_artifact
+from dgq.runtime.model.memory import working_bytes
 from dgq.runtime.serve import refusals, server
 from dgq.runtime.serve.app import Served, make_app
 from dgq.runtime.serve.errors import ApiError
@@ -29,7 +31,9 @@ from dgq.runtime.serve.pictures import Pictures
 from dgq.runtime.serve.rows import Progress, Prompt, Row, RowRequest
 from dgq.runtime.serve.schema import Message
 from dgq.runtime.serve.settings import ServeSettings
+from dgq.runtime.shape.config import ModelConfig
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = Path(__file__).parents[2] / "recipes" / "tiny"
 SORT = [{"role": "user", "content": "Sort: wind apple king door"}]
 CHAT = {"model": "tiny", "messages": SORT}
@@ -365,6 +369,33 @@ def test_too_many_and_too_late(served: Served, artifact: Artifact) -> None:
     assert [one.status for one in seen] == [503] * 4
     with pytest.raises(ApiError, match="stopping"):
         worker.submit(rows[:1])
+
+
+def test_an_error_of_the_server_is_told_without_what_was_asked(
+    served: Served, client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the worker, before and after a stream began; the next request is answered."""
+    for raised, status in ((ValueError("a secret"), 500), (InputError("the file is damaged"), 503)):
+
+        def broken(*_: Any, raised: Exception = raised) -> Any:
+            raise raised
+
+        with monkeypatch.context() as patched:
+            patched.setattr("dgq.runtime.serve.worker.stream", broken)
+            assert error(client, status, max_tokens=64)
+            streamed = client.post("/v1/chat/completions", json=CHAT | {"stream": True})
+            assert json.loads(streamed.text[6:])["error"]["type"] == "server_error"
+    assert "secret" not in caplog.text and "ValueError at " in caplog.text
+    ask(client, max_tokens=64)
+
+
+def test_vram_holds_the_weights_and_all_rows() -> None:
+    config = ModelConfig.from_json(json.loads((GOLDEN / "real26b" / "config.json").read_text()), "26B")
+    for rows, context in ((1, 1024), (4, 8192), (8, 16384)):
+        weights = server.weights_vram(config, replace(SETTINGS, rows=rows, context=context), 20 << 30)
+        assert weights - working_bytes(config, 8192, 1) + working_bytes(config, context, rows) <= 20 << 30
+    with pytest.raises(InputError, match="give less --rows or --context"):
+        server.weights_vram(config, replace(SETTINGS, rows=64, context=100_000), 20 << 30)
 
 
 @pytest.mark.parametrize(
