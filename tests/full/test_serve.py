@@ -305,9 +305,16 @@ def test_fuzzed_requests_end_in_an_answer_or_a_refusal(server: Server) -> None:
     assert statuses[200] > count / 20 and statuses[400] > count / 4, statuses
 
 
-def test_slow_clients_and_sigterm_under_load() -> None:
-    """A head, and a body, that never end are cut off; SIGTERM finishes what runs and refuses what waits."""
+@pytest.fixture
+def loaded() -> Iterator[Server]:
     one = Server("tiny", "--rows", "2", "--max-waiting", "50")
+    yield one
+    one.process.kill()
+
+
+def test_sigterm_under_load_and_slow_clients(loaded: Server) -> None:
+    """SIGTERM finishes what runs and refuses what waits; a head, and a body, that never end hold nothing up."""
+    one = loaded
     slow = [raw(one, b"GET / HT"), raw(one, request_of(ENDLESS)[:-5])]
     ask = ENDLESS | {"max_tokens": 200, "dgq": {"steps": 8}}
 
@@ -318,7 +325,7 @@ def test_slow_clients_and_sigterm_under_load() -> None:
 
     with ThreadPoolExecutor(12) as pool:
         asked = [pool.submit(answered, number) for number in range(12)]
-        until(lambda: numbers(one)["dgq_rows_waiting"] == 10)
+        until(lambda: numbers(one)["dgq_rows_waiting"] >= 8)
         assert one.stop() == 0
         found = [each.result() for each in asked]
     assert {status for status, _ in found} == {200, 503}
