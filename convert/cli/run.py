@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, DTYPE, JSON, REVISION
+from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, DTYPE, IMAGE_TOKENS, JSON, REVISION
 from dgq.convert.cli.terminal.sizes import Size
 from dgq.quant.errors import InputError
 
@@ -42,6 +42,7 @@ IMAGE = "/image "
     help="Picture for the model to see, before PROMPT (or a conversation's first line), or where that says <|image|>;"
     " may be given several times.",
 )
+@IMAGE_TOKENS
 @click.option("--max-new-tokens", type=click.IntRange(1), help="[default: the model's generation_config]")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps a canvas at most. [default: generation_config]")
 @click.option(
@@ -71,6 +72,7 @@ def run(
     chat: bool,
     thinking: bool | None,
     images: tuple[Path, ...],
+    image_tokens: int | None,
     max_new_tokens: int | None,
     steps: int | None,
     seed: int,
@@ -89,8 +91,9 @@ def run(
     if thinking is not None and not chat:
         raise InputError("--thinking: is a switch of the chat template; add --chat")
     request = RunRequest(
-        model, revision, adapters, chat, thinking, max_new_tokens, steps, seed, device, dtype, activations, rng, vram
-    )
+        model, revision, adapters, chat, thinking, max_new_tokens, steps, seed, device, dtype, activations, rng, vram,
+        image_tokens,
+    )  # fmt: skip
     draw = sys.stdout.isatty() and not as_json
     if prompt is not None:
         _answer(request, _text(prompt), images, draw, as_json)

@@ -31,7 +31,8 @@ class PlanOptions:
 
     recipe: a name or a .toml file; None for the format's default. revision: branch, tag or commit of a Hub id.
     adapters: directories of LoRA adapters to merge into the source. threads: to convert with; None for the CPU's
-    cores. probe: try for a moment how fast this machine is, for an estimate of time.
+    cores. probe: try for a moment how fast this machine is, for an estimate of time. image_tokens: the most that an
+    image becomes, one of images.IMAGE_TOKENS; None for the model's setting.
     """
 
     recipe: str | None = None
@@ -39,6 +40,7 @@ class PlanOptions:
     adapters: tuple[Path, ...] = ()
     threads: int | None = None
     probe: bool = True
+    image_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def plan(src: str | Path, to: str | None = None, options: PlanOptions | None = N
         return choices(source)
     planned = make_plan(source, find_recipe(to, options.recipe))
     threads = options.threads or os.cpu_count() or 1
-    needed = needs(planned, threads)
+    needed = needs(planned, threads, options.image_tokens)
     if options.probe:
         needed["estimate"] = probe.probe(planned, threads)
     return Forecast(planned, needed)

@@ -63,5 +63,5 @@ def _ids(run: OpenedRun, ids: list[int], images: list[Any], front: int | None) -
     """The prompt's tokens, with those of its images if it has any; arguments as images.placed() returns them."""
     if not images:
         return ids
-    vision = run.artifact.vision
+    vision = run.vision
     return vision.prompt(ids, images, vision.tower(run.device, run.dtype), front)

@@ -21,6 +21,7 @@ from dgq.runtime.model.model import default_dtype
 
 if TYPE_CHECKING:
     from dgq.runtime.engine.engine import Rng
+    from dgq.runtime.files.images import Vision
     from dgq.runtime.model.model import Model
 
 
@@ -36,6 +37,7 @@ class RunRequest:
     device: "auto", "cpu" or "cuda". dtype: of activations, "auto", "fp32" or "bf16".
     activations: "nvfp4" to round the experts' inputs as a W4A4 kernel does.
     vram: bytes of the GPU to use; experts beyond them wait in host memory.
+    image_tokens: the most that an image becomes, one of images.IMAGE_TOKENS; None for the model's setting.
     """
 
     model: str
@@ -51,6 +53,7 @@ class RunRequest:
     activations: str | None = None
     rng: Rng = "counter"
     vram: int | None = None
+    image_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class OpenedRun:
     artifact: Artifact
     device: str
     dtype: torch.dtype
+
+    @property
+    def vision(self) -> Vision:
+        """The model's way to take images. InputError if it has no vision tower."""
+        return self.artifact.vision.with_tokens(self.request.image_tokens)
 
     def load(self) -> Model:
         """The model on its device. InputError for values that no quantiser writes."""

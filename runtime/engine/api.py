@@ -74,15 +74,17 @@ class Engine:
         """The vision tower, in the model's dtype. InputError if the artifact has none."""
         return self.artifact.vision.tower(self._tower_device, self.model.dtype)
 
-    def ids(self, prompt: Prompt, images: Images = ()) -> Sequence[int]:
-        """A prompt's tokens, its images among them; the result is a prompt as well."""
+    def ids(self, prompt: Prompt, images: Images = (), image_tokens: int | None = None) -> Sequence[int]:
+        """A prompt's tokens, its images among them; the result is a prompt as well. image_tokens: the most that an
+        image becomes: 70, 140, 280, 560 or 1120; None: the model's setting."""
         if isinstance(prompt, Pictured) and not images:
             return prompt
         ids, images, front = placed(self.tokenizer, prompt, images)
-        return self.artifact.vision.prompt(ids, images, self.tower, front) if images else ids
+        return self.artifact.vision.with_tokens(image_tokens).prompt(ids, images, self.tower, front) if images else ids
 
     def generate(self, prompt: Prompt, images: Images = (), **settings: Any) -> Answer:
-        """The answer to one prompt. settings: max_new_tokens, steps, seed, …, see engine.Request; and on_step."""
+        """The answer to one prompt. settings: max_new_tokens, steps, seed, …, see engine.Request; on_step; and
+        image_tokens, see ids()."""
         return self.generate_batch([prompt], [images], **settings)[0]
 
     def close(self) -> None:
@@ -103,11 +105,12 @@ class Engine:
         prompts: Sequence[Prompt],
         images: Sequence[Images] | None = None,
         on_step: Callable[[Step], None] | None = None,
+        image_tokens: int | None = None,
         **settings: Any,
     ) -> list[Answer]:
         """The answers to several prompts, each with its images, computed together. Each is what the prompt would get
         alone with rows=[its number]."""
-        request = Request(self._all_ids(prompts, images), self.generation, **settings)
+        request = Request(self._all_ids(prompts, images, image_tokens), self.generation, **settings)
         with self._lock:
             result = generate(self.model, request, on_step)
         rows = zip(prompts, request.prompts, result.tokens, result.ended, result.steps, strict=True)
@@ -123,35 +126,41 @@ class Engine:
         *prompts: Prompt,
         images: Sequence[Images] | None = None,
         every_step: bool = True,
+        image_tokens: int | None = None,
         **settings: Any,
     ) -> Iterator[Step | Block]:
         """Yield steps and committed blocks as they come; every_step=False: blocks only. The last block is whole,
         whatever max_new_tokens is. On a GPU, a stream that goes on after this engine began another answer raises
         InputError."""
-        return stream(self.model, Request(self._all_ids(prompts, images), self.generation, **settings), every_step)
+        ids = self._all_ids(prompts, images, image_tokens)
+        return stream(self.model, Request(ids, self.generation, **settings), every_step)
 
-    def _all_ids(self, prompts: Sequence[Prompt], images: Sequence[Images] | None) -> list[Sequence[int]]:
+    def _all_ids(
+        self, prompts: Sequence[Prompt], images: Sequence[Images] | None, image_tokens: int | None
+    ) -> list[Sequence[int]]:
         if isinstance(prompts, str):  # a text is a sequence too, of letters
             raise InputError("prompts is a text: give a list of prompts, or one to generate()")
         given = [()] * len(prompts) if images is None else images
         if len(given) != len(prompts):
             raise InputError(f"images of {len(given)} prompts for {len(prompts)}: give a list for each prompt")
-        return [self.ids(prompt, shown) for prompt, shown in zip(prompts, given, strict=True)]
+        return [self.ids(prompt, shown, image_tokens) for prompt, shown in zip(prompts, given, strict=True)]
 
     def chat(
         self,
         system: str | None = None,
         thinking: bool | None = None,
         messages: Sequence[Mapping[str, Any]] = (),
+        image_tokens: int | None = None,
         **settings: Any,
     ) -> Chat:
         """A conversation whose turns keep their keys and values, see chat.Chat. system: the text of a first message.
         thinking: the template's enable_thinking, which has its own default; InputError if the template has none.
-        On a GPU, another answer in between takes the conversation's memory, and the next turn is encoded as a whole."""
+        image_tokens: see ids(). On a GPU, another answer in between takes the conversation's memory, and the next turn
+        is encoded as a whole."""
         tower = Once(lambda patches: self.tower(patches))
 
         def see(ids: Sequence[int], images: Sequence[Any]) -> Sequence[int]:
-            return self.artifact.vision.prompt(ids, images, tower)
+            return self.artifact.vision.with_tokens(image_tokens).prompt(ids, images, tower)
 
         first = [] if system is None else [{"role": "system", "content": system}]
         settings = {"see": see, "messages": [*first, *messages], **settings}

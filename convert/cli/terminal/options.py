@@ -30,6 +30,12 @@ ADAPTER = click.option(
     multiple=True,
     help="Directory of a LoRA adapter (peft's) to merge into SRC; may be given several times, in order.",
 )
+IMAGE_TOKENS = click.option(
+    "--image-tokens",
+    type=click.Choice(["70", "140", "280", "560", "1120"]),
+    callback=lambda _context, _option, most: None if most is None else int(most),
+    help="The most that a picture becomes; small print needs more. [default: the model's, 280]",
+)
 RAM = click.option(
     "--ram", type=Size(), help="RAM to keep below, like 8GiB; takes longer, same bytes. [default: 80 % of what is free]"
 )
