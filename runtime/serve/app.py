@@ -140,7 +140,7 @@ def make_app(served: Served) -> Any:
         """The continuation of a text."""
         return await respond(request, TextAsk)
 
-    _errors(api)
+    _errors(api, served.settings.name)
     paths = frozenset(getattr(route, "path", "") for route in api.routes)
     return Guard(api, served.settings, served.meters, paths)
 
@@ -207,7 +207,9 @@ def _model(served: Served) -> dict[str, Any]:
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'"
 
 
-def _errors(api: FastAPI) -> None:
+def _errors(api: FastAPI, name: str) -> None:
+    """The form of refusals, and the description of the interface. name: the model's."""
+
     @api.exception_handler(ApiError)
     async def refused(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
@@ -228,6 +230,8 @@ def _errors(api: FastAPI) -> None:
         if api.openapi_schema is None:
             schema = FastAPI.openapi(api)
             _, models = models_json_schema([(ChatAsk, "validation"), (TextAsk, "validation")], ref_template=REFS)
+            for kind in (ChatAsk, TextAsk):
+                models["$defs"][kind.__name__]["properties"]["model"] = {"type": "string", "enum": [name]}
             schema.setdefault("components", {}).setdefault("schemas", {}).update(models["$defs"])
             api.openapi_schema = schema
         return api.openapi_schema
