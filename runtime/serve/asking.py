@@ -69,13 +69,14 @@ def asked(ask: Ask, artifact: Artifact, settings: ServeSettings) -> Asked:
 
 def _chat(ask: ChatAsk, artifact: Artifact, settings: ServeSettings) -> Prompt:
     tokenizer = _tokenizer(ask, artifact.tokenizer)
-    messages = templated(ask.messages, Pictures(settings))
+    pictures = Pictures(settings)
+    messages = templated(ask.messages, pictures)
     plain, images, front = placed(tokenizer, messages)
     bare: list[int] = []
     if ask.messages[-1].role in ("user", "tool"):  # else the template may refuse to end there
         bare = tokenizer.chat(messages, add_generation_prompt=False)
     prompt = Prompt(plain, common(plain, bare), True, front=front)
-    return _seen(prompt, images, artifact) if images else prompt
+    return _seen(prompt, images, pictures.tokens, artifact) if images else prompt
 
 
 def _tokenizer(ask: ChatAsk, tokenizer: Tokenizer) -> Tokenizer:
@@ -89,11 +90,11 @@ def _tokenizer(ask: ChatAsk, tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer.with_tools([tool.model_dump(exclude_none=True) for tool in ask.tools])
 
 
-def _seen(prompt: Prompt, images: Sequence[Any], artifact: Artifact) -> Prompt:
-    """The prompt with its images cut into patches."""
+def _seen(prompt: Prompt, images: Sequence[Any], tokens: Sequence[int | None], artifact: Artifact) -> Prompt:
+    """The prompt with its images cut into patches. tokens: the most that each image becomes."""
     vision = artifact.vision
     with _DECODING:
-        patches = [vision.patches(image) for image in images]
+        patches = [vision.with_tokens(n).patches(image) for image, n in zip(images, tokens, strict=True)]
     return replace(prompt, patches=patches, image=vision.tokens.image)
 
 

@@ -57,9 +57,9 @@ def _part(part: dict[str, Any], where: str, pictures: Pictures) -> dict[str, Any
         return {"type": "text", "text": _text(part["text"], f"{where}.text")}
     if kind == "image_url":
         given = part.get("image_url")
-        url = given.get("url") if isinstance(given, dict) else given
+        url, detail = (given.get("url"), given.get("detail")) if isinstance(given, dict) else (given, None)
         if isinstance(url, str):
-            return {"type": "image", "image": pictures.open(url, f"{where}.image_url")}
+            return {"type": "image", "image": pictures.open(url, f"{where}.image_url", detail)}
     if kind in ("text", "image_url"):
         raise ApiError(400, f"{where}: a part of type {kind} has no {kind}", "invalid_value", where)
     raise ApiError(400, f"{where}: parts may have the types text and image_url", "invalid_value", where)

@@ -10,7 +10,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
-from dgq.runtime.files.images import FORMATS
+from dgq.runtime.files.images import FORMATS, IMAGE_TOKENS
 from dgq.runtime.serve.errors import ApiError
 from dgq.runtime.serve.settings import ServeSettings
 
@@ -18,18 +18,25 @@ if TYPE_CHECKING:
     import PIL.Image
 
 MOST_IMAGES = 16
+DETAILS: dict[object, int | None] = {None: None, "auto": None, "low": IMAGE_TOKENS[0], "high": IMAGE_TOKENS[-1]}
 _DATA = re.compile(r"data:image/[\w.+-]{1,32};base64,")
 
 
 class Pictures:
-    """Opens the images of one request, and counts their bytes and pixels against the limits of all together."""
+    """Opens the images of one request, and counts their bytes and pixels against the limits of all together. tokens:
+    the most that each becomes; None: the model's setting."""
 
     def __init__(self, settings: ServeSettings) -> None:
         self._settings = settings
+        self.tokens: list[int | None] = []
         self._count, self._bytes, self._pixels = 0, settings.image_bytes, settings.pixels
 
-    def open(self, url: str, param: str) -> PIL.Image.Image:
-        """An image whose header was read; nothing is decoded yet. ApiError for anything else."""
+    def open(self, url: str, param: str, detail: object = None) -> PIL.Image.Image:
+        """An image whose header was read; nothing is decoded yet. detail: OpenAI's low, high or auto. ApiError for
+        anything else."""
+        if detail is not None and (not isinstance(detail, str) or detail not in DETAILS):
+            raise ApiError(400, f"{param}.detail: may be low, high or auto", "invalid_value", f"{param}.detail")
+        self.tokens.append(DETAILS[detail])
         self._count += 1
         if self._count > MOST_IMAGES:
             raise _refused(f"more than {MOST_IMAGES} images in one request", param)

@@ -34,7 +34,7 @@ class Server:
         self.address = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        if not self._ready.wait(120) or not self.address:
+        if not self._ready.wait(300) or not self.address:
             self.process.kill()
             raise RuntimeError("".join(self.lines))
 

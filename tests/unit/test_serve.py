@@ -267,6 +267,15 @@ def test_images_that_are_refused(client: TestClient, url: str, words: str) -> No
     assert words in error(client, 400, messages=[{"role": "user", "content": content}])
 
 
+def test_detail_is_the_number_of_an_images_tokens(client: TestClient) -> None:
+    pictures = Pictures(SETTINGS)
+    for detail in (None, "low", "auto", "high"):
+        pictures.open(png(), "x", detail)
+    assert pictures.tokens == [None, 70, None, 1120]
+    parts = [{"type": "image_url", "image_url": {"url": png(), "detail": []}}]
+    assert "low, high or auto" in error(client, 400, messages=[{"role": "user", "content": parts}])
+
+
 def test_a_bomb_is_not_decoded(client: TestClient) -> None:
     """A header that claims 60,000 x 60,000 pixels, and a compressed image of a million."""
     raw = bytearray(base64.b64decode(png().partition(",")[2]))
