@@ -178,14 +178,14 @@ def _random(model: Model, request: Request) -> Random:
         raise InputError(f"rng is {request.rng!r}, expected one of {', '.join(get_args(Rng))}")
     seed = secrets.randbits(63) if request.seed is None else request.seed
     length, vocab, count = model.config.canvas, model.config.vocab, len(request.prompts)
-    seeds = [seed] * count if isinstance(seed, int) else list(seed)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
     if len(seeds) != count:
         raise InputError(f"seed has {len(seeds)} numbers for {count} prompts")
     for one in seeds:
         if not -(1 << 63) <= one < 1 << 64:
             raise InputError(f"seed {one} does not fit 64 bits")
     if request.rng == "torch":
-        if not isinstance(seed, int):
+        if isinstance(seed, Sequence):
             raise InputError("rng=torch has one stream for all prompts, and one seed")
         if request.rows is not None:
             raise InputError("rows number the stream of rng=counter; rng=torch has no numbers")

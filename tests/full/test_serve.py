@@ -22,9 +22,14 @@ import openai
 import PIL.Image
 import pytest
 from click.testing import CliRunner
+from fastapi.testclient import TestClient
 from served import Server
 
 from dgq.convert.cli.__main__ import main
+from dgq.runtime.files.artifact import open_artifact
+from dgq.runtime.serve.app import make_app
+from dgq.runtime.serve.server import served as server_of
+from dgq.runtime.serve.settings import ServeSettings
 
 pytestmark = pytest.mark.xdist_group("serve")
 SORT = "Sort: wind apple king door"
@@ -80,6 +85,21 @@ def test_the_openai_package(client: openai.OpenAI) -> None:
         client.embeddings.create(model="tiny", input="x")
     with pytest.raises(openai.BadRequestError, match="logit_bias is not supported"):
         client.chat.completions.create(**ask, logit_bias={"5": 1})
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "bnb4", "q4_k_m"])
+def test_every_format(converted: Callable[..., Path], recipe: str) -> None:
+    path = converted(recipe)
+    artifact = open_artifact(path)
+    served = server_of(artifact, artifact.load("cpu"), ServeSettings(path.name, 512), "cpu")
+    try:
+        http = TestClient(make_app(served), base_url="http://localhost")
+        body = {"model": path.name, "messages": say(SORT), "seed": 4, "max_tokens": 64}
+        answer = http.post("/v1/chat/completions", json=body).json()
+        assert answer["choices"][0]["message"]["content"] == run_of(str(path), "--chat", SORT, "--seed", "4")
+    finally:
+        served.worker.abandon()
+        assert served.worker.join(60)
 
 
 def test_the_async_client_and_neighbours(server: Server, client: openai.OpenAI) -> None:
