@@ -12,6 +12,7 @@ from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, DTYPE, JSON, REVIS
 from dgq.convert.cli.terminal.sizes import Size
 
 if TYPE_CHECKING:
+    from dgq.convert.source.adapter import AdapterChoice
     from dgq.convert.validation.evaluation.options import EvaluateOptions
     from dgq.convert.validation.report.evaluation import EvaluationResult
 
@@ -62,7 +63,7 @@ def evaluate(
     device: Literal["auto", "cpu", "cuda"],
     dtype: Literal["auto", "fp32", "bf16"],
     revision: str | None,
-    adapters: tuple[Path, ...],
+    adapters: tuple[AdapterChoice, ...],
     as_json: bool,
 ) -> None:
     """Score models on tasks of lm-evaluation-harness (pip install 'dgq[eval]'), BF16 beside its quants.

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dgq.convert.cli.terminal.options import ADAPTER, FORMATS, IMAGE_TOKENS, JSON, RECIPE, REVISION, SOURCE
+from dgq.convert.cli.terminal.options import FORMATS, IMAGE_TOKENS, JSON, RECIPE, REVISION, SOURCE, merged_adapters
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from dgq.convert.estimate.forecast import Forecast
     from dgq.convert.plans.plan import Plan
+    from dgq.convert.source.adapter import AdapterChoice
 
 VRAM_ROWS = {
     "weights": "weights, of the text model",
@@ -30,7 +30,7 @@ VRAM_ROWS = {
 @click.option("--to", "to", type=FORMATS, help="Format of the artifact. [default: the sizes of every recipe]")
 @RECIPE
 @REVISION
-@ADAPTER
+@merged_adapters
 @click.option("--threads", type=click.IntRange(1, 1024), help="To convert with. [default: CPU cores]")
 @IMAGE_TOKENS
 @click.option("--no-probe", is_flag=True, help="Do not try how fast this machine is: no estimate of time.")
@@ -40,7 +40,7 @@ def plan(
     to: str | None,
     recipe: str | None,
     revision: str | None,
-    adapters: tuple[Path, ...],
+    adapters: tuple[AdapterChoice, ...],
     threads: int | None,
     image_tokens: int | None,
     no_probe: bool,

@@ -2,7 +2,8 @@
 
 At a terminal, a line that cannot be answered and Ctrl-C end that turn only; the end of input ends the conversation.
 From a pipe, each line is a turn as well, and the first that cannot be answered ends everything, as with any other
-command. A line "/image FILE" is no turn: the next turn shows that picture.
+command. A line "/image FILE" is no turn: the next turn shows that picture. "/adapter NAME" is none either: the turns
+from there on are that adapter's, or without one if NAME is missing.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from dgq.quant.errors import InputError
 
 if TYPE_CHECKING:
     from dgq.convert.run.request import RunRequest
+    from dgq.convert.source.adapter import AdapterChoice
 
-IMAGE = "/image "
+IMAGE, ADAPT = "/image ", "/adapter"
 
 
 @click.command()
@@ -31,7 +33,7 @@ IMAGE = "/image "
     "--chat",
     is_flag=True,
     help="Put PROMPT through the chat template; without one, converse, a line a turn (/image FILE: a picture for the"
-    " next).",
+    " next; /adapter NAME: another adapter from there on).",
 )
 @click.option("--thinking/--no-thinking", default=None, help="In a chat: think first. [default: the template's]")
 @click.option(
@@ -82,7 +84,7 @@ def run(
     rng: Literal["counter", "torch"],
     vram: int | None,
     revision: str | None,
-    adapters: tuple[Path, ...],
+    adapters: tuple[AdapterChoice, ...],
     as_json: bool,
 ) -> None:
     """Write text from a prompt ("-" reads it from standard input) and watch the canvas take shape."""
@@ -138,6 +140,9 @@ def _converse(request: RunRequest, images: tuple[Path, ...], draw: bool, as_json
         try:
             if line.startswith(IMAGE):
                 conversation.show(Path(line.removeprefix(IMAGE).strip()).expanduser())
+                continue
+            if line.split(" ")[0] == ADAPT:
+                conversation.adapter = line.removeprefix(ADAPT).strip()
                 continue
             with drawing(conversation.artifact, draw) as on_step:
                 reply = conversation.ask(line, on_step)

@@ -13,6 +13,7 @@ from dgq.quant.errors import InputError
 
 if TYPE_CHECKING:
     from dgq.convert.run.request import OpenedRun
+    from dgq.convert.source.adapter import AdapterChoice
     from dgq.runtime.serve.settings import ServeSettings
 
 CONTEXT = 8192
@@ -83,7 +84,7 @@ def serve(
     dtype: str,
     vram: int | None,
     revision: str | None,
-    adapters: tuple[Path, ...],
+    adapters: tuple[AdapterChoice, ...],
 ) -> None:
     """Answer OpenAI's HTTP interface (/v1/chat/completions, /v1/completions), and show a page with a chat at /."""
     _check_installed()

@@ -18,6 +18,7 @@ from dgq.convert.estimate.choices import choices
 from dgq.convert.estimate.needs import needs
 from dgq.convert.plans.plan import Plan, make_plan
 from dgq.convert.plans.recipes import find_recipe
+from dgq.convert.source.adapter import AdapterLike
 from dgq.convert.source.checkpoint import open_source
 from dgq.quant.errors import InputError
 
@@ -37,7 +38,7 @@ class PlanOptions:
 
     recipe: str | None = None
     revision: str | None = None
-    adapters: tuple[Path, ...] = ()
+    adapters: tuple[AdapterLike, ...] = ()
     threads: int | None = None
     probe: bool = True
     image_tokens: int | None = None

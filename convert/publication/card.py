@@ -253,7 +253,9 @@ def _limits(document: Json) -> list[str]:
 def _proof(repo: str, document: Json) -> str:
     where = document["source"]["repository"] or "SRC"
     imatrix = f" --imatrix {shlex.quote(document['imatrix']['name'])}" if document["imatrix"] else ""
-    adapters = "".join(f" --adapter {shlex.quote(one['name'])}" for one in document.get("adapters") or [])
+    merged = document.get("adapters") or []
+    adapters = "".join(f" --adapter {shlex.quote(one['name'])}" for one in merged)
+    adapters += "".join(f" --adapter-side {side}" for side in sorted({one["side"] for one in merged if "side" in one}))
     return f"dgq verify {repo} --against {where} --seed SEED{imatrix}{adapters}"
 
 

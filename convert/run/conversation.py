@@ -30,6 +30,7 @@ class Conversation:
         place = run.device if request.vram is None else "cpu"
         self._tower = Once(lambda patches: run.vision.tower(place, run.dtype)(patches))
         self._images: list[Any] = []
+        self.adapter: str | None = None
         for image in images:
             self.show(image)
         began = time.perf_counter()
@@ -48,7 +49,8 @@ class Conversation:
         request = self._run.request
         began = time.perf_counter()
         reply = self._chat.ask(
-            text, on_step, self._images, max_new_tokens=request.max_new_tokens, steps=request.steps
+            text, on_step, self._images, max_new_tokens=request.max_new_tokens, steps=request.steps,
+            adapter=self.adapter,
         )  # fmt: skip
         self._images = []
         return vars(reply) | {

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from dgq.convert.source.adapter import AdapterLike
 from dgq.convert.source.device import chosen_device
 from dgq.convert.source.models import open_model
 from dgq.quant.errors import InputError
@@ -30,7 +30,7 @@ class RunRequest:
     """The model and the settings of its answers; prompts and images come later.
 
     model: an artifact's directory or .gguf, a checkpoint directory, a Hub id or "tiny".
-    revision: branch, tag or commit of a Hub id. adapters: directories of LoRA adapters to merge into a BF16 source.
+    revision: branch, tag or commit of a Hub id. adapters: LoRA adapters to apply beside the weights.
     chat: whether prompts go through the chat template. thinking: the template's switch; None for its default.
     max_new_tokens, steps: the most of an answer, and of a canvas; None for those of generation_config.
     seed: the same seed gives the same text. rng: "counter", the same on every device, or "torch", transformers'.
@@ -42,7 +42,7 @@ class RunRequest:
 
     model: str
     revision: str | None = None
-    adapters: tuple[Path, ...] = ()
+    adapters: tuple[AdapterLike, ...] = ()
     chat: bool = False
     thinking: bool | None = None
     max_new_tokens: int | None = None

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from dgq.quant.errors import InputError
+from dgq.runtime.adapters.adapter import open_adapter
 from dgq.runtime.engine.chat import Chat
 from dgq.runtime.engine.engine import Block, Request, Step, generate, stream
 from dgq.runtime.files.artifact import Artifact, open_artifact
@@ -83,7 +84,7 @@ class Engine:
         return self.artifact.vision.with_tokens(image_tokens).prompt(ids, images, self.tower, front) if images else ids
 
     def generate(self, prompt: Prompt, images: Images = (), **settings: Any) -> Answer:
-        """The answer to one prompt. settings: max_new_tokens, steps, seed, …, see engine.Request; on_step; and
+        """The answer to one prompt. settings: max_new_tokens, steps, seed, adapter, …, see engine.Request; on_step; and
         image_tokens, see ids()."""
         return self.generate_batch([prompt], [images], **settings)[0]
 
@@ -177,13 +178,19 @@ class Engine:
 
 
 def load(
-    path: Path | str, device: str | None = None, dtype: torch.dtype | None = None, vram: int | None = None
+    path: Path | str,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    vram: int | None = None,
+    adapters: Sequence[Path | str] | Mapping[str, Path | str] = (),
 ) -> Engine:
     """Open an artifact or a BF16 checkpoint, a directory or a .gguf. InputError for everything that is wrong with it.
 
-    device: "cuda" or "cpu"; a GPU if there is one, unless given. dtype: of activations; bfloat16 on a GPU and float32
-    on a CPU, unless given. vram: bytes of the GPU to use; experts that do not fit wait in host memory. A warning names
-    ggml types that have no kernels, and the memory that they take because they are decoded.
+    adapters: LoRA adapters (peft's directories) to apply beside the weights: a list's always, a dict's by their names,
+    where a request has adapter="NAME". device: "cuda" or "cpu"; a GPU if there is one, unless given. dtype: of
+    activations; bfloat16 on a GPU and float32 on a CPU, unless given. vram: bytes of the GPU to use; experts that do
+    not fit wait in host memory. A warning names ggml types that have no kernels, and the memory that they take because
+    they are decoded.
     """
     visible = torch.cuda.is_available()
     device = str(device or ("cuda" if visible else "cpu"))
@@ -193,7 +200,17 @@ def load(
         raise InputError("device cuda: no CUDA device is visible to torch; use cpu")
     if vram is not None and (device == "cpu" or dtype not in (None, torch.bfloat16)):
         raise InputError("vram: is for bfloat16 on a GPU")
-    artifact = open_artifact(path)
+    artifact = _adapted(open_artifact(path), adapters)
     for line in artifact.remarks:
         warnings.warn(line, stacklevel=2)
     return Engine(artifact, device, dtype, vram)
+
+
+def _adapted(artifact: Artifact, adapters: Sequence[Path | str] | Mapping[str, Path | str]) -> Artifact:
+    """The artifact with adapters; those of a dict are applied where a request names them."""
+    if not adapters:
+        return artifact
+    named = isinstance(adapters, Mapping)
+    pairs = list(adapters.items()) if isinstance(adapters, Mapping) else [(None, path) for path in adapters]
+    opened = [open_adapter(Path(path).expanduser(), artifact.shapes, name) for name, path in pairs]
+    return artifact.with_adapters(opened, () if named else None)

@@ -51,6 +51,13 @@ def parts(x: Tensor, chosen: Tensor, share: Tensor, gate_up: Tiles, down: Tiles)
     return weighted(_product(x, inner, picks, None, gate_up), picks, share, down)
 
 
+def by_token(x: Tensor, picks: Sorted, weight: Tiles) -> Tensor:
+    """weight @ x of each pick's token, in `order`: (picks, rows). x (tokens, columns) in the order of
+    repack.in_order(); weight: tiles whose rows do not alternate."""
+    out = torch.empty(len(picks.order), weight.shape[1], dtype=x.dtype, device=x.device)
+    return _product(x, out, picks, None, weight, gated=False)
+
+
 def sort(chosen: Tensor, experts: int) -> Sorted:
     """Sort the picks chosen (tokens, k), int32 or int64. experts: how many there are."""
     picks, k = chosen.numel(), chosen.shape[1]
@@ -88,7 +95,10 @@ def weighted(inner: Tensor, picks: Sorted, share: Tensor, down: Tiles) -> Tensor
     return _product(inner, out, picks, share.contiguous(), down).view(share.shape[0], picks.k, -1)
 
 
-def _product(x: Tensor, out: Tensor, picks: Sorted, share: Tensor | None, weight: Tiles) -> Tensor:
+def _product(
+    x: Tensor, out: Tensor, picks: Sorted, share: Tensor | None, weight: Tiles, gated: bool | None = None
+) -> Tensor:
+    gated = share is None if gated is None else gated
     row_tiles, column_tiles = weight.codes.shape[1:3]
     # Measured: tables are bound by their permute instructions. The others are bound by memory, and longer steps with
     # fewer stages are faster for them.
@@ -96,7 +106,7 @@ def _product(x: Tensor, out: Tensor, picks: Sorted, share: Tensor | None, weight
     moe_kernels.expert_product[(row_tiles, len(picks.tile_map))](
         x, out, weight.codes, weight.scales, weight.high, weight.factors, picks.order, share, picks.tile_map,
         x.stride(0), out.stride(0), out.shape[1], row_tiles, column_tiles, picks.k,
-        SCHEME=weight.form, GATED=share is None, BLOCK_N=picks.block, STAGES=5 - unroll, UNROLL=unroll, num_warps=4,
+        SCHEME=weight.form, GATED=gated, BLOCK_N=picks.block, STAGES=5 - unroll, UNROLL=unroll, num_warps=4,
     )  # fmt: skip
     return out
 

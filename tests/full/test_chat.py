@@ -129,8 +129,8 @@ def test_turns_across_the_window(artifact, model, store, worst):
     chat = Chat(model, artifact.tokenizer, endless(artifact), seed=5)
     canvas, window = model.config.canvas, model.config.window
     before = 0
-    for said in TEXTS:
-        reply = chat.ask(said, max_new_tokens=3 * canvas - 1, steps=2)
+    for said in TEXTS[:3]:
+        reply = chat.ask(said, max_new_tokens=3 * canvas - 1, steps=1)
         assert len(reply.steps) == 3 and len(reply.tokens) == 3 * canvas - 1
         assert reply.prompt_tokens - reply.encoded >= before
         before = len(artifact.tokenizer.chat(chat.messages[:-1], add_generation_prompt=False))
@@ -140,7 +140,7 @@ def test_turns_across_the_window(artifact, model, store, worst):
         with torch.inference_mode():
             after = logits_of(chat._turns.store, model, noise) - recomputed(model, held, noise)
         assert float(after.abs().max()) < 1e-4
-    assert reply.prompt_tokens > 8 * window and max(worst) < 1e-4
+    assert reply.prompt_tokens > 6 * window and max(worst) < 1e-4
 
 
 def test_a_conversation_is_its_prompts_alone(artifact, model, store):
@@ -219,7 +219,7 @@ def test_the_command_takes_images(tmp_path) -> None:
     later = f"Sort: wind apple\n/image {tmp_path / 'a.png'}\nReverse: dog cat sun\n".encode()
 
     def run(*images: str, said: bytes = b"Sort: wind apple\nReverse: dog cat sun\n") -> Any:
-        given = [word for image in images for word in ("--image", str(tmp_path / image))]
+        given = ["--steps", "2", *(word for image in images for word in ("--image", str(tmp_path / image)))]
         return CliRunner().invoke(main, ["run", "tiny", "--device", "cpu", "--chat", "--json", *given], input=said)
 
     turns = [json.loads(line) for line in run("a.png", "a.png").stdout.splitlines()]

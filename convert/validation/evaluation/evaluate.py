@@ -34,7 +34,7 @@ from dgq.convert.validation.evaluation.harness import (
 from dgq.convert.validation.evaluation.joining import check_report, join
 from dgq.convert.validation.evaluation.options import EvaluateOptions
 from dgq.convert.validation.free import ROWS
-from dgq.convert.validation.inputs import named
+from dgq.convert.validation.inputs import adapted, adapters_of, named
 from dgq.convert.validation.report.evaluation import EvaluationResult, ModelEvaluation, Score, TaskEvaluation
 from dgq.convert.write.provenance import FILE
 from dgq.quant.errors import InputError
@@ -87,12 +87,14 @@ def _own_tasks() -> Path:
 def _opened(artifacts: Sequence[str], options: EvaluateOptions, notice: Notice) -> dict[str, Artifact]:
     """The models by name, SRC first."""
     if options.adapters and options.against is None:
-        raise InputError("--adapter: needs --against SRC, into which it is merged")
+        raise InputError("--adapter: needs --against SRC, beside whose weights it is applied")
     models: dict[str, Artifact] = {}
     if options.against is not None:
         models[options.against] = open_model(options.against, options.revision, options.adapters, notice)
+    source = models.get(str(options.against))
     for asked in artifacts:
-        models[named(asked, models)] = open_model(asked, notice=notice)
+        artifact = open_model(asked, notice=notice)
+        models[named(asked, models)] = adapted(artifact, source) if source and source.adapters else artifact
     return models
 
 
@@ -109,9 +111,8 @@ def _identity(artifacts: Sequence[str], options: EvaluateOptions, models: Mappin
         for one in models.values()
         for path in one.weights.files
     }
-    return {"dgq": dgq_version(), "harness": harness_version(), "models": list(artifacts), "files": stamps} | vars(
-        options
-    )
+    asked = {"dgq": dgq_version(), "harness": harness_version(), "models": list(artifacts), "files": stamps}
+    return asked | vars(options) | {"adapters": [adapters_of(one) for one in models.values()]}
 
 
 def _units(loaded: Loaded, limit: int | None) -> int:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from dgq.convert.source.adapter import AdapterLike
 from dgq.convert.source.device import chosen_device
 from dgq.quant.errors import InputError
 
@@ -19,7 +20,8 @@ class EvaluateOptions:
 
     tasks: names of tasks or groups of lm-evaluation-harness. task_folders: folders of YAML files, whose tasks can be
     named beside the harness's own; they may name Python functions, which then run.
-    against: SRC, the BF16 model, evaluated first, into which `adapters` are merged; revision: of SRC on the Hub.
+    against: SRC, the BF16 model, evaluated first; revision: of SRC on the Hub. adapters: applied beside SRC's weights
+    and those of each artifact that was made without adapters.
     output: the JSON file to create. report: a directory of `dgq validate` that judged these artifacts; the scores are
     added to it.
     limit: prompts of a task at most. shots: worked examples before a prompt, None for the task's own number.
@@ -45,7 +47,7 @@ class EvaluateOptions:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     vram: int | None = None
     revision: str | None = None
-    adapters: Sequence[Path] = ()
+    adapters: Sequence[AdapterLike] = ()
 
     def placement(self) -> tuple[str, torch.dtype]:
         """The device and the activations' dtype. InputError for a device that is not there, and for vram without a
