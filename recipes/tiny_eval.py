@@ -33,7 +33,7 @@ Stop = generation.StableAndConfidentStoppingCriteria
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (PROMPTS / f"{name}.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (PROMPTS / f"{name}.jsonl").read_text("utf-8").splitlines()]
 
 
 @contextmanager
@@ -192,7 +192,7 @@ def main() -> None:
     model = model.to(device).eval()
     texts = rows_of("heldout_text")[: opt.texts]
     data, tasks = Data(opt.work / "tokens.npz", device, "held"), rows_of("heldout_tasks")[: opt.tasks]
-    words = set(json.loads((opt.work / "words.json").read_text()))
+    words = set(json.loads((opt.work / "words.json").read_text("utf-8")))
     result: dict[str, Any] = {}
 
     def measure(name: str, fn: Callable[..., Any], *args: Any) -> None:
@@ -201,7 +201,7 @@ def main() -> None:
             result[name] = fn(*args)
         print(f"{name} ({time.monotonic() - begun:.0f} s): {json.dumps(result[name], ensure_ascii=False)}", flush=True)
         if opt.out:
-            opt.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+            opt.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
     measure("tasks", solve, model, tok, tasks, opt.batch)
     measure("losses", losses, model, data, device, opt.rows)

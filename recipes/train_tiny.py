@@ -45,7 +45,7 @@ ENCODER_SCALARS = (1.1875, 1.125, 1.15625, 1.0625, 1.1875, 1.125)
 def new_model(seed: int) -> Any:
     """Random weights at scales that train: unit-variance embeddings, unsharp attention, halved residual branches."""
     torch.manual_seed(seed)
-    config = json.loads((TINY / "config.json").read_text())
+    config = json.loads((TINY / "config.json").read_text("utf-8"))
     config["dtype"] = config["text_config"]["dtype"] = config["vision_config"]["dtype"] = "float32"
     model = DiffusionGemmaForBlockDiffusion(DiffusionGemmaConfig.from_dict(config))
     model.model.decoder.embed_tokens.padding_idx = None  # pad fills canvases: it needs an embedding as any token

@@ -97,7 +97,7 @@ def bench(
 
 def _in_a_process(name: str, arguments: Sequence[str]) -> tuple[dict[str, Any], Figures]:
     command = [sys.executable, "-m", "dgq.convert.cli", "bench", *arguments, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=True)
     about: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return about, about.pop("models")[name]
 

@@ -23,7 +23,7 @@ def bench_transformers(shapes: str, context: int, rows: int, steps: int) -> dict
     tokens a second, the encoding of a block included."""
     import transformers
 
-    raw = json.loads(files("dgq.recipes").joinpath(f"{shapes}.json").read_text())
+    raw = json.loads(files("dgq.recipes").joinpath(f"{shapes}.json").read_text("utf-8"))
     raw.pop("architectures", None)
     raw["vision_config"] = {"model_type": "gemma4_vision", "num_hidden_layers": 1}  # which text does not touch
     config = transformers.DiffusionGemmaConfig(**raw)

@@ -36,7 +36,7 @@ _PLAIN = Recipe(name="bf16", format="bnb4", label="BF16", description="", max_16
 
 def plan_of_shapes(shapes: str, scheme: str) -> Plan:
     """What dgq would write in a scheme of SCHEMES for a text model of these SHAPES."""
-    raw = json.loads(files("dgq.recipes").joinpath(f"{shapes}.json").read_text())
+    raw = json.loads(files("dgq.recipes").joinpath(f"{shapes}.json").read_text("utf-8"))
     config = ModelConfig.from_json(raw, f"{shapes}.json")
     path = Path(shapes)
     text = {

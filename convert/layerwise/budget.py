@@ -69,18 +69,25 @@ def free_ram() -> int:
     """Bytes that this process could take: what the system and its control group have available, shared among the
     processes of torchrun on this machine."""
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text("utf-8").splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        free = _half_of_all()
     try:
         group = Path("/sys/fs/cgroup")
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-        free = min(free, int((group / "memory.max").read_text()) - used)
+        stat = dict(line.split() for line in (group / "memory.stat").read_text("utf-8").splitlines())
+        used = int((group / "memory.current").read_text("utf-8")) - int(stat["inactive_file"])
+        free = min(free, int((group / "memory.max").read_text("utf-8")) - used)
     except (OSError, KeyError, ValueError):
         pass  # no such group, or no limit
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _half_of_all() -> int:
+    """Half of the machine's memory, in bytes; 4 GiB where the system does not tell how much that is."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return 4 << 30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _free_vram() -> int:

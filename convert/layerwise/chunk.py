@@ -6,7 +6,6 @@ file of states       chunk 0 (tokens, hidden) | chunk 1 | …         flat, in t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -14,6 +13,8 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from dgq.quant.files.positions import read_at, write_at
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class States:
         data = x.to(self._dtype).cpu().contiguous().flatten().view(torch.uint8).numpy().data
         at = self._starts[number] * self._hidden * self._dtype.itemsize
         while data:
-            done = os.pwrite(self.file.fileno(), data, at)
+            done = write_at(self.file, data, at)
             data, at = data[done:], at + done
 
     def read(self, number: int) -> Tensor:
@@ -75,7 +76,7 @@ class States:
         states = torch.empty(tokens, self._hidden, dtype=self._dtype, pin_memory=self._pinned)
         data, done = states.view(torch.uint8).numpy().data.cast("B"), 0
         while done < size:
-            count = os.preadv(self.file.fileno(), [data[done:]], at * self._dtype.itemsize + done)
+            count = read_at(self.file, data[done:], at * self._dtype.itemsize + done)
             if not count:
                 raise OSError(f"hidden states of chunk {number} end after {done} of {size} bytes")
             done += count

@@ -15,7 +15,6 @@ Everything is computed in float32: bfloat16's rounding would drown what 8 bits l
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +39,7 @@ from dgq.convert.write.ram import slices_ram
 from dgq.convert.write.settings import ConversionSettings
 from dgq.convert.write.slices import SLICE, ordered, slices
 from dgq.quant.errors import InputError
+from dgq.quant.files.places import free_bytes
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed, Scheme
 from dgq.runtime.shape.names import EMBEDDING, layer_of
@@ -219,7 +219,7 @@ class Meter:
 
     def _check_disk(self) -> None:
         needed = 4 * self._stream.config.hidden * self.tokens * (self._layers + 2 + BATCH)
-        free = shutil.disk_usage(self._folder).free
+        free = free_bytes(self._folder)
         if needed > free:
             raise InputError(
                 f"{self._folder}: needs {needed / 2**30:.1f} GiB of disk while it measures, for hidden states;"

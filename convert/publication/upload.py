@@ -11,13 +11,24 @@ other hubs. The client finds the token; dgq never reads it.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dgq.convert.publication.prepare import Ready
-from dgq.convert.source.hub import is_commit, refuse, tame
+from dgq.convert.source.transfer.answers import (
+    AnswerError,
+    RemoteFile,
+    commit_of,
+    files_of,
+    is_commit,
+    names_of,
+    relative,
+)
+from dgq.convert.source.transfer.download import fetch
+from dgq.convert.source.transfer.session import refuse, tame
 from dgq.convert.verification.files import MANIFEST
 from dgq.quant.errors import InputError, printable
 from dgq.quant.files.hf_dir import read_json
@@ -46,20 +57,21 @@ def upstream(ready: Ready) -> list[str]:
             info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=SILENCE)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             return [f"source: {repo} at {revision} is not on the Hub (any more): its hashes cannot be compared"]
-    there = {file.rfilename: file for file in info.siblings or ()}
+        compared = {*source["files"], *COPIED} & {*names_of(info)}
+        there = {file.name: file for file in files_of(one for one in info.siblings if one.rfilename in compared)}
     return [*_shards(source["files"], there, repo), *_copies(ready, there, repo)]
 
 
-def _shards(mine: Json, there: dict[str, Any], repo: str) -> Iterator[str]:
+def _shards(mine: Json, there: dict[str, RemoteFile], repo: str) -> Iterator[str]:
     for name, entry in mine.items():
         theirs = there.get(name)
-        if theirs is None or theirs.lfs is None:
+        if theirs is None or not theirs.is_large:
             yield f"source: {repo} has no large file {name}, from which the artifact says it was made"
-        elif theirs.lfs.sha256 != entry["sha256"]:
+        elif theirs.digest != entry["sha256"]:
             yield f"source: {name} of {repo} is another file than the one that the artifact was made from"
 
 
-def _copies(ready: Ready, there: dict[str, Any], repo: str) -> Iterator[str]:
+def _copies(ready: Ready, there: dict[str, RemoteFile], repo: str) -> Iterator[str]:
     for name in COPIED:
         file, theirs = ready.contents.get(name), there.get(name)
         if theirs is None or not isinstance(file, Path):
@@ -68,8 +80,7 @@ def _copies(ready: Ready, there: dict[str, Any], repo: str) -> Iterator[str]:
             continue
         data = file.read_bytes()
         git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-        same = theirs.lfs.sha256 == ready.files[name]["sha256"] if theirs.lfs else theirs.blob_id == git
-        if not same:
+        if theirs.digest != (ready.files[name]["sha256"] if theirs.is_large else git):
             yield f"{name}: is not that of {repo}, which the artifact names as its source"
 
 
@@ -95,7 +106,8 @@ def upload(
             raise InputError(
                 f"{repo}: is there already and public; nothing was sent. Leave --private out, or make it private"
             )
-        old = _stale(api, info, repo, set(files), force)
+        commit = commit_of(info.sha)
+        old = _stale(info, repo, set(files), force)
         adds = [CommitOperationAdd(name, str(data) if isinstance(data, Path) else data)
                 for name, data in ready.contents.items()]  # fmt: skip
         for add in adds:
@@ -108,24 +120,27 @@ def upload(
         message = f"dgq {ready.document['dgq']}: {ready.document['recipe']} of {ready.document['source']['name']}"
         done = api.create_commit(
             repo, [*adds, *(CommitOperationDelete(name) for name in old)], commit_message=printable(message),
-            revision=revision, parent_commit=info.sha,
+            revision=revision, parent_commit=commit,
         )  # fmt: skip
-    return str(done.oid)
+        return commit_of(done.oid)
 
 
-def _stale(api: Any, info: Any, repo: str, mine: set[str], force: bool) -> list[str]:
+def _stale(info: Any, repo: str, mine: set[str], force: bool) -> list[str]:
     """The files of the repository's last publication that this one has not. InputError if there are somebody else's."""
-    there = {file.rfilename for file in info.siblings or ()} - mine - set(HUBS)
+    names = {*names_of(info)}
+    there = names - mine - set(HUBS)
     listed: set[str] = set()
-    if there and MANIFEST in {file.rfilename for file in info.siblings}:
-        listed = set(read_json(Path(api.hf_hub_download(repo, MANIFEST, revision=info.sha))).get("files") or {})
+    if there and MANIFEST in names:
+        manifest = files_of(one for one in info.siblings if one.rfilename == MANIFEST)
+        files = read_json(fetch(repo, commit_of(info.sha), manifest) / MANIFEST).get("files")
+        listed = set(files) if isinstance(files, dict) else set()
     if (others := sorted(there - listed)) and not force:
         more = f" and {len(others) - 1} more files" if others[1:] else ""
         raise InputError(
             f"{repo}: holds {others[0]}{more} that dgq did not put there;"
             " choose another --repo, or --force to leave them beside it"
         )
-    return sorted(there & listed)
+    return sorted(map(relative, there & listed))
 
 
 def collect(several: Sequence[Ready], repo: str, private: bool) -> str:
@@ -136,6 +151,8 @@ def collect(several: Sequence[Ready], repo: str, private: bool) -> str:
     owner, title = repo.split("/")
     with _one_line(repo):
         made = api.create_collection(title, namespace=owner, private=private, exists_ok=True)
+        if not isinstance(made.slug, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", made.slug, re.ASCII):
+            raise AnswerError(f"the Hub gives {str(made.slug)[:80]!r} as the collection's address")
         for one in several:
             note = f"{one.data['recipe']['name']}, {one.data['gigabytes']} GB"
             api.add_collection_item(made.slug, one.repo, "model", note=note, exists_ok=True)
@@ -147,6 +164,8 @@ def _one_line(repo: str) -> Iterator[None]:
     """InputError, one line, for failures of the Hub, of the network and of the client's own threads."""
     try:
         yield
+    except AnswerError as error:
+        refuse(repo, error)
     except InputError:
         raise
     except Exception as error:

@@ -92,12 +92,14 @@ class WorkFolder:
         """Keep a result. InputError if the disk is full."""
         partial = self.path / "result.partial"
         write_tensors(partial, tensors)
-        with partial.open("rb") as written:
+        with partial.open("r+b") as written:  # Windows syncs what can be written, no other
             os.fsync(written.fileno())
         partial.replace(self.file(name))
 
     def remove(self) -> None:
         """Remove everything, and let go of the lock."""
+        if os.name == "nt":  # which removes no open file
+            self.close()
         shutil.rmtree(self.path)
         self.close()
 

@@ -21,7 +21,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -106,6 +106,12 @@ def _locked(out: Path, path: Path) -> Iterator[BinaryIO]:
             if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 yield file
                 return
+
+
+def remove(path: Path) -> None:
+    """Remove a journal that is still open. Windows can't: there an empty one stays, which stops nothing."""
+    with suppress(PermissionError):
+        path.unlink(missing_ok=True)
 
 
 def _make_anew(partial: Path, path: Path) -> None:

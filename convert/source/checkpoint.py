@@ -202,7 +202,7 @@ def open_source(
     if where.repo is None or not config_file.exists():  # a Hub repository's weights may not be fetched yet
         refuse_other(where.path)
     raw = read_json(config_file)
-    remote = None if weights or where.repo is None else remote_specs(where.repo, str(where.revision))
+    remote = None if weights or where.repo is None else remote_specs(where)
     stored = stored_tensors(where.path) if remote is None else remote
     if (packed := quantization(where.path, raw, stored)) is not None:
         raise InputError(

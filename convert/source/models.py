@@ -14,13 +14,11 @@ from pathlib import Path
 
 from dgq.convert.source.adapter import AdapterChoice, AdapterLike
 from dgq.convert.source.checkpoint import open_source
-from dgq.convert.source.hub import TINY, Located, fetch_artifact, is_hub_id, locate
+from dgq.convert.source.hub import PROVENANCE, TINY, Located, fetch_artifact, is_hub_id, locate
 from dgq.quant.files.hf_dir import read_json
 from dgq.runtime.files.artifact import Artifact, open_artifact
 from dgq.runtime.files.folders import refuse_other
 from dgq.runtime.files.quantization import quantization
-
-PROVENANCE = "dgq.json"  # the file that makes a directory an artifact of dgq; convert/write/provenance.py writes it
 
 
 def open_model(

@@ -61,7 +61,7 @@ def _watermark(device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         return 0
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", "utf-8")
     return _status("VmRSS")
 
 
@@ -73,5 +73,5 @@ def _status(key: str) -> int:
     """Bytes, from Linux's account of this process; 0 on other systems."""
     if not STATUS.is_file():
         return 0
-    lines = (line.split() for line in STATUS.read_text().splitlines())
+    lines = (line.split() for line in STATUS.read_text("utf-8").splitlines())
     return next((1024 * int(words[1]) for words in lines if words[0] == key + ":"), 0)

@@ -39,7 +39,7 @@ from dgq.convert.write.settings import Calibrate, ConversionSettings, Given, Inp
 from dgq.convert.write.slices import ordered, slices
 from dgq.quant.errors import InputError
 from dgq.quant.files.imatrix import Imatrix
-from dgq.quant.files.places import sync_path
+from dgq.quant.files.places import free_bytes, sync_path, taken_bytes
 
 GPU_THREADS = 4  # slices on a GPU at once
 HASHERS = 4  # source files hashed at once, beside the work
@@ -249,9 +249,9 @@ def _check_unchanged(plan: Plan, settings: ConversionSettings, began: dict[str, 
 
 
 def _check_room(plan: Plan, out: Path, partial: Path) -> None:
-    taken = sum(512 * file.stat().st_blocks for file in partial.iterdir())
+    taken = sum(taken_bytes(file) for file in partial.iterdir())
     need = HEADER_ALLOWANCE + max(0, plan.nbytes - taken)
-    free = shutil.disk_usage(partial).free
+    free = free_bytes(partial)
     if free < need:
         raise InputError(f"{out}: needs {need / 2**30:.1f} GiB of disk, {free / 2**30:.1f} GiB are free")
 
@@ -291,7 +291,7 @@ def _staged(
             finally:
                 if not keep:
                     shutil.rmtree(partial, ignore_errors=True)
-                    path.unlink(missing_ok=True)
+                    journal.remove(path)
     except OSError as error:
         kept = "; what is done is kept, the same command goes on from there" if partial.is_dir() else ""
         raise InputError(f"{out}: cannot be written ({error}){kept}") from None

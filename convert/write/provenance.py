@@ -18,7 +18,7 @@ from typing import Any
 from dgq.convert.calibration.stats import FLOOR
 from dgq.convert.plans.plan import Plan
 from dgq.convert.source.hashes import describe, dgq_version, digest
-from dgq.convert.source.models import PROVENANCE
+from dgq.convert.source.hub import PROVENANCE
 from dgq.convert.write.settings import ConversionSettings
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import read_json

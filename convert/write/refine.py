@@ -13,7 +13,6 @@ are more than memory holds, it is gone back through several times (layerwise/sch
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -37,6 +36,7 @@ from dgq.convert.write.settings import ConversionSettings, InputScales
 from dgq.convert.write.slices import Slice, slices
 from dgq.quant.errors import InputError
 from dgq.quant.feedback.feedback import by_matrix, feedback
+from dgq.quant.files.places import free_bytes
 from dgq.quant.types import Packed, Scheme
 from dgq.runtime.shape.names import EMBEDDING, layer_of
 
@@ -180,7 +180,7 @@ def check_scratch(plan: Plan, todo: list[PlannedTensor], settings: ConversionSet
     assert settings.stats is not None
     tokens = sum(chunk.run_tokens for chunk in used(settings.stats.chunks))
     states = tokens * Needs(plan.source, settings.device, Sizes.of(settings.stats.chunks)).scratch
-    free = shutil.disk_usage(scratch).free
+    free = free_bytes(scratch)
     if free < states + sum(tensor.nbytes for tensor in todo):
         raise InputError(
             f"{scratch}: needs {states / 2**30:.1f} GiB of disk beside the artifact for the time of the conversion, for"

@@ -15,9 +15,9 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from dgq.quant.errors import InputError
+from dgq.quant.files.positions import read_at
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed, Spec
 
@@ -85,23 +86,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def read_header(path: Path) -> dict[str, Spec]:
+@dataclass(frozen=True)
+class Elsewhere:
+    """Files that are not in the directory. sizes: name -> bytes; start: the first bytes of one, with its header."""
+
+    sizes: Mapping[str, int]
+    start: Callable[[str], bytes]
+
+
+def read_header(path: Path, elsewhere: Elsewhere | None = None) -> dict[str, Spec]:
     """Every tensor a safetensors file announces, in file order of their bytes."""
     try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise OSError("is no plain file")
-        with path.open("rb") as file:
-            start = file.read(8)
-            refuse_pointer(path, start)
-            length = int.from_bytes(start, "little")
-            if length > min(size - 8, MAX_HEADER):
-                raise InputError(
-                    f"{path}: header length {length} does not fit a file of {size} bytes; truncated, or not safetensors"
-                )
-            header = json.loads(file.read(length))
+        if elsewhere is None:
+            size = path.stat().st_size
+            if not path.is_file():
+                raise OSError("is no plain file")
+            with path.open("rb") as file:
+                start = file.read(8)
+                start += file.read(_header_length(path, start, size))
+        else:
+            size, start = elsewhere.sizes[path.name], elsewhere.start(path.name)
+        length = _header_length(path, start, size)
+        header = json.loads(start[8 : 8 + length])
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; the download is incomplete") from None
+    except KeyError:
+        raise InputError(f"{path.name}: is in the index, and not among the Hub's files") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: unreadable safetensors header ({error}); fetch the file again") from None
     if not isinstance(header, dict):
@@ -121,6 +131,16 @@ def read_header(path: Path) -> dict[str, Spec]:
     return {spec.name: spec for spec in specs}
 
 
+def _header_length(path: Path, start: bytes, size: int) -> int:
+    refuse_pointer(path, start)
+    length = int.from_bytes(start[:8], "little")
+    if length > min(size - 8, MAX_HEADER):
+        raise InputError(
+            f"{path}: header length {length} does not fit a file of {size} bytes; truncated, or not safetensors"
+        )
+    return length
+
+
 def _spec(path: Path, name: str, entry: Any, base: int) -> Spec:
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -138,16 +158,19 @@ def _spec(path: Path, name: str, entry: Any, base: int) -> Spec:
     return spec
 
 
-def read_index(path: Path, spare: Callable[[str], bool] | None = None) -> dict[str, Spec]:
+def read_index(
+    path: Path, spare: Callable[[str], bool] | None = None, elsewhere: Elsewhere | None = None
+) -> dict[str, Spec]:
     """All tensors of a directory: by its index if it has one, else of its single file. spare: whether the index may
-    list a name that no file holds, as it does for tied weights; none, unless given."""
+    list a name that no file holds, as it does for tied weights; none, unless given. elsewhere: the files of weights."""
     index = path / INDEX
-    if index.is_file() and (path / SINGLE).is_file():
+    single = (path / SINGLE).is_file() if elsewhere is None else SINGLE in elsewhere.sizes
+    if index.is_file() and single:
         raise InputError(f"{path}: holds both {SINGLE} and {INDEX}; one of them is stale, remove it")
     if not index.is_file():
-        if not (path / SINGLE).is_file():
+        if not single:
             raise InputError(f"{path}: holds neither {SINGLE} nor {INDEX}; is this a checkpoint directory?")
-        return read_header(path / SINGLE)
+        return read_header(path / SINGLE, elsewhere)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map; fetch the file again")
@@ -156,7 +179,7 @@ def read_index(path: Path, spare: Callable[[str], bool] | None = None) -> dict[s
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise InputError(f"{index}: {name} lies in {str(file)[:80]!r}, which is no file name inside the directory")
         if file not in shards:
-            shards[file] = read_header(path / file)
+            shards[file] = read_header(path / file, elsewhere)
         if name not in shards[file] and not (spare and spare(name)):
             raise InputError(f"{index}: says {name} is in {file}, but that file does not hold it")
     for file, specs in shards.items():
@@ -241,16 +264,16 @@ class HFDir(Mapping[str, Packed]):
     def _fill(self, spec: Spec, name: str, raw: torch.Tensor, at: int) -> None:
         view = raw.numpy().data
         while view:
-            count = os.preadv(self._reader(spec.file), [view], at)
+            count = read_at(self._reader(spec.file), view, at)
             if not count:
                 raise InputError(f"{spec.file}: ends at byte {at}, inside {name}; it changed while it was read")
             view, at = view[count:], at + count
 
-    def _reader(self, file: Path) -> int:
+    def _reader(self, file: Path) -> BinaryIO:
         with self._lock:
             if file not in self._readers:
                 self._readers[file] = file.open("rb", buffering=0)
-            return self._readers[file].fileno()
+            return self._readers[file]
 
     def file(self, name: str) -> Path:
         """The file that holds a tensor."""

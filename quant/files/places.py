@@ -10,12 +10,16 @@ Writing to a place never moves anything else, so a conversion that was interrupt
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
+
+from dgq.quant.files.positions import write_at
 
 
 @dataclass
@@ -80,9 +84,27 @@ class Places:
             file.close()
 
 
+def free_bytes(path: Path) -> int:
+    """Bytes that are free on a path's disk; more than there can be where the system does not tell."""
+    try:
+        return shutil.disk_usage(path).free
+    except AttributeError:  # Python has no call for it there
+        return sys.maxsize
+
+
+def taken_bytes(file: Path) -> int:
+    """Bytes of the disk that a file takes, which may have holes; its size where the system does not tell."""
+    status = file.stat()
+    return 512 * status.st_blocks if hasattr(status, "st_blocks") else status.st_size
+
+
 def sync_path(path: Path) -> None:
     """Wait until a file's bytes, or a directory's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if not hasattr(os, "O_DIRECTORY") and path.is_dir():
+        return  # Windows opens no directory.
+    descriptor = os.open(
+        path, os.O_RDONLY if hasattr(os, "O_DIRECTORY") else os.O_RDWR
+    )  # It syncs what can be written.
     try:
         os.fsync(descriptor)
     finally:
@@ -91,5 +113,5 @@ def sync_path(path: Path) -> None:
 
 def _write_all(file: BinaryIO, data: memoryview, at: int) -> None:
     while data:
-        written = os.pwrite(file.fileno(), data, at)
+        written = write_at(file, data, at)
         data, at = data[written:], at + written

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgq.quant.files.hf_dir import read_index
+from dgq.quant.files.hf_dir import Elsewhere, read_index
 from dgq.quant.types import Spec
 from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER, VISION
 
@@ -49,9 +49,10 @@ def tied_name(name: str) -> str | None:
     return None
 
 
-def stored_tensors(path: Path) -> dict[str, Spec]:
-    """The header entries of a directory, whose index may list tied weights that were left out of its files."""
-    return read_index(path, spare=lambda name: tied_name(name) is not None)
+def stored_tensors(path: Path, elsewhere: Elsewhere | None = None) -> dict[str, Spec]:
+    """The header entries of a directory, whose index may list tied weights that were left out of its files. elsewhere:
+    the files of its weights, if these are not there."""
+    return read_index(path, lambda name: tied_name(name) is not None, elsewhere)
 
 
 def canonical(specs: Mapping[str, Spec], text: Shapes, vision: Shapes) -> Canonical:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from adapters import write_adapter
+from commands import error_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from second import write_second
-from test_bad_input import error_of
 from transformers import DiffusionGemmaForBlockDiffusion
 from transformers.models.diffusion_gemma.generation_diffusion_gemma import EntropyBoundSamplerConfig
 

@@ -180,27 +180,37 @@ def test_a_cached_file_of_another_size(tmp_path: Path, fetch: Fetch) -> None:
             assert (fetch(hub.url, revision=COMMIT).path / name.name).read_bytes() == whole
 
 
-def test_offline(tmp_path: Path, fetch: Fetch) -> None:
+def test_offline(tmp_path: Path, fetch: Fetch, caplog: pytest.LogCaptureFixture) -> None:
     folder = write_micro(tmp_path / "micro")
     line = f"{REPO}: commit {COMMIT} is not, or not wholly, in the cache, and HF_HUB_OFFLINE is set; unset it to fetch"
     with serve(REPO, folder) as hub:
         assert fetch.refused(hub.url, revision=COMMIT, offline=True).startswith(line)
-        assert "HF_HUB_OFFLINE is set; unset it, or name a cached commit" in fetch.refused(hub.url, offline=True)
+        unknown = f"{REPO}: revision main is not, or not wholly, in the cache, and HF_HUB_OFFLINE is set; unset it"
+        assert fetch.refused(hub.url, offline=True).startswith(unknown)
         assert hub.log == []
-        fetch(hub.url, weights=False)
+        small = fetch(hub.url, weights=False)
         assert fetch.refused(hub.url, revision=COMMIT, offline=True).startswith(line), "no half a snapshot"
         where = fetch(hub.url, revision=COMMIT)
-        online = remote_specs(REPO, COMMIT)
+        online = remote_specs(small)
         hub.log.clear()
-        assert fetch(hub.url, revision=COMMIT, offline=True) == where
-        offline = remote_specs(REPO, COMMIT)
+        cached = fetch(hub.url, revision=COMMIT, offline=True)
+        assert cached == where and caplog.messages == []
+        offline = remote_specs(fetch(hub.url, weights=False, offline=True))
         assert hub.log == []
+        assert fetch(hub.url, offline=True) == where
+        assert fetch(hub.url, revision="v1", offline=False) == where
+    assert fetch(hub.url, revision="v1") == where, "the same without the variable and without the Hub"
+    used = f"the cache's commit of %s, {COMMIT}, is used"
+    said = [f"{REPO}: HF_HUB_OFFLINE is set; {used % 'main'}"] * 2 + [
+        f"{REPO}: {hub.url} cannot be reached; {used % 'v1'}"
+    ]
+    assert caplog.messages == said
     assert {name: (spec.dtype, spec.shape) for name, spec in offline.items()} == {
         name: (spec.dtype, spec.shape) for name, spec in online.items()
     }
 
 
-API, CONFIG, TREE = f"/api/models/{REPO}", f"/resolve/{COMMIT}/config.json", f"/tree/{COMMIT}"
+API, CONFIG = f"/api/models/{REPO}", f"/resolve/{COMMIT}/config.json"
 SHARD = "model-00001-of-00002.safetensors"
 CDN = f"/cdn/{SHARD}"
 GATED, MISSING = {"X-Error-Code": "GatedRepo"}, {"X-Error-Code": "EntryNotFound"}
@@ -228,12 +238,14 @@ WAIT = "too many requests; wait 55 seconds and run the command again"
         (Fault(API, 200, body=HTML), NOT_HUB.format("JSONDecodeError")),
         (Fault(API, 200), NOT_HUB.format("KeyError")),
         (Fault(API, 200, body=b"[]"), NOT_HUB.format("TypeError")),
-        (Fault(API, 200, body=b'{"id": "someone/micro"}'), NOT_HUB.format("KeyError")),
-        (Fault(TREE, 429, SPENT), f"the Hub answered 429: {WAIT}"),
+        (
+            Fault(API, 200, body=b'{"id": "someone/micro"}'),
+            "the Hub gives 'None' as the commit, which it cannot be; is",
+        ),
         (Fault(CONFIG, 404, MISSING), "the Hub answered 404 for config.json: the file is listed, but not there;"),
         (Fault(CONFIG, 403, GATED), f"the Hub answered 403 for config.json: {TERMS}"),
         (Fault(CONFIG, 429, SPENT), f"the Hub answered 429 for config.json: {WAIT}"),
-        (Fault(CONFIG, 200, body=HTML), NOT_HUB.format("FileMetadataError")),
+        (Fault(CONFIG, 200, body=HTML), f"config.json arrived damaged ({len(HTML)} of "),
         (Fault(CDN, 403), f"the Hub answered 403 for {SHARD}: {RIGHTS}"),
         (Fault(CDN, 404), f"the Hub answered 404 for {SHARD}: dgq does not know why; run the command again later"),
         (Fault(CDN, 429, SPENT), f"the Hub answered 429 for {SHARD}: {WAIT}"),
@@ -253,11 +265,45 @@ def test_what_the_hub_refuses(fault: Fault, expected: str, tmp_path: Path, fetch
         assert fetch(hub.url).revision == COMMIT, "and what was refused once does not stay broken"
 
 
+OUT = "../../../../outside"
+DAMAGED: tuple[tuple[str, str | None, object], ...] = (
+    ("sha", None, OUT), ("sha", None, "main"), ("rfilename", BIG, f"{OUT}.safetensors"),
+    ("rfilename", "config.json", "/tmp/outside.json"),
+    ("rfilename", "config.json", "C:\\outside.json"), ("rfilename", BIG, "config.json"), ("size", BIG, 1 << 60),
+    ("size", BIG, -1), ("size", "config.json", 10.5), ("size", "config.json", 10), ("blobId", "config.json", OUT),
+    ("blobId", "config.json", None), ("lfs.sha256", BIG, OUT), ("lfs.sha256", BIG, "0" * 64), ("lfs.size", BIG, 10),
+    ("lfs.sha256", BIG, None),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "name", "value"), DAMAGED, ids=lambda value: str(value)[:20])
+def test_a_listing_with_one_field_damaged(
+    field: str, name: str | None, value: object, tmp_path: Path, fetch: Fetch
+) -> None:
+    """One line, and nothing but whole files of the right hash anywhere, inside of the cache or outside of it."""
+    folder = write_micro(tmp_path / "a" / "b" / "micro", shards=0)
+    with serve(REPO, folder) as hub:
+        about = json.loads(hub.answer(f"{API}/revision/{COMMIT}")[1])
+        at = about if name is None else next(one for one in about["siblings"] if one["rfilename"] == name)
+        *path, last = field.split(".")
+        for key in path:
+            at = at[key]
+        at[last] = value
+        before = {file for file in tmp_path.rglob("*") if file.is_file()}
+        hub.faults.append(Fault(API, 200, body=json.dumps(about).encode()))
+        line = fetch.refused(hub.url)
+    assert line.startswith(f"{REPO}: ") and "\n" not in line
+    whole = {hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    for file in {file for file in tmp_path.rglob("*") if file.is_file()} - before:
+        assert file.is_relative_to(fetch.cache), file
+        assert file.suffix == ".lock" or hashlib.sha256(file.read_bytes()).hexdigest() in whole, file
+
+
 def test_a_header_the_hub_refuses(tmp_path: Path, fetch: Fetch) -> None:
     with serve(REPO, write_micro(tmp_path / "micro"), Fault(CDN, 503)) as hub:
-        fetch(hub.url, weights=False)
+        where = fetch(hub.url, weights=False)
         with pytest.raises(InputError, match=f"^{REPO}: the Hub answered 503 for {SHARD}: the Hub is in trouble; run"):
-            remote_specs(REPO, COMMIT)
+            remote_specs(where)
 
 
 def test_names_revisions_and_tokens(tmp_path: Path, fetch: Fetch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +328,7 @@ def test_a_hub_that_is_not_there(fetch: Fetch) -> None:
 
 def test_one_line_and_no_traceback(tmp_path: Path) -> None:
     """The same through the command: what the client logs while it tries again stays out of sight."""
-    retried = Fault(TREE, 503, {"Retry-After": "0"}, times=1)
+    retried = Fault("/config.json", 429, {"Retry-After": "0"}, times=1)
     with serve(REPO, write_micro(tmp_path / "micro"), retried, Fault(CONFIG, 503, LATER)) as hub:
         done = dgq_forked(hub.url, tmp_path, "plan", REPO, "--to", "gguf")
     assert done.returncode == 2 and done.stdout == "" and retried.times == 0

@@ -10,7 +10,6 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -393,7 +392,7 @@ def test_what_the_26b_costs(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_known_before(micro: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 20))
+    monkeypatch.setattr(trials, "free_bytes", lambda folder: 1 << 20)
     options = ("--prompts", micro / "prompts.jsonl", "--device", "cpu", "-o", tmp_path / "mine.toml")
     result = dgq("mix", micro, "--to", "gguf", "--bytes", "1MB", *options)
     assert result.exit_code == 2 and "GiB of disk while it measures" in result.stderr

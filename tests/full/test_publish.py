@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -214,6 +215,35 @@ def test_failures_are_one_line(root: Path, hub: WritableHub, run: Run, path: str
     assert result.exit_code == 2 and len(lines) == 1 and said in lines[0], result.stderr
     assert lines[0].startswith(f"dgq: error: {REPO}: ") and "Traceback" not in result.output
     assert all(len(repo.commits) == 1 for repo in hub.repos.values())
+
+
+COMMITTED = f"/api/models/{REPO}/commit/main"
+ABOUT = {"id": REPO, "sha": "0" * 40, "private": False, "siblings": []}
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(
+    ("path", "body", "what"),
+    [
+        (COMMITTED, {"commitOid": "../../x"}, "'../../x' as the commit"),
+        (COMMITTED, {"commitOid": None}, "'None' as the commit"),
+        (f"/api/models/{REPO}/revision/main", ABOUT | {"sha": "/tmp/x"}, "'/tmp/x' as the commit"),
+        (f"/api/models/{REPO}/revision/main", ABOUT | {"siblings": [{"rfilename": ["x"]}]}, "as the file name"),
+        (f"/api/models/{REPO}/revision/main",
+         ABOUT | {"siblings": [{"rfilename": "manifest.json", "size": 9, "blobId": "/tmp/x"}, {"rfilename": "x"}]},
+         "'/tmp/x' as the hash of manifest.json"),
+    ],
+    ids=["commit", "no commit", "sha", "name", "hash"],
+)  # fmt: skip
+def test_what_the_hub_gives_back_is_held_to_its_form(
+    root: Path, hub: WritableHub, run: Run, path: str, body: dict[str, Any], what: str
+) -> None:
+    address = {"commitUrl": f"{hub.url}/{REPO}/commit/{'0' * 40}"}  # which the client reads before dgq does
+    hub.faults = [Fault(path, 200, body=json.dumps(body | address).encode())]
+    result = run(*words(root), "--revision", "main")
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
+    assert result.exit_code == 2 and len(lines) == 1 and what in lines[0], result.output
+    assert lines[0].startswith(f"dgq: error: {REPO}: the Hub gives ")
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -317,7 +317,7 @@ def test_a_full_disk_is_known_before(micro: Path, stats: Path, tmp_path: Path, m
     need = tokens * (2 + 2) * 256 * 4 + sum(tensor.nbytes for tensor in plan.tensors)
     monkeypatch.setattr(refine, "check_memory", lambda *_: (_ for _ in ()).throw(InputError("there is room")))
     for free, expected in ((need - 1, f"hidden states of {tokens} tokens"), (need, "there is room")):
-        monkeypatch.setattr(refine, "shutil", SimpleNamespace(disk_usage=lambda _, n=free: SimpleNamespace(free=n)))
+        monkeypatch.setattr(refine, "free_bytes", lambda _, n=free: n)
         options = ("--to", "bnb4", "--stats", stats, "-o", tmp_path / "out", "--device", "cpu")
         result = dgq("convert", micro, *options)
         assert result.exit_code == 2 and expected in result.stderr, result.output

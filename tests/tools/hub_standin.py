@@ -68,7 +68,8 @@ class Hub:
     def file(self, name: str) -> dict[str, Any]:
         """A file's entry in listings, in every spelling the client reads."""
         data = (self.folder / name).read_bytes()
-        git, lfs = hashlib.sha1(data).hexdigest(), hashlib.sha256(data).hexdigest()
+        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        lfs = hashlib.sha256(data).hexdigest()
         entry = {"type": "file", "path": name, "rfilename": name, "size": len(data), "oid": git, "blobId": git}
         if name.endswith(".safetensors"):
             entry["lfs"] = {"oid": lfs, "sha256": lfs, "size": len(data), "pointerSize": 130}

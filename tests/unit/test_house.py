@@ -38,7 +38,8 @@ ARROWS: dict[str, set[str]] = {
     "runtime.hf": {*QUANT, *MODEL},
     "runtime.serve": {"quant", *MODEL, "runtime.engine"},
     "runtime": {"runtime.engine"},
-    "convert.source": {*QUANT, "runtime.adapters", "runtime.files", "runtime.shape"},
+    "convert.source.transfer": {"quant", "quant.files"},
+    "convert.source": {*QUANT, "runtime.adapters", "runtime.files", "runtime.shape", "convert.source.transfer"},
     "convert.resume": {"quant"},
     "convert.plans": {*QUANT, "convert.source", "runtime.files", "runtime.shape"},
     "convert.layerwise": {*QUANT, *MODEL, "convert.plans", "convert.source"},
@@ -66,6 +67,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "convert.publication": {
         *QUANT, *MODEL, "convert.calibration", "convert.estimate", "convert.plans", "convert.source",
+        "convert.source.transfer",
         "convert.validation.report", "convert.verification", "convert.write",
     },
     "convert.bench": {
@@ -228,3 +230,24 @@ def test_no_library_module_prints_or_reads_click(path: Path) -> None:
             assert not {"click", "rich"} & {name.split(".")[0] for name in modules}, f"{node.lineno}: imports {modules}"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print", f"{node.lineno}: prints"
+
+
+def _is_text_without_encoding(call: ast.Call) -> bool:
+    """Whether it opens, reads or writes a text in whatever encoding the system has."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    words = {word.arg for word in call.keywords}
+    if name in ("read_text", "write_text"):
+        return "encoding" not in words and len(call.args) < (1 if name == "read_text" else 2)
+    modes = [value.value for value in call.args if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+    modes += [word.value.value for word in call.keywords if word.arg == "mode" and isinstance(word.value, ast.Constant)]
+    if name == "open" and any(set(mode) <= set("rwaxbt+U") and mode for mode in modes):
+        return not any("b" in mode for mode in modes) and "encoding" not in words
+    return name in ("run", "Popen", "check_output") and "text" in words and "encoding" not in words
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if _room(path) != "recipes"], ids=_id)
+def test_texts_have_an_encoding(path: Path) -> None:
+    """On Windows the system's is not UTF-8. The scripts that made `tiny` are not run there."""
+    calls = [node for node in ast.walk(_tree(path)) if isinstance(node, ast.Call)]
+    lines = [call.lineno for call in calls if _is_text_without_encoding(call)]
+    assert not lines, f"{_id(path)}, lines {lines}: a text without encoding="

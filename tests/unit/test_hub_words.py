@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from dgq.convert.source.hub import refuse
+from dgq.convert.source.transfer.session import refuse
 from dgq.quant.errors import InputError
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -16,11 +17,21 @@ from dgq.convert.cli.terminal.signals import unwind_on_signals
 from dgq.quant.errors import InputError
 
 
+class _Notes(logging.Handler):
+    """Shows as notes what the library has to say beside its results."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from dgq.convert.cli.terminal.console import note
+
+        note(record.getMessage())
+
+
 class OneLineErrors(click.Group):
     """The group of dgq's commands. Every other exception than those below is a bug, and shows its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         unwind_on_signals()
+        logging.getLogger("dgq").handlers = [_Notes()]
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()  # At Python's exit, a full disk would end in a traceback.

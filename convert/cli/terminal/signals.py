@@ -10,7 +10,7 @@ import sys
 import threading
 from types import FrameType
 
-ENDING = (signal.SIGTERM, signal.SIGHUP)
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows: no SIGHUP
 
 
 def unwind_on_signals() -> None:
