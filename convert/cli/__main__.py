@@ -20,6 +20,7 @@ from dgq.convert.cli.mix import mix
 from dgq.convert.cli.plan import plan
 from dgq.convert.cli.publish import publish
 from dgq.convert.cli.run import run
+from dgq.convert.cli.serve import serve
 from dgq.convert.cli.terminal.errors import OneLineErrors
 from dgq.convert.cli.validate import validate
 from dgq.convert.cli.verify import verify
@@ -42,7 +43,7 @@ def main() -> None:
     """
 
 
-for command in (demo, plan, calibrate, mix, convert, inspect, verify, run, validate, evaluate, bench, publish):
+for command in (demo, plan, calibrate, mix, convert, inspect, verify, run, serve, validate, evaluate, bench, publish):
     main.add_command(command)
 
 if __name__ == "__main__":

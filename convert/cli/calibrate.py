@@ -60,8 +60,7 @@ def calibrate(
 ) -> None:
     """Find out what goes through each weight of SRC, for `convert --stats`. Goes on where it broke off."""
     import dgq.convert.calibration.calibrate as calibration
-    from dgq.convert.cli import statistics_page
-    from dgq.convert.cli.terminal import console
+    from dgq.convert.cli.terminal import console, statistics_page
 
     options = calibration.CalibrateOptions(
         prompts=prompts, seed=seed, rounds=rounds, trajectories=trajectories, imatrix=imatrix, revision=revision,

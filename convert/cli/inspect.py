@@ -18,7 +18,7 @@ from dgq.convert.cli.terminal.options import BASE, JSON, REVISION
 def inspect(artifact: str, revision: str | None, base: str | None, as_json: bool) -> None:
     """Show what an artifact (or a checkpoint) holds and where it came from. Reads headers only, unless --base is given;
     a published artifact is fetched whole. Of STATS: how many tokens each expert saw."""
-    from dgq.convert.cli import statistics_page
+    from dgq.convert.cli.terminal import statistics_page
     from dgq.convert.cli.terminal.console import byte_bar, print_json
     from dgq.convert.verification import inspect as inspection
 

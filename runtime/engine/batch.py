@@ -118,6 +118,18 @@ def session_for(model: Model, rows: int, capacity: int, sampler: SamplerConfig) 
     return session
 
 
+def reserve(model: Model, rows: int, capacity: int, sampler: SamplerConfig) -> None:
+    """Make the session of a GPU's model large enough for every batch to come of at most so many rows and tokens, so
+    that no batch takes more memory. Nothing is done where it is, or on a CPU."""
+    if model.device.type != "cuda":
+        return
+    session = model.session
+    if session is None or not session.reserved or not session.fits(rows, capacity, sampler):
+        del session
+        model.drop_session()
+        model.keep_session(Session(backend_of(model), rows, capacity, sampler, reserved=True))
+
+
 def backend_of(model: Model) -> Backend:
     """The kernels, if the model's weights were repacked for them, else the reference's operations."""
     if model.kernels is None:

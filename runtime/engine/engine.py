@@ -18,7 +18,7 @@ With torch's random stream no row leaves, because the other rows would then draw
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -50,6 +50,10 @@ class Request:
     of a batch. rng "torch": numbers come from torch's generator in transformers' order, which gives transformers'
     tokens on a CPU; a CUDA device has another stream.
 
+    A list as seed has a seed for each prompt; rng "torch" has one for all. leaving: asked whenever a block was yielded,
+    for the prompts (their places) that nobody wants more of; these leave the batch as finished ones do, with rng
+    "counter".
+
     turns: the conversation that the only prompt continues; what its cache already holds of the prompt is not encoded
     again.
 
@@ -60,10 +64,11 @@ class Request:
     prompts: Sequence[Sequence[int]]
     generation: GenerationConfig
     max_new_tokens: int | None = None
-    seed: int | None = None
+    seed: int | Sequence[int] | None = None
     steps: int | None = None
     rng: Rng = "counter"
     rows: Sequence[int] | None = None
+    leaving: Callable[[], Collection[int]] | None = None
     turns: Turns | None = None
     adapter: Chosen = None
 
@@ -149,11 +154,12 @@ def stream(model: Model, request: Request, every_step: bool = True) -> Iterator[
         after_eos = is_eos.cumsum(-1) - is_eos.int() > 0
         canvas = canvas.masked_fill(after_eos | finished[:, None], generation.pad_id)
         finished = finished | is_eos.any(-1)
-        ended = tuple(finished.tolist())
-        yield Block(block, canvas, tuple(steps.tolist()), tuple(rows.tolist()), ended)
-        if all(ended) or block == blocks - 1:
+        yield Block(block, canvas, tuple(steps.tolist()), tuple(rows.tolist()), tuple(finished.tolist()))
+        if request.leaving is not None and random.independent and (leaving := request.leaving()):
+            finished = finished | torch.tensor([row in leaving for row in rows.tolist()], device=model.device)
+        if finished.all() or block == blocks - 1:
             return
-        if random.independent and any(ended):
+        if random.independent and finished.any():
             staying = (~finished).nonzero().flatten()
             batch.keep(staying)
             rows, canvas, finished = rows[staying], canvas[staying], finished[staying]
@@ -181,10 +187,16 @@ def _random(model: Model, request: Request) -> Random:
     if request.rng not in get_args(Rng):
         raise InputError(f"rng is {request.rng!r}, expected one of {', '.join(get_args(Rng))}")
     seed = secrets.randbits(63) if request.seed is None else request.seed
-    if not -(1 << 63) <= seed < 1 << 64:
-        raise InputError(f"seed {seed} does not fit 64 bits")
     length, vocab, count = model.config.canvas, model.config.vocab, len(request.prompts)
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
+    if len(seeds) != count:
+        raise InputError(f"seed has {len(seeds)} numbers for {count} prompts")
+    for one in seeds:
+        if not -(1 << 63) <= one < 1 << 64:
+            raise InputError(f"seed {one} does not fit 64 bits")
     if request.rng == "torch":
+        if isinstance(seed, Sequence):
+            raise InputError("rng=torch has one stream for all prompts, and one seed")
         if request.rows is not None:
             raise InputError("rows number the stream of rng=counter; rng=torch has no numbers")
         return TorchRandom(seed, length, vocab, model.device)
@@ -193,7 +205,7 @@ def _random(model: Model, request: Request) -> Random:
         raise InputError(f"rows has {len(numbers)} numbers for {count} prompts")
     if not all(0 <= number < 1 << 32 for number in numbers):
         raise InputError(f"rows holds a number outside 0 to {(1 << 32) - 1}")
-    return CounterRandom(seed, numbers, length, vocab, model.device)
+    return CounterRandom(seeds, numbers, length, vocab, model.device)
 
 
 def _check(model: Model, request: Request) -> None:

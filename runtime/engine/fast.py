@@ -276,7 +276,8 @@ class FastState:
 
     def begin(self, random: CounterRandom, rows: Tensor, block: int) -> None:
         missing = len(self.took) - len(rows)
-        self._all.start(random.seed, random.numbers[rows].tolist() + [0] * missing)
+        seeds = [random.seeds[row] for row in rows.tolist()]
+        self._all.start(seeds + [0] * missing, random.numbers[rows].tolist() + [0] * missing)
         fused.begin(self._all, torch.full_like(self._all.block, block))
         self._all.done[len(rows) :] = 1
         self.soft.zero_()

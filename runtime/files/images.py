@@ -128,19 +128,20 @@ class Vision:
     def prompt(
         self,
         ids: Sequence[int],
-        images: Sequence[Path | str | PIL.Image.Image],
+        images: Sequence[Path | str | PIL.Image.Image | Patches],
         tower: Callable[[Patches], Tensor],
         front: int | None = None,
     ) -> Pictured:
-        """A prompt with its images, each run through the tower once. front: where they stand if `ids` has no <|image|>;
-        None: nowhere. InputError if there are more or fewer images than places for them."""
+        """A prompt with its images (or what patches() made of them), each run through the tower once. front: where they
+        stand if `ids` has no <|image|>; None: nowhere. InputError if there are more or fewer images than places for
+        them."""
         ids, image = list(ids), self.tokens.image
         if front is not None and image not in ids:
             ids[front:front] = [image] * len(images)
         if (places := ids.count(image)) != len(images):
             given = f"{len(images)} image{'' if len(images) == 1 else 's'}"
             raise InputError(f"the prompt has {places} {MARKER} for {given}: it needs one for each")
-        cut = [self.patches(one) for one in images]
+        cut = [one if isinstance(one, Patches) else self.patches(one) for one in images]
         counts, tokens = iter(cut), self.tokens
         whole: list[int] = []
         for token in ids:

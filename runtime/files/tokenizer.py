@@ -141,6 +141,15 @@ class Tokenizer:
         other._variables = self._variables | {"enable_thinking": switch}
         return other
 
+    def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> Tokenizer:
+        """This tokenizer with definitions of tools for the template, as OpenAI has them. InputError if the template
+        shows the model no tools."""
+        if self._template is not None and "tools" not in self._template:
+            raise InputError(f"{self._source}: its chat template shows the model no tools; ask without them")
+        other = copy(self)
+        other._variables = self._variables | {"tools": list(tools)}
+        return other
+
     def reply(self, ids: Sequence[int], prompt: Sequence[int] = ()) -> Reply:
         """The parts of a reply: answer, reasoning, tool calls. prompt: the tokens before it, which may have opened a
         thought already."""

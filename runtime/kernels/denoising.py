@@ -34,7 +34,7 @@ class Denoising:
     """
 
     settings: Tensor  # float32 (6,)
-    seed: Tensor  # int64 (1,)
+    seed: Tensor  # int64 (rows,)
     numbers: Tensor  # int64 (rows,): each row's number in the random stream
     block: Tensor  # int32 (rows,), like step, streak and took
     step: Tensor
@@ -72,7 +72,7 @@ class Denoising:
         whole = room(positions, 3, dtype=torch.float32)
         state = cls(
             settings=room(6, dtype=torch.float32),
-            seed=room(1),
+            seed=room(rows),
             numbers=room(rows),
             block=room(rows, dtype=torch.int32),
             step=room(rows, dtype=torch.int32),
@@ -111,9 +111,11 @@ class Denoising:
         )
         self.settings.copy_(torch.tensor(values, dtype=torch.float32))
 
-    def start(self, seed: int, numbers: Sequence[int]) -> None:
-        """Choose the random stream, see rng.CounterRandom. numbers: of the rows."""
-        self.seed.fill_((seed & (1 << 64) - 1) - ((seed >> 63 & 1) << 64))  # the same 64 bits, with a sign
+    def start(self, seed: int | Sequence[int], numbers: Sequence[int]) -> None:
+        """Choose the random stream, see rng.CounterRandom. numbers: of the rows; seed: of all of them, or of each."""
+        seeds = [seed] * len(numbers) if isinstance(seed, int) else seed
+        signed = [(one & (1 << 64) - 1) - ((one >> 63 & 1) << 64) for one in seeds]  # the same 64 bits, with a sign
+        self.seed.copy_(torch.tensor(signed))
         self.numbers.copy_(torch.tensor(numbers))
 
 

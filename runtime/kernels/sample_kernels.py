@@ -154,7 +154,7 @@ def pick(
     tl.store(whole + 3 * position + 2, total)
 
     lane = (position % canvas).to(tl.int32) + tl.zeros((1,), tl.int32)
-    word, _ = _words(seed, lane, tl.load(step + row), tl.load(block + row), tl.load(numbers + row))
+    word, _ = _words(seed + row, lane, tl.load(step + row), tl.load(block + row), tl.load(numbers + row))
     u = tl.sum((word.to(tl.float64) + 0.5) * 2.3283064365386963e-10)
     wide = sums.to(tl.float64)
     number, rest = _search(wide, u * tl.sum(wide), COUNT)
@@ -201,7 +201,7 @@ def begin(
 ):  # fmt: skip
     """Program row: a canvas of noise and the state before its first step."""
     row, place = tl.program_id(0), tl.arange(0, C)
-    _, word = _words(seed, place, 0, tl.load(block + row), tl.load(numbers + row))
+    _, word = _words(seed + row, place, 0, tl.load(block + row), tl.load(numbers + row))
     tl.store(canvas + row * length + place, _fresh(word, vocab), place < length)
     tl.store(step + row, 1)
     tl.store(temperature + row, _heat(settings, 1))
@@ -229,7 +229,7 @@ def decide(
         less = (others < mine[:, None]) | ((others == mine[:, None]) & (other[None, :] < place[:, None]))
         before += tl.sum(tl.where(less, others, 0.0), 1)
     kept = before <= tl.load(settings + 3)
-    _, word = _words(seed, place, now, tl.load(block + row), tl.load(numbers + row))
+    _, word = _words(seed + row, place, now, tl.load(block + row), tl.load(numbers + row))
     tl.store(accepted + at, kept, real)
     tl.store(canvas + at, tl.where(kept, tl.load(sampled + at, real, other=0), _fresh(word, vocab)), real)
 

@@ -69,13 +69,17 @@ class TorchRandom:
 
 
 class CounterRandom:
-    """Counted random tokens: `numbers[row]` is the row's number in the stream, whatever the batch around it."""
+    """Counted random tokens: `numbers[row]` is the row's number in the stream, whatever the batch around it. seed: of
+    all rows, or one for each."""
 
     independent = True
 
-    def __init__(self, seed: int, numbers: Sequence[int], length: int, vocab: int, device: torch.device) -> None:
-        self.seed, self.numbers = seed, torch.tensor(numbers, device=device)
-        self._keys = round_keys(seed).to(device)
+    def __init__(
+        self, seed: int | Sequence[int], numbers: Sequence[int], length: int, vocab: int, device: torch.device
+    ) -> None:
+        self.numbers = torch.tensor(numbers, device=device)
+        self.seeds = [seed] * len(numbers) if isinstance(seed, int) else list(seed)
+        self._keys = torch.stack([round_keys(one) for one in self.seeds], dim=-1).to(device)
         self._positions = torch.arange(length, device=device)
         self._vocab = vocab
 
@@ -101,7 +105,7 @@ class CounterRandom:
         counter[0], counter[2] = self._positions, block
         counter[1] = step[:, None, None] if isinstance(step, Tensor) else step
         counter[3] = self.numbers[rows].unsqueeze(-1)
-        return philox(counter, self._keys)
+        return philox(counter, self._keys[..., rows].unsqueeze(-1))
 
     def _tokens(self, words: Tensor) -> Tensor:
         # no token is preferred by more than 2^-32
@@ -121,7 +125,8 @@ def round_keys(seed: int) -> Tensor:
 
 
 def philox(counter: Tensor, keys: Tensor) -> Tensor:
-    """Philox4x32-10 of every column of counter (4, …), int64 holding 32 bits; as many words, keys from round_keys().
+    """Philox4x32-10 of every column of counter (4, …), int64 holding 32 bits; as many words, keys from round_keys(),
+    or (rounds, 2, …) whose further dimensions are broadcast over the counter's last ones.
 
     Numbers stay below 2^50: products are made of 16-bit halves, and nothing relies on how a device overflows.
     """
@@ -131,7 +136,8 @@ def philox(counter: Tensor, keys: Tensor) -> Tensor:
     for key in keys:
         low = multiplier * (even & 0xFFFF)
         high = multiplier * (even >> 16) + (low >> 16)
-        even, odd = (high >> 16).flip(0) ^ odd ^ key.view(wide), ((high & 0xFFFF) << 16 | low & 0xFFFF).flip(0)
+        key = key.view(2, *[1] * (counter.dim() - key.dim()), *key.shape[1:])
+        even, odd = (high >> 16).flip(0) ^ odd ^ key, ((high & 0xFFFF) << 16 | low & 0xFFFF).flip(0)
     return torch.stack((even, odd), dim=1).flatten(0, 1)
 
 

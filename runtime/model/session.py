@@ -94,11 +94,13 @@ class Session:
     """Rows being denoised. Slots hold their keys and values; the first `live` of them are still computed.
 
     tenant: the batch or the conversation whose tokens lie in the slots. clock: None, or a list that gets an event at
-    the beginning of every pass, for measuring.
+    the beginning of every pass, for measuring. reserved: whether smaller batches use it as well, as a server's do.
     """
 
-    def __init__(self, backend: Backend, rows: int, capacity: int, sampler: SamplerConfig) -> None:
-        self.backend, self.sampler, self.live = backend, sampler, rows
+    def __init__(
+        self, backend: Backend, rows: int, capacity: int, sampler: SamplerConfig, reserved: bool = False
+    ) -> None:
+        self.backend, self.sampler, self.live, self.reserved = backend, sampler, rows, reserved
         backend.reserve(rows)
         self.slots = Slots(backend.config, rows, capacity, backend.device, backend.dtype)
         self._commit = torch.zeros(rows, backend.config.canvas, dtype=torch.int64, device=backend.device)
@@ -112,18 +114,21 @@ class Session:
 
     def fits(self, rows: int, capacity: int, sampler: SamplerConfig) -> bool:
         """Whether a batch of so many rows and tokens can use this session's memory and graphs."""
-        return (rows, sampler) == (self.slots.rows, self.sampler) and capacity <= self.slots.capacity
+        enough = rows <= self.slots.rows if self.reserved else rows == self.slots.rows
+        return enough and sampler == self.sampler and capacity <= self.slots.capacity
 
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Encode one prompt for each row, each of them as though it were alone."""
-        self.live, self.tenant, device = self.slots.rows, None, self.backend.device
+        """Encode one prompt for each row, each of them as though it were alone. Rows beyond are as in keep()."""
+        self.live = min(self.slots.rows, 1 << (len(prompts) - 1).bit_length())
+        self.tenant, device = None, self.backend.device
         self._note("prompt")
         for row, prompt in enumerate(prompts):
             for piece in pieces([prompt], self.backend.prefill):
                 ids = torch.tensor(prompt[piece], device=device)[None]
                 view = PromptView(self.slots, row, piece.start, ids.shape[1])
                 self.backend.encode_prompt(ids, view, pictures([prompt], piece, device))
-        self.slots.lengths.copy_(torch.tensor([len(prompt) for prompt in prompts]))
+        self.slots.lengths.zero_()
+        self.slots.lengths[: len(prompts)] = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32)
 
     def extend(self, ids: Sequence[int], length: int) -> None:
         """Encode tokens behind the first `length` tokens of a session of one row."""

@@ -65,6 +65,15 @@ def test_noise_is_the_cpus(seed: int) -> None:
     assert state.step.tolist() == [1] * 3 and not state.done.any() and not state.streak.any() and not state.took.any()
 
 
+def test_noise_of_rows_with_seeds_of_their_own_is_the_cpus() -> None:
+    seeds = [3, -1, (1 << 64) - 5]
+    state = denoising.Denoising.new(3, 37, 262144, SOFTCAP, SamplerConfig(), DEVICE)
+    state.start(seeds, [0, 0, 7])
+    denoising.begin(state, torch.full((3,), 4, dtype=torch.int32, device=DEVICE))
+    random = CounterRandom(seeds, [0, 0, 7], 37, 262144, torch.device(DEVICE))
+    assert torch.equal(state.canvas, random.canvas(torch.arange(3, device=DEVICE), 4))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("spread", [0.1, 3.0, 40.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

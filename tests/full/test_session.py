@@ -94,6 +94,17 @@ def test_a_session_is_used_again(artifact, model, prompts, monkeypatch):
     assert model.session is not session, "no room for so many tokens"
 
 
+def test_a_reserved_session_takes_smaller_batches(artifact, model, prompts, monkeypatch):
+    """A server's: whatever the number of rows, with a seed for each, in one memory; nothing of the batch before."""
+    kept = Session(Plain(model), 4, 512, artifact.generation.sampler, reserved=True)
+    model.keep_session(kept)
+    for rows in ([1, 0, 3], [1], [2, 5]):
+        request = Request([prompts[row] for row in rows], artifact.generation, 64, rows, rows=[0] * len(rows))
+        same(on_slots(monkeypatch, model, request), generate(model, request))
+        assert model.session is kept
+    model.drop_session()
+
+
 def test_slots_hold_the_last_tokens(artifact):
     """Values are positions: each view shows those it should, whatever has been written over."""
     config = artifact.config

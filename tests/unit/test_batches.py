@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dgq.quant.errors import InputError
 from dgq.runtime.engine import batch as batches
-from dgq.runtime.engine.engine import Request, generate
+from dgq.runtime.engine.engine import Request, generate, stream
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.model.rng import CounterRandom
 
@@ -131,6 +132,32 @@ def test_seed_and_row_make_the_difference(artifact, model, five):
     assert not torch.equal(one, first(2, [0])) and not torch.equal(one, first(1, [1]))
     twice = generate(model, Request([five[1]] * 2, artifact.generation, 64, seed=1, steps=1)).canvases
     assert not torch.equal(twice[0], twice[1])
+
+
+def test_rows_with_seeds_of_their_own(artifact, model, five):
+    """A server's batch: what each prompt would get alone as row 0 with its seed."""
+    rows, seeds = [0, 1, 3], [5, 6, 2**63]
+    prompts = [five[row] for row in rows]
+    settings = {"generation": artifact.generation, "max_new_tokens": 128, "steps": STEPS}
+    together = generate(model, Request(prompts, **settings, seed=seeds, rows=[0, 0, 0]))
+    for at, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        same(together, generate(model, Request([prompt], **settings, seed=seed)), [at], [0])
+    with pytest.raises(InputError, match="seed has 2 numbers for 3 prompts"):
+        generate(model, Request(prompts, **settings, seed=[1, 2]))
+    with pytest.raises(InputError, match="one seed"):
+        generate(model, Request(prompts, **settings, seed=seeds, rng="torch"))
+
+
+def test_a_row_that_nobody_waits_for_leaves(artifact, model, five, batch):
+    """Row 1 after its first block; row 3 goes on as though nothing had happened."""
+    seen, unwanted = [], set()
+    settings = {"max_new_tokens": BLOCKS * 64, "seed": 1, "steps": STEPS, "leaving": lambda: unwanted}
+    for block in stream(model, Request(five, artifact.generation, **settings), every_step=False):
+        seen.append(block)
+        unwanted.add(1)
+    assert [block.rows for block in seen] == [(0, 1, 2, 3, 4), (3,), (3,)]
+    kept = torch.cat([block.canvas[block.rows.index(3)] for block in seen])
+    assert torch.equal(kept, batch.canvases[3])
 
 
 def test_finished_rows_leave_and_nobody_notices(artifact, model, five, watched, monkeypatch):

@@ -96,7 +96,7 @@ def test_the_pages_are_read() -> None:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("dgq serve DIR", "no command serve"),
+        ("dgq train DIR", "no command train"),
         ("dgq convert tiny --too nvfp4 -o out", "has no --too"),
         ("dgq convert tiny --to fp4 -o out", "is not one of"),
         ("dgq convert tiny --to nvfp4", "Missing option"),

@@ -36,6 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "runtime.files": {*QUANT, "runtime.adapters", "runtime.model", "runtime.shape"},
     "runtime.engine": {"quant", *MODEL, "runtime.kernels"},
     "runtime.hf": {*QUANT, *MODEL},
+    "runtime.serve": {"quant", *MODEL, "runtime.engine"},
     "runtime": {"runtime.engine"},
     "convert.source.transfer": {"quant", "quant.files"},
     "convert.source": {*QUANT, "runtime.adapters", "runtime.files", "runtime.shape", "convert.source.transfer"},
@@ -78,8 +79,8 @@ ARROWS["convert.run"] = {
 }  # fmt: skip
 # The command line may ask for any room below it; no library room may ask for these.
 LIBRARY = {room for room in ARROWS if room.startswith("convert.")}
-ARROWS["convert.cli.terminal"] = {"quant", "runtime.engine", "runtime.files", "convert.source"}
-ARROWS["convert.cli"] = {*QUANT, *MODEL, "runtime.engine", *LIBRARY, "convert.cli.terminal"}
+ARROWS["convert.cli.terminal"] = {"quant", "runtime.engine", "runtime.files", "convert.calibration", "convert.source"}
+ARROWS["convert.cli"] = {*QUANT, *MODEL, "runtime.engine", "runtime.serve", *LIBRARY, "convert.cli.terminal"}
 ARROWS["convert"] = LIBRARY
 
 MOST_FILES, MOST_ROOMS = 14, 14
