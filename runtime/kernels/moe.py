@@ -11,16 +11,18 @@ tokens; programs without a tile end at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from dgq.runtime.kernels import moe_kernels
+from dgq.runtime.kernels import moe_kernels, pair_table
 from dgq.runtime.kernels.repack import ROWS, Tiles, in_order
 
 _PICKS_AT_ONCE = 1024
 _COMBINED_AT_ONCE = 1024
+_FEWEST = 32  # tokens of a tile
 
 
 @dataclass(frozen=True)
@@ -90,19 +92,32 @@ def weighted(inner: Tensor, picks: Sorted, share: Tensor, down: Tiles) -> Tensor
 
 def _product(x: Tensor, out: Tensor, picks: Sorted, share: Tensor | None, weight: Tiles) -> Tensor:
     row_tiles, column_tiles = weight.codes.shape[1:3]
-    # Measured: tables are bound by their permute instructions. The others are bound by memory, and longer steps with
-    # fewer stages are faster for them.
-    unroll = 2 if column_tiles % 2 == 0 and not weight.form.startswith("table") else 1
-    moe_kernels.expert_product[(row_tiles, len(picks.tile_map))](
+    arguments = (
         x, out, weight.codes, weight.scales, weight.high, weight.factors, picks.order, share, picks.tile_map,
         x.stride(0), out.stride(0), out.shape[1], row_tiles, column_tiles, picks.k,
-        SCHEME=weight.form, GATED=share is None, BLOCK_N=picks.block, STAGES=5 - unroll, UNROLL=unroll, num_warps=4,
     )  # fmt: skip
+    grid, kernel = (row_tiles, len(picks.tile_map)), moe_kernels.expert_product
+    options = _options(weight, share is None, picks.block)
+    if weight.form.startswith("table") and pair_table.is_worthwhile(x.device):
+        paired = options | {"PAIRED": True, "STAGES": 3}
+        if pair_table.has_room(kernel, grid, arguments, paired):
+            options = paired
+    kernel[grid](*arguments, **options)
     return out
+
+
+def _options(weight: Tiles, gated: bool, block: int) -> dict[str, Any]:
+    """How the product is compiled. Measured: two steps in one, with fewer stages, are faster where no table is read.
+    With few tokens four programs a multiprocessor, of 128 registers a thread, are faster than three."""
+    unroll = 2 if weight.codes.shape[2] % 2 == 0 and not weight.form.startswith("table") else 1
+    options = {"SCHEME": weight.form, "GATED": gated, "PAIRED": False, "BLOCK_N": block, "STAGES": 5 - unroll}
+    if block == _FEWEST and (weight.form == "nvfp4" or weight.form.startswith("table")):
+        options["maxnreg"] = 128
+    return options | {"UNROLL": unroll, "num_warps": 4}
 
 
 def _tokens_a_tile(picks: int, experts: int) -> int:
     """Tokens of a tile, the columns of the matrix instruction. With more, a busy expert's weights are decoded less
-    often; fewer than 32 only make more tiles."""
+    often; fewer than 32 only make more tiles, so that the kernel halves the tiles that are half empty."""
     power: int = triton.next_power_of_2(picks // experts)
-    return min(128, max(32, power))
+    return min(128, max(_FEWEST, power))
