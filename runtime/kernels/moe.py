@@ -107,12 +107,16 @@ def _product(x: Tensor, out: Tensor, picks: Sorted, share: Tensor | None, weight
 
 
 def _options(weight: Tiles, gated: bool, block: int) -> dict[str, Any]:
-    """How the product is compiled. Measured: two steps in one, with fewer stages, are faster where no table is read.
-    With few tokens four programs a multiprocessor, of 128 registers a thread, are faster than three."""
-    unroll = 2 if weight.codes.shape[2] % 2 == 0 and not weight.form.startswith("table") else 1
-    options = {"SCHEME": weight.form, "GATED": gated, "PAIRED": False, "BLOCK_N": block, "STAGES": 5 - unroll}
-    if block == _FEWEST and (weight.form == "nvfp4" or weight.form.startswith("table")):
+    """How the product is compiled. Measured: two steps in one, with fewer stages, are faster where tiles of tokens are
+    small and no table is read; registers are capped so that four or three programs fit on a multiprocessor."""
+    few, table = block == _FEWEST, weight.form.startswith("table")
+    unroll = 2 if few and weight.codes.shape[2] % 2 == 0 and not table else 1
+    stages = 5 - unroll if few or weight.form == "bf16" else 3
+    options = {"SCHEME": weight.form, "GATED": gated, "PAIRED": False, "BLOCK_N": block, "STAGES": stages}
+    if few and (table or weight.form == "nvfp4"):
         options["maxnreg"] = 128
+    elif block == 2 * _FEWEST:
+        options["maxnreg"] = 160
     return options | {"UNROLL": unroll, "num_warps": 4}
 
 

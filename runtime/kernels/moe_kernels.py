@@ -40,8 +40,8 @@ def expert_product(
 
     GATED: x has a row a token, and gelu(gate) * up goes to out, a row a pick, in `order`. Else x is such an out, and
     the product times the pick's share goes to out (picks as `chosen` has them, width). PAIRED: see moe_decode.py's
-    weights(). A tile of 32 places that holds 16 tokens at most is multiplied as 16: with few tokens the matrix
-    instruction's time and the decoding's add up.
+    weights(). A tile that is at most half full is multiplied as one of half the size, because the matrix instruction's
+    time and the decoding's add up.
     """
     row_tile = tl.program_id(0)
     cut = tile_map + 3 * tl.program_id(1)
@@ -51,10 +51,10 @@ def expert_product(
     pairs = 0
     if PAIRED:
         pairs = pair_table.fill(high + 1024)
-    if BLOCK_N == 32 and last - first <= 16:
+    if last - first <= BLOCK_N // 2:
         _tile_product(
             x, out, codes, scales, high, pairs, factors, order, share, expert, first, last, x_stride, out_stride, width,
-            row_tile, row_tiles, column_tiles, k, SCHEME, GATED, PAIRED, 16, STAGES, UNROLL,
+            row_tile, row_tiles, column_tiles, k, SCHEME, GATED, PAIRED, BLOCK_N // 2, STAGES, UNROLL,
         )  # fmt: skip
         return
     _tile_product(
