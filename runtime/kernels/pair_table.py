@@ -6,6 +6,8 @@ declares, fills and reads it. Triton also asks the driver for more than 48 KiB o
 has_room() asks for the sum.
 """
 
+# mypy: ignore-errors
+
 from __future__ import annotations
 
 import ctypes
@@ -16,16 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-PAIRS = 256
 _LEAST_SHARED = 200 << 10  # bytes a multiprocessor: with less, too few programs run side by side
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _ready: dict[tuple[object, ...], bool] = {}
-
-
-def words(values: tuple[float, ...]) -> torch.Tensor:
-    """The table's pairs: int32 (256,), entry a + 16 * b the bfloat16 bits of values[a] and, above them, values[b]."""
-    bits = torch.tensor(values).bfloat16().view(torch.int16)
-    return torch.stack((bits.repeat(16), bits.repeat_interleave(16)), -1).view(torch.int32).flatten()
 
 
 @cache

@@ -31,7 +31,6 @@ from torch.nn.functional import pad
 from dgq.quant.errors import InputError
 from dgq.quant.schemes.ggml.blocks import GGMLScheme
 from dgq.quant.types import Packed, Table
-from dgq.runtime.kernels import pair_table
 
 ROWS, COLUMNS = 128, 64
 GROUP_ELEMENTS = 1 << 25  # repacked at a time
@@ -51,7 +50,7 @@ class Tiles:
     """A weight for the kernels. form: how moe_decode.py reads it; shape: (E, rows, columns) before zeros were added.
 
     codes, scales, high: int32 (E, tiles of rows, tiles of columns, words), of no words where the form has none; high of
-    a "table" form is the table, int32 (10, threads): the bytes that _table_words() says and the pairs of pair_table.py.
+    a "table" form is the table, int32 (10, threads): _table_words() and pair_words().
     Of those, "table64" and "table32" have a bfloat16 scale for so many
     columns, and "table64_split" a pair of them, the scale and what its rounding lost.
     """
@@ -145,7 +144,7 @@ def _nvfp4_halves() -> Tensor:
     """Four codes in 16 bits, the first lowest -> their bits at _NVFP4_PLACES, int16."""
     codes = torch.arange(1 << 16)
     places = enumerate(place for code in _NVFP4_PLACES for place in reversed(code))
-    return sum((codes >> bit & 1) << place for bit, place in places).to(torch.int16)
+    return sum(((codes >> bit & 1) << place for bit, place in places), torch.zeros_like(codes)).to(torch.int16)
 
 
 @cache
@@ -173,7 +172,14 @@ def _table_words(values: tuple[float, ...]) -> Tensor:
     Then its 256 pairs."""
     entries = torch.tensor(values).bfloat16().view(torch.uint8).view(16, 2)
     each = entries.t().contiguous().view(torch.int32).view(8, 1).repeat(1, 128)
-    return torch.cat((each, pair_table.words(values).view(-1, 128)))
+    return torch.cat((each, pair_words(values).view(-1, 128)))
+
+
+def pair_words(values: tuple[float, ...]) -> Tensor:
+    """All pairs of a table's 16 values, for pair_table.py: int32 (256,), entry a + 16 * b the bfloat16 bits of
+    values[a] and, above them, those of values[b]."""
+    bits = torch.tensor(values).bfloat16().view(torch.int16)
+    return torch.stack((bits.repeat(16), bits.repeat_interleave(16)), -1).view(torch.int32).flatten()
 
 
 def _ggml(weight: Packed, gated: bool) -> _Parts:
