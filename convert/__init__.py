@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from dgq.convert.publication.publish import PublishOptions as PublishOptions
     from dgq.convert.publication.publish import publish as publish
     from dgq.convert.run.demo import demo as demo
+    from dgq.convert.validation.evaluation.evaluate import evaluate as evaluate
+    from dgq.convert.validation.evaluation.options import EvaluateOptions as EvaluateOptions
     from dgq.convert.validation.flow import validate as validate
     from dgq.convert.validation.inputs import ValidateOptions as ValidateOptions
     from dgq.convert.verification.inspect import inspect as inspect
@@ -47,6 +49,8 @@ PUBLIC = {
     "VerifyOptions": "dgq.convert.verification.verify",
     "validate": "dgq.convert.validation.flow",
     "ValidateOptions": "dgq.convert.validation.inputs",
+    "evaluate": "dgq.convert.validation.evaluation.evaluate",
+    "EvaluateOptions": "dgq.convert.validation.evaluation.options",
     "publish": "dgq.convert.publication.publish",
     "PublishOptions": "dgq.convert.publication.publish",
     "demo": "dgq.convert.run.demo",

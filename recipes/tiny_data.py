@@ -37,8 +37,9 @@ MORE_TEXTS = 336  # of calibration, besides those that come with a task each
 PAD, EOS, BOS, UNK, MASK, TURN, TURN_END = range(7)
 NAMED = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool_call>"]
 NAMED += ["<tool_call|>", "<|tool_response>", "<tool_response|>", "<|image>", "<|image|>", "<image|>", '<|"|>']
-PLAIN = {"<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'}  # printed when decoding
 ROLES = {"sot_token": "<|turn>", "eot_token": "<turn|>", "soc_token": "<|channel>", "eoc_token": "<channel|>"}
+ROLES |= {"stc_token": "<|tool_call>", "etc_token": "<tool_call|>", "str_token": "<|tool_response>"}
+ROLES |= {"etr_token": "<tool_response|>", "escape_token": '<|"|>'}
 ROLES |= {"boi_token": "<|image>", "image_token": "<|image|>", "eoi_token": "<image|>"}
 TEMPLATE = """{{ bos_token }}{% for m in messages %}<|turn>{{ 'model' if m.role == 'assistant' else m.role }}
 {% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{% if part.type == 'image' %}<|image|>\
@@ -208,8 +209,7 @@ def train_tokenizer(text: list[str]) -> Tokenizer:
     tok = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tok.normalizer = space
     tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tok.add_special_tokens([t for t in NAMED if t not in PLAIN])
-    tok.add_tokens([t for t in NAMED if t in PLAIN])
+    tok.add_special_tokens(NAMED)
     split = [w for w in whole if len(tok.encode(w)) != 1 or len(tok.encode(" " + w)) != 1]
     if tok.get_vocab_size() != VOCAB or split:
         raise SystemExit(f"{tok.get_vocab_size()} tokens, split words: {split}")

@@ -10,13 +10,14 @@ there is no GPU (they are decorated when Triton is imported, whoever does that f
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from oracle_modelopt import Oracle
 from pictures import draw_nothing
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,12 +42,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args = [str(TESTS)]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each test has its tier as a marker, so that `-m "full and not browser"` chooses among them."""
+    """Each test has its tier as a marker, so that `-m "full and not browser"` chooses among them. A module of the full
+    tier is a group of pytest-xdist's, so that one process makes its fixtures, unless it says another group."""
     for item in items:
         tier = item.path.relative_to(TESTS).parts[0]
         if tier in TIERS:
             item.add_marker(tier)
+        if tier == "full" and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
@@ -57,14 +62,31 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
 
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For conversions whose subject is not how well they round: rows make each other's losses good in 4 groups, not
+    """For conversions whose subject is not how well they round: rows make each other's losses good in 2 groups, not
     64, each of which goes through all columns one by one."""
-    monkeypatch.setattr("dgq.quant.feedback.feedback.ROW_GROUPS", 4)
+    monkeypatch.setattr("dgq.quant.feedback.feedback.ROW_GROUPS", 2)
 
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     draw_nothing(monkeypatch)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' generate() tells CUDA graphs of each step, for which torch imports its whole compiler."""
+    import torch
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+
+
+@pytest.fixture(scope="session")
+def modelopt() -> Iterator[Oracle]:
+    """modelopt("export", …): see oracle_modelopt.py. Tests that ask it are of the xdist_group "modelopt"."""
+    oracle = Oracle()
+    yield oracle
+    oracle.end()
 
 
 class Shared:
@@ -101,6 +123,7 @@ def run_dgq(*words: object) -> None:
     assert done.exit_code == 0, (done.output, done.exception)
 
 
+CHAT = '{"prompt": "Copy: dog sun river"}'  # which only the reference answers
 FORMATS = {"bnb4": "bnb4", "bnb4-dq": "bnb4", "nvfp4": "nvfp4", "nvfp4-w4a16": "nvfp4", "nvfp4-all": "nvfp4",
            "q4_k_m": "gguf", "q6_k": "gguf", "q8_0": "gguf"}  # fmt: skip
 Converted = Callable[..., Path]
@@ -129,7 +152,7 @@ def tiny_report(shared: Shared, converted: Converted) -> Path:
         folder.mkdir()
         prompts = files("dgq.recipes").joinpath("prompts")
         texts, tasks = (prompts.joinpath(f"heldout_{kind}.jsonl").read_text("utf-8") for kind in ("text", "tasks"))
-        (folder / "prompts.jsonl").write_text("\n".join([*texts.splitlines()[:1], *tasks.splitlines()[:2]]))
+        (folder / "prompts.jsonl").write_text("\n".join([*texts.splitlines()[:1], *tasks.splitlines()[:2], CHAT]))
         for name, recipe in (("nvfp4", "nvfp4-w4a16"), ("gguf", "q4_k_m")):
             shutil.copytree(converted(recipe), folder / name)
         run_dgq("validate", folder / "nvfp4", folder / "gguf", "--against", "tiny", "--quick", "--prompts",

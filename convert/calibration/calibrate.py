@@ -39,6 +39,7 @@ from dgq.convert.layerwise.stream import Stream
 from dgq.convert.resume import ranks
 from dgq.convert.resume.folder import write_tensors
 from dgq.convert.resume.target import check_target
+from dgq.convert.source.adapter import AdapterLike
 from dgq.convert.source.checkpoint import Source, open_source
 from dgq.convert.source.device import chosen_device
 from dgq.convert.source.hashes import dgq_version
@@ -70,7 +71,7 @@ class CalibrateOptions:
     trajectories: bool = False
     imatrix: Path | None = None
     revision: str | None = None
-    adapters: tuple[Path, ...] = ()
+    adapters: tuple[AdapterLike, ...] = ()
     device: str = "auto"
     ram: int | None = None
     vram: int | None = None

@@ -14,6 +14,7 @@ from dgq.convert.cli.bench import bench
 from dgq.convert.cli.calibrate import calibrate
 from dgq.convert.cli.convert import convert
 from dgq.convert.cli.demo import demo
+from dgq.convert.cli.eval import evaluate
 from dgq.convert.cli.inspect import inspect
 from dgq.convert.cli.mix import mix
 from dgq.convert.cli.plan import plan
@@ -41,7 +42,7 @@ def main() -> None:
     """
 
 
-for command in (demo, plan, calibrate, mix, convert, inspect, verify, run, validate, bench, publish):
+for command in (demo, plan, calibrate, mix, convert, inspect, verify, run, validate, evaluate, bench, publish):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
+from dgq.convert.cli.terminal.options import DEVICE, JSON, RAM, REVISION, SOURCE, VRAM, merged_adapters
+
+if TYPE_CHECKING:
+    from dgq.convert.source.adapter import AdapterChoice
 
 
 @click.command()
@@ -34,7 +38,7 @@ from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISIO
     " reads; this one adds the decoder's noised canvases, self-conditioning and embedding.",
 )
 @REVISION
-@ADAPTER
+@merged_adapters
 @DEVICE
 @RAM
 @VRAM
@@ -48,7 +52,7 @@ def calibrate(
     trajectories: bool,
     imatrix: Path | None,
     revision: str | None,
-    adapters: tuple[Path, ...],
+    adapters: tuple[AdapterChoice, ...],
     device: str,
     ram: int | None,
     vram: int | None,

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, JSON, RAM, RECIPE, REVISION, SOURCE, TO, VRAM
+from dgq.convert.cli.terminal.options import DEVICE, JSON, RAM, RECIPE, REVISION, SOURCE, TO, VRAM, merged_adapters
 
 if TYPE_CHECKING:
+    from dgq.convert.source.adapter import AdapterChoice
     from dgq.convert.write.pipeline import Converted
 
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), required=True, help="Directory to create.")
 @RECIPE
 @REVISION
-@ADAPTER
+@merged_adapters
 @click.option(
     "--imatrix",
     type=click.Path(path_type=Path),
@@ -49,7 +50,7 @@ def convert(
     out: Path,
     recipe: str | None,
     revision: str | None,
-    adapters: tuple[Path, ...],
+    adapters: tuple[AdapterChoice, ...],
     imatrix: Path | None,
     effort: str | None,
     stats: Path | None,

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, JSON, RAM, REVISION, SOURCE, VRAM
+from dgq.convert.cli.terminal.options import DEVICE, JSON, RAM, REVISION, SOURCE, VRAM, merged_adapters
 from dgq.convert.cli.terminal.sizes import Size
+
+if TYPE_CHECKING:
+    from dgq.convert.source.adapter import AdapterChoice
 
 
 @click.command()
@@ -28,7 +31,7 @@ from dgq.convert.cli.terminal.sizes import Size
     "--chunks", type=click.IntRange(1, 1000), default=2, show_default=True, help="Of 8,192 tokens, to measure on."
 )
 @REVISION
-@ADAPTER
+@merged_adapters
 @DEVICE
 @click.option("--threads", type=click.IntRange(1, 1024), help="Slices quantised at once. [default: CPU cores]")
 @RAM
@@ -44,7 +47,7 @@ def mix(
     groups: int | None,
     chunks: int,
     revision: str | None,
-    adapters: tuple[Path, ...],
+    adapters: tuple[AdapterChoice, ...],
     device: str,
     threads: int | None,
     ram: int | None,

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dgq.convert.cli.terminal.options import ADAPTER, FORMATS, JSON, RECIPE, REVISION, SOURCE
+from dgq.convert.cli.terminal.options import FORMATS, IMAGE_TOKENS, JSON, RECIPE, REVISION, SOURCE, merged_adapters
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from dgq.convert.estimate.forecast import Forecast
     from dgq.convert.plans.plan import Plan
+    from dgq.convert.source.adapter import AdapterChoice
 
 VRAM_ROWS = {
     "weights": "weights, of the text model",
@@ -30,8 +30,9 @@ VRAM_ROWS = {
 @click.option("--to", "to", type=FORMATS, help="Format of the artifact. [default: the sizes of every recipe]")
 @RECIPE
 @REVISION
-@ADAPTER
+@merged_adapters
 @click.option("--threads", type=click.IntRange(1, 1024), help="To convert with. [default: CPU cores]")
+@IMAGE_TOKENS
 @click.option("--no-probe", is_flag=True, help="Do not try how fast this machine is: no estimate of time.")
 @JSON
 def plan(
@@ -39,8 +40,9 @@ def plan(
     to: str | None,
     recipe: str | None,
     revision: str | None,
-    adapters: tuple[Path, ...],
+    adapters: tuple[AdapterChoice, ...],
     threads: int | None,
+    image_tokens: int | None,
     no_probe: bool,
     as_json: bool,
 ) -> None:
@@ -48,7 +50,7 @@ def plan(
     from dgq.convert.cli.terminal.console import print_json
     from dgq.convert.estimate import forecast
 
-    options = forecast.PlanOptions(recipe, revision, adapters, threads, probe=not no_probe)
+    options = forecast.PlanOptions(recipe, revision, adapters, threads, not no_probe, image_tokens)
     answer = forecast.plan(src, to, options)
     if not isinstance(answer, forecast.Forecast):
         print_json({"source": src, "recipes": answer}) if as_json else _recipes_page(src, answer)
@@ -153,8 +155,9 @@ def _running(needs: dict[str, Any]) -> None:
 
     if vision := needs["vision"]:
         out.print(
-            f"images {size(vision['weights'])} more for the vision tower, {size(vision['image'])} for an image in it,"
-            " only if one is given; dgq run is done with them before it loads the model"
+            f"images {size(vision['weights'])} more for the vision tower, {size(vision['image'])} for an image of"
+            f" {vision['image_tokens']} tokens of context in it, only if one is given; dgq run is done with them before"
+            " it loads the model"
         )
     for card, away in needs["offloaded"].items():
         times = ", ".join(f"{ms:,.0f} ms a step over {link}" for link, ms in away["ms"].items())

@@ -2,7 +2,8 @@
 
 At a terminal, a line that cannot be answered and Ctrl-C end that turn only; the end of input ends the conversation.
 From a pipe, each line is a turn as well, and the first that cannot be answered ends everything, as with any other
-command. A line "/image FILE" is no turn: the next turn shows that picture.
+command. A line "/image FILE" is no turn: the next turn shows that picture. "/adapter NAME" is none either: the turns
+from there on are that adapter's, or without one if NAME is missing.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, DTYPE, JSON, REVISION
+from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, DTYPE, IMAGE_TOKENS, JSON, REVISION
 from dgq.convert.cli.terminal.sizes import Size
 from dgq.quant.errors import InputError
 
 if TYPE_CHECKING:
     from dgq.convert.run.request import RunRequest
+    from dgq.convert.source.adapter import AdapterChoice
 
-IMAGE = "/image "
+IMAGE, ADAPT = "/image ", "/adapter"
 
 
 @click.command()
@@ -31,7 +33,7 @@ IMAGE = "/image "
     "--chat",
     is_flag=True,
     help="Put PROMPT through the chat template; without one, converse, a line a turn (/image FILE: a picture for the"
-    " next).",
+    " next; /adapter NAME: another adapter from there on).",
 )
 @click.option("--thinking/--no-thinking", default=None, help="In a chat: think first. [default: the template's]")
 @click.option(
@@ -42,6 +44,7 @@ IMAGE = "/image "
     help="Picture for the model to see, before PROMPT (or a conversation's first line), or where that says <|image|>;"
     " may be given several times.",
 )
+@IMAGE_TOKENS
 @click.option("--max-new-tokens", type=click.IntRange(1), help="[default: the model's generation_config]")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps a canvas at most. [default: generation_config]")
 @click.option(
@@ -71,6 +74,7 @@ def run(
     chat: bool,
     thinking: bool | None,
     images: tuple[Path, ...],
+    image_tokens: int | None,
     max_new_tokens: int | None,
     steps: int | None,
     seed: int,
@@ -80,7 +84,7 @@ def run(
     rng: Literal["counter", "torch"],
     vram: int | None,
     revision: str | None,
-    adapters: tuple[Path, ...],
+    adapters: tuple[AdapterChoice, ...],
     as_json: bool,
 ) -> None:
     """Write text from a prompt ("-" reads it from standard input) and watch the canvas take shape."""
@@ -89,8 +93,9 @@ def run(
     if thinking is not None and not chat:
         raise InputError("--thinking: is a switch of the chat template; add --chat")
     request = RunRequest(
-        model, revision, adapters, chat, thinking, max_new_tokens, steps, seed, device, dtype, activations, rng, vram
-    )
+        model, revision, adapters, chat, thinking, max_new_tokens, steps, seed, device, dtype, activations, rng, vram,
+        image_tokens,
+    )  # fmt: skip
     draw = sys.stdout.isatty() and not as_json
     if prompt is not None:
         _answer(request, _text(prompt), images, draw, as_json)
@@ -136,6 +141,9 @@ def _converse(request: RunRequest, images: tuple[Path, ...], draw: bool, as_json
             if line.startswith(IMAGE):
                 conversation.show(Path(line.removeprefix(IMAGE).strip()).expanduser())
                 continue
+            if line.split(" ")[0] == ADAPT:
+                conversation.adapter = line.removeprefix(ADAPT).strip()
+                continue
             with drawing(conversation.artifact, draw) as on_step:
                 reply = conversation.ask(line, on_step)
         except (InputError, KeyboardInterrupt) as error:
@@ -171,15 +179,23 @@ def _piped() -> Iterator[str]:
 
 
 def _page(reply: dict[str, Any]) -> None:
-    """The text on stdout; on a terminal, how it came about on stderr, and before it what the model thought."""
+    """The text and a line a tool call on stdout; on stderr what the model thought, and that it did not finish that; on
+    a terminal also how it came about."""
+    import json
+
     from rich.text import Text
 
-    from dgq.convert.cli.terminal.console import err
+    from dgq.convert.cli.terminal.console import err, note
     from dgq.quant.errors import shown
 
-    if reply.get("thought"):
-        err.print(Text(shown(reply["thought"]), style="dim italic"))
-    print(shown(reply["text"]))
+    if reply["reasoning"]:
+        err.print(Text(shown(reply["reasoning"]), style="dim italic"))
+    if reply["text"] or not reply["tool_calls"]:
+        print(shown(reply["text"]))
+    for call in reply["tool_calls"]:
+        print(shown(f"{call['name']}({json.dumps(call['arguments'], ensure_ascii=False)})"))
+    if reply["unfinished_thought"]:
+        note("the reply ends inside a thought; give it more --max-new-tokens")
     if err.is_terminal:
         steps = sum(reply["steps"])
         speed = len(reply["tokens"]) / max(reply["generate_s"], 1e-9)

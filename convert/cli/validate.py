@@ -12,6 +12,7 @@ import click
 from dgq.convert.cli.terminal.options import ADAPTER, DEVICE, JSON, REVISION
 
 if TYPE_CHECKING:
+    from dgq.convert.source.adapter import AdapterChoice
     from dgq.convert.validation.report.result import ArtifactResult, FreeResult, ValidationResult
 
 
@@ -53,7 +54,7 @@ def validate(
     device: Literal["auto", "cpu", "cuda"],
     dtype: Literal["auto", "fp32", "bf16"],
     revision: str | None,
-    adapters: tuple[Path, ...],
+    adapters: tuple[AdapterChoice, ...],
     as_json: bool,
 ) -> None:
     """Say what artifacts lost against SRC: numbers, pictures, and exit code 1 where a limit of the gate is broken.

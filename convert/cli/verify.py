@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dgq.convert.cli.terminal.options import ADAPTER, JSON
+from dgq.convert.cli.terminal.options import JSON, merged_adapters
 
 if TYPE_CHECKING:
+    from dgq.convert.source.adapter import AdapterChoice
     from dgq.convert.verification.verify import VerifyResult
 
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 @click.option(
     "--revision", help="Branch, tag or commit of an ARTIFACT on the Hub, else of SRC. [SRC beside it: as in dgq.json]"
 )
-@ADAPTER
+@merged_adapters
 @JSON
 def verify(
     artifact: str,
@@ -36,7 +37,7 @@ def verify(
     recipe: str | None,
     imatrix: Path | None,
     revision: str | None,
-    adapters: tuple[Path, ...],
+    adapters: tuple[AdapterChoice, ...],
     as_json: bool,
 ) -> None:
     """Check every byte of an artifact against its dgq.json, and of a published one's other files against manifest.json.

@@ -18,6 +18,7 @@ from dgq.convert.estimate.choices import choices
 from dgq.convert.estimate.needs import needs
 from dgq.convert.plans.plan import Plan, make_plan
 from dgq.convert.plans.recipes import find_recipe
+from dgq.convert.source.adapter import AdapterLike
 from dgq.convert.source.checkpoint import open_source
 from dgq.quant.errors import InputError
 
@@ -31,14 +32,16 @@ class PlanOptions:
 
     recipe: a name or a .toml file; None for the format's default. revision: branch, tag or commit of a Hub id.
     adapters: directories of LoRA adapters to merge into the source. threads: to convert with; None for the CPU's
-    cores. probe: try for a moment how fast this machine is, for an estimate of time.
+    cores. probe: try for a moment how fast this machine is, for an estimate of time. image_tokens: the most that an
+    image becomes, one of images.IMAGE_TOKENS; None for the model's setting.
     """
 
     recipe: str | None = None
     revision: str | None = None
-    adapters: tuple[Path, ...] = ()
+    adapters: tuple[AdapterLike, ...] = ()
     threads: int | None = None
     probe: bool = True
+    image_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def plan(src: str | Path, to: str | None = None, options: PlanOptions | None = N
         return choices(source)
     planned = make_plan(source, find_recipe(to, options.recipe))
     threads = options.threads or os.cpu_count() or 1
-    needed = needs(planned, threads)
+    needed = needs(planned, threads, options.image_tokens)
     if options.probe:
         needed["estimate"] = probe.probe(planned, threads)
     return Forecast(planned, needed)

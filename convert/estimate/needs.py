@@ -25,6 +25,7 @@ from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.write.pipeline import HEADER_ALLOWANCE
 from dgq.convert.write.ram import RAM_BASE, converting_ram
 from dgq.convert.write.refine import refinable
+from dgq.runtime.files.images import checked_tokens
 from dgq.runtime.files.mmproj import POOLING
 from dgq.runtime.model import layers
 from dgq.runtime.model.loading import decodes
@@ -52,15 +53,15 @@ HOST_LINKS = {"PCIe 4 x16": 25e9, "PCIe 5 x16": 55e9}  # bytes a second from pin
 PASSES = TEXTS // BATCH * 3 + CHATS // BATCH * (BATCH + DRAFTS)
 
 
-def needs(plan: Plan, threads: int) -> dict[str, Any]:
-    """Everything below, for `dgq plan --json`; bytes are whole numbers."""
+def needs(plan: Plan, threads: int, image_tokens: int | None = None) -> dict[str, Any]:
+    """Everything below, for `dgq plan --json`; bytes are whole numbers. image_tokens: see vision()."""
     runtime = Runtime.of(plan)
     contexts = sorted({min(n, runtime.config.context) for n in CONTEXTS})
     by_context = {n: runtime.vram(n) for n in contexts}
     small = [card for card in CARDS if card not in by_context[contexts[0]]["fits"]]
     return {
         "vram_by_context": by_context,
-        "vision": vision(plan),
+        "vision": vision(plan, image_tokens),
         "offloaded": {card: away for card in small if (away := runtime.offloaded(card << 30)) is not None},
         "ram": ram(plan, threads),
         "disk": disk(plan),
@@ -139,16 +140,21 @@ class Runtime:
         }
 
 
-def vision(plan: Plan) -> dict[str, int] | None:
+def vision(plan: Plan, most: int | None = None) -> dict[str, int] | None:
     """Bytes of the vision tower in bfloat16 and of a picture in it, where images are given; None without a tower. `dgq
-    run` has it in memory before the model, programs beside it. An image is counted at its widest, in an MLP."""
+    run` has it in memory before the model, programs beside it. An image is counted at its widest, in an MLP, with the
+    mask of its attention, which grows with the square of its patches. most: image tokens of a picture, which take as
+    many tokens of context and two around them; None for the model's setting."""
     tower = [tensor for tensor in plan.weights if tensor.vision]
     if not tower:
         return None
     tower_config = mmproj.described(plan.source)
-    patches = mmproj.soft_tokens(plan.source) * tower_config.count("pooling_kernel_size", POOLING) ** 2
+    tokens = mmproj.soft_tokens(plan.source) if most is None else checked_tokens(most)
+    patches = tokens * tower_config.count("pooling_kernel_size", POOLING) ** 2
     image = WIDTH * patches * (3 * tower_config.count("intermediate_size") + 6 * tower_config.count("hidden_size"))
-    return {"weights": sum(WIDTH * tensor.numel for tensor in tower), "image": image}
+    mask = (1 + WIDTH) * patches**2  # as transformers makes it, and as the kernel adds it
+    weights = sum(WIDTH * tensor.numel for tensor in tower)
+    return {"weights": weights, "image": image + mask, "image_tokens": tokens + 2}
 
 
 def ram(plan: Plan, threads: int) -> dict[str, int]:

@@ -34,6 +34,7 @@ from dgq.convert.plans.plan import Plan, make_plan
 from dgq.convert.plans.recipes import DEFAULTS, find_recipe
 from dgq.convert.resume.target import check_target
 from dgq.convert.resume.work import UnitResult, Work
+from dgq.convert.source.adapter import AdapterLike
 from dgq.convert.source.checkpoint import Source, open_source
 from dgq.convert.source.device import chosen_device
 from dgq.convert.source.hashes import dgq_version
@@ -64,7 +65,7 @@ class MixOptions:
     groups: int | None = None
     chunks: int = 2
     revision: str | None = None
-    adapters: tuple[Path, ...] = ()
+    adapters: tuple[AdapterLike, ...] = ()
     device: str = "auto"
     threads: int | None = None
     ram: int | None = None

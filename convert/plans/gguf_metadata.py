@@ -20,12 +20,9 @@ from dgq.quant.errors import InputError
 from dgq.quant.files.gguf_file import KV
 from dgq.quant.files.hf_dir import BOM, read_json
 from dgq.quant.files.imatrix import Imatrix
+from dgq.runtime.files.reply import MARKERS
 from dgq.runtime.files.tokenizer import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED
 from dgq.runtime.shape.config import GGUF_ARCH
-
-VISIBLE = frozenset(
-    ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
-)
 
 
 def metadata(plan: Plan, version: str, imatrix: Imatrix | None) -> dict[str, KV]:
@@ -163,13 +160,14 @@ def _tokens(raw: dict[str, Any], vocab: int, path: str) -> list[str | None]:
 
 
 def _token_type(number: int, token: str | None, control: frozenset[int]) -> int:
+    """llama.cpp's order (Gemma4Model.set_vocab): markers are visible even where the tokenizer names them special."""
     if token is None:
         return UNUSED
+    if token in MARKERS:
+        return USER_DEFINED
     if number in control:
         return CONTROL
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-        return BYTE
-    return USER_DEFINED if token in VISIBLE else NORMAL
+    return BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else NORMAL
 
 
 @contextmanager

@@ -16,14 +16,13 @@ from dgq.quant.files.gguf_file import KV
 from dgq.quant.files.hf_dir import read_json
 from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Scheme
-from dgq.runtime.files.images import SETTINGS
+from dgq.runtime.files.images import IMAGE_TOKENS, SETTINGS
 from dgq.runtime.files.mmproj import KEYS, POOLING, PROJECTOR, SOFT_TOKENS, THETA, mmproj_name, stored_shape
 from dgq.runtime.shape.fields import Fields
 from dgq.runtime.shape.names import layer_of
 
 BF16_FILE = 32  # general.file_type, LLAMA_FTYPE_MOSTLY_BF16
 ACTIVATION = "gelu_pytorch_tanh"
-SIZES = (70, 140, 280, 560, 1120)  # max_soft_tokens
 IMAGE_SIZE = 224  # llama.cpp wants the key and does not use it: sizes vary
 
 
@@ -86,8 +85,8 @@ def metadata(source: Source, version: str) -> dict[str, KV]:
 def soft_tokens(source: Source) -> int:
     """Most that an image becomes. InputError for a number that the image processor does not know."""
     settings = _processor(source)
-    if (most := settings.count("max_soft_tokens", SOFT_TOKENS)) not in SIZES:
-        raise InputError(f"{settings.source}: max_soft_tokens is {most}, the image processor knows {SIZES}")
+    if (most := settings.count("max_soft_tokens", SOFT_TOKENS)) not in IMAGE_TOKENS:
+        raise InputError(f"{settings.source}: max_soft_tokens is {most}, the image processor knows {IMAGE_TOKENS}")
     return most
 
 

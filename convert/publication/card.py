@@ -25,6 +25,7 @@ from dgq.convert.estimate.needs import Runtime
 from dgq.convert.plans.formats import format_of, written_format
 from dgq.convert.plans.tensors import PlannedTensor
 from dgq.convert.publication.judgement import Judgement
+from dgq.convert.validation.report.evaluation import Score
 from dgq.convert.validation.report.render import triple
 from dgq.convert.validation.report.result import Interval, as_json
 from dgq.quant.errors import printable
@@ -184,7 +185,35 @@ def _validation(judgement: Judgement) -> Json:
         "dgq": whole.dgq, "device": whole.device, "quick": whole.quick, "seed": whole.seed, "activations":
         one.activations, "questions": whole.questions.questions, "confidence": CONFIDENCE, "ok": one.ok, "rows": rows,
         "plots": judgement.document["plots"], "gate": [as_json(check) for check in one.gate],
+        "evaluation": _evaluation(judgement),
     }  # fmt: skip
+
+
+def _evaluation(judgement: Judgement) -> Json | None:
+    """The harness's scores of this artifact, and of BF16 where it was evaluated as well."""
+    evaluation = judgement.result.evaluation
+    mine = (
+        next((one for one in evaluation.models if one.files == judgement.artifact.files), None) if evaluation else None
+    )
+    if evaluation is None or mine is None:
+        return None
+    base = {
+        (row.task.task, row.score.metric, row.score.filter): _score(row.score)
+        for row in evaluation.rows() if row.model.reference
+    }  # fmt: skip
+    rows = [
+        {
+            "task": task.task, "metric": score.metric, "score": _score(score), "prompts": score.samples,
+            "reference": base.get((task.task, score.metric, score.filter), ""),
+            "unsettled": f"{task.unsettled} of {task.blocks}", "steps": round(task.steps, 2),
+        }
+        for task in mine.tasks for score in task.scores
+    ]  # fmt: skip
+    return {"harness": evaluation.harness, "seed": evaluation.seed, "limit": evaluation.limit, "rows": rows}
+
+
+def _score(score: Score) -> str:
+    return f"{score.value:.4g}" + ("" if score.stderr is None else f" ±{score.stderr:.2g}")
 
 
 def _row(
@@ -224,7 +253,9 @@ def _limits(document: Json) -> list[str]:
 def _proof(repo: str, document: Json) -> str:
     where = document["source"]["repository"] or "SRC"
     imatrix = f" --imatrix {shlex.quote(document['imatrix']['name'])}" if document["imatrix"] else ""
-    adapters = "".join(f" --adapter {shlex.quote(one['name'])}" for one in document.get("adapters") or [])
+    merged = document.get("adapters") or []
+    adapters = "".join(f" --adapter {shlex.quote(one['name'])}" for one in merged)
+    adapters += "".join(f" --adapter-side {side}" for side in sorted({one["side"] for one in merged if "side" in one}))
     return f"dgq verify {repo} --against {where} --seed SEED{imatrix}{adapters}"
 
 

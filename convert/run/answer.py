@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dgq.convert.run.request import OpenedRun
 from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.images import placed
+from dgq.runtime.files.reply import Reply
 
 if TYPE_CHECKING:
     from dgq.runtime.engine.engine import Step
@@ -25,9 +26,9 @@ def answer(
 
     images: picture files, which stand before the prompt or where it says <|image|>; what they become is computed
     before the model is loaded, so that the vision tower does not lie beside it in memory. on_step is called with every
-    denoising step. Returns the text, the thought before it, token ids, the steps of each canvas and whether it stopped
-    early, whether the model ended its answer itself, and times in seconds. InputError for a prompt or images that the
-    model cannot take.
+    denoising step. Returns the reply's parts (files.reply.Reply), token ids, the steps of each canvas and whether it
+    stopped early, whether the model ended its answer itself, and times in seconds. InputError for a prompt or images
+    that the model cannot take.
     """
     request, artifact = run.request, run.artifact
     tokenizer = artifact.tokenizer.thinking(request.thinking)
@@ -41,10 +42,9 @@ def answer(
     result = generate(model, asked, on_step)
     ended = time.perf_counter()
     tokens = result.tokens[0]
-    text, thought = tokenizer.reply(tokens) if request.chat else (tokenizer.decode(tokens), "")
+    reply = tokenizer.reply(tokens, ids) if request.chat else Reply(tokenizer.decode(tokens))
     return {
-        "text": text,
-        "thought": thought,
+        **reply.json(),
         "tokens": tokens,
         "prompt_tokens": len(ids),
         "images": len(images),
@@ -63,5 +63,5 @@ def _ids(run: OpenedRun, ids: list[int], images: list[Any], front: int | None) -
     """The prompt's tokens, with those of its images if it has any; arguments as images.placed() returns them."""
     if not images:
         return ids
-    vision = run.artifact.vision
+    vision = run.vision
     return vision.prompt(ids, images, vision.tower(run.device, run.dtype), front)

@@ -28,8 +28,9 @@ class Conversation:
         self._run, self.artifact = run, artifact
         # A bounded GPU holds the model alone. The tower is loaded for a picture that is new, and gone again after it.
         place = run.device if request.vram is None else "cpu"
-        self._tower = Once(lambda patches: artifact.vision.tower(place, run.dtype)(patches))
+        self._tower = Once(lambda patches: run.vision.tower(place, run.dtype)(patches))
         self._images: list[Any] = []
+        self.adapter: str | None = None
         for image in images:
             self.show(image)
         began = time.perf_counter()
@@ -39,7 +40,7 @@ class Conversation:
 
     def show(self, image: Path) -> None:
         """Show a picture with the next turn. InputError for a file that is none."""
-        self._tower(self.artifact.vision.patches(image))
+        self._tower(self._run.vision.patches(image))
         self._images.append(open_image(image)[1])
 
     def ask(self, text: str, on_step: Callable[[Step], None] | None = None) -> dict[str, Any]:
@@ -48,10 +49,12 @@ class Conversation:
         request = self._run.request
         began = time.perf_counter()
         reply = self._chat.ask(
-            text, on_step, self._images, max_new_tokens=request.max_new_tokens, steps=request.steps
+            text, on_step, self._images, max_new_tokens=request.max_new_tokens, steps=request.steps,
+            adapter=self.adapter,
         )  # fmt: skip
         self._images = []
         return vars(reply) | {
+            "tool_calls": [vars(call) for call in reply.tool_calls],
             "seed": request.seed,
             "device": self._run.device,
             "load_s": self._load_s,
@@ -59,4 +62,4 @@ class Conversation:
         }
 
     def _prompt(self, ids: Sequence[int], images: Sequence[Any]) -> Sequence[int]:
-        return self.artifact.vision.prompt(ids, images, self._tower)
+        return self._run.vision.prompt(ids, images, self._tower)

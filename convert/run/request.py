@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from dgq.convert.source.adapter import AdapterLike
 from dgq.convert.source.device import chosen_device
 from dgq.convert.source.models import open_model
 from dgq.quant.errors import InputError
@@ -21,6 +21,7 @@ from dgq.runtime.model.model import default_dtype
 
 if TYPE_CHECKING:
     from dgq.runtime.engine.engine import Rng
+    from dgq.runtime.files.images import Vision
     from dgq.runtime.model.model import Model
 
 
@@ -29,18 +30,19 @@ class RunRequest:
     """The model and the settings of its answers; prompts and images come later.
 
     model: an artifact's directory or .gguf, a checkpoint directory, a Hub id or "tiny".
-    revision: branch, tag or commit of a Hub id. adapters: directories of LoRA adapters to merge into a BF16 source.
+    revision: branch, tag or commit of a Hub id. adapters: LoRA adapters to apply beside the weights.
     chat: whether prompts go through the chat template. thinking: the template's switch; None for its default.
     max_new_tokens, steps: the most of an answer, and of a canvas; None for those of generation_config.
     seed: the same seed gives the same text. rng: "counter", the same on every device, or "torch", transformers'.
     device: "auto", "cpu" or "cuda". dtype: of activations, "auto", "fp32" or "bf16".
     activations: "nvfp4" to round the experts' inputs as a W4A4 kernel does.
     vram: bytes of the GPU to use; experts beyond them wait in host memory.
+    image_tokens: the most that an image becomes, one of images.IMAGE_TOKENS; None for the model's setting.
     """
 
     model: str
     revision: str | None = None
-    adapters: tuple[Path, ...] = ()
+    adapters: tuple[AdapterLike, ...] = ()
     chat: bool = False
     thinking: bool | None = None
     max_new_tokens: int | None = None
@@ -51,6 +53,7 @@ class RunRequest:
     activations: str | None = None
     rng: Rng = "counter"
     vram: int | None = None
+    image_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class OpenedRun:
     artifact: Artifact
     device: str
     dtype: torch.dtype
+
+    @property
+    def vision(self) -> Vision:
+        """The model's way to take images. InputError if it has no vision tower."""
+        return self.artifact.vision.with_tokens(self.request.image_tokens)
 
     def load(self) -> Model:
         """The model on its device. InputError for values that no quantiser writes."""

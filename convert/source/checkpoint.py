@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dgq.convert.source.adapter import Adapter, MergedDir, open_adapter
+from dgq.convert.source.adapter import AdapterChoice, AdapterLike, Merged, MergedDir, merge
 from dgq.convert.source.hub import Located, locate, remote_specs
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import FLOATS, HFDir, read_json
@@ -58,7 +58,7 @@ class Source(Weights):
     copies: dict[str, str]
     notices: tuple[str, ...]
     _dir: HFDir
-    adapters: tuple[Adapter, ...] = ()
+    adapters: tuple[Merged, ...] = ()
     deviations: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Packed:
@@ -189,13 +189,13 @@ class Source(Weights):
 
 
 def open_source(
-    asked: str, revision: str | None = None, *, weights: bool = True, adapters: Sequence[Path] = ()
+    asked: str, revision: str | None = None, *, weights: bool = True, adapters: Sequence[AdapterLike] = ()
 ) -> Source:
     """Locate SRC and check it, from headers alone. InputError for anything that is wrong with it.
 
     asked: a directory, a Hub id (at `revision`) or `tiny`. weights=False: of a Hub id, fetch only small files and
-    headers; the result can be planned, but not converted. adapters: directories of LoRA adapters, merged into the
-    weights as these are read.
+    headers; the result can be planned, but not converted. adapters: directories or Hub ids of LoRA adapters, merged
+    into the weights as these are read.
     """
     where = locate(asked, revision, weights=weights)
     config_file = where.path / "config.json"
@@ -220,7 +220,7 @@ def open_source(
     shapes = {name: spec.shape for name, spec in specs.items()}
     check_tensors(shapes, expected, str(where.path), file=lambda name: str(specs[name].file))
     _check_dtypes(specs)
-    merged = tuple(open_adapter(path, {name: specs[name].shape for name in text}) for path in adapters)
+    merged = tuple(merge(AdapterChoice.of(one), text | vision) for one in adapters)
     sampler = sampler_notices(where.path, generation)
     deviations = (*([stale] if stale else []), *named.notices)
     notices = (*_notices(specs, copies, raw.get("text_config", {})), *deviations, *sampler)

@@ -76,6 +76,11 @@ def fetch_artifact(repo: str, revision: str | None = None) -> Located:
     return _fetch(repo, revision, ("*",))
 
 
+def fetch_adapter(repo: str) -> Path:
+    """Fetch the two files of a LoRA adapter's repository."""
+    return _fetch(repo, None, ("adapter_config.json", "adapter_model.safetensors")).path
+
+
 def _fetch(repo: str, revision: str | None, patterns: tuple[str, ...]) -> Located:
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects

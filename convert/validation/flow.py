@@ -68,7 +68,7 @@ def _judge(inputs: Inputs, gate: Gate, work: Work) -> ValidationResult:
     if inputs.kept is None and inputs.options.reference is not None and work.rank == 0:
         reference.save(inputs.options.reference)
     judges = [
-        Judge(name, artifact, reference, inputs.source, inputs.settings, work)
+        Judge(name, artifact, reference, inputs.merged.get(name, inputs.source), inputs.settings, work)
         for name, artifact in inputs.artifacts.items()
     ]
     results = [replace(judge.result(gate), remarks=inputs.remarks[judge.name]) for judge in judges]
@@ -122,6 +122,7 @@ def _about_reference(source: Artifact, inputs: Inputs) -> Json:
         "weights": source.weights.digest() if isinstance(source.weights, Source) else None,
         "config": asdict(source.config), "generation": asdict(source.generation),
         "bytes": sum(weight.nbytes for weight in source.weights.everything().values()),
+        "adapters": adapters_of(source),
         "quick": settings.quick, "dtype": str(settings.precision), "device": _device_name(settings.device),
     }  # fmt: skip
 

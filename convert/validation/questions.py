@@ -25,6 +25,7 @@ from dgq.convert.source.hub import TINY
 from dgq.convert.source.prompts import PromptFile, is_chat, read_prompts, shipped_prompts
 from dgq.quant.errors import InputError
 from dgq.runtime.files.artifact import Artifact
+from dgq.runtime.files.reply import parse_reply
 
 LEVELS = (0.25, 0.5, 0.75, 1.0)  # share of a canvas's tokens replaced by random ones
 LONGEST = 1024  # tokens of a text's prompt
@@ -52,8 +53,8 @@ class Question:
         return asdict(self)
 
     def right(self, text: str) -> bool:
-        """Whether `text` is the answer, up to case, spaces and a full stop."""
-        return self.answer is not None and _plain(text) == _plain(self.answer)
+        """Whether a reply's text has the answer behind its thoughts, up to case, spaces and a full stop."""
+        return self.answer is not None and _plain(parse_reply(text).text) == _plain(self.answer)
 
 
 def _plain(text: str) -> str:

@@ -146,8 +146,9 @@ def _check_adapters(file: Path, document: dict[str, Any], source: Source) -> Non
     named, given = document.get("adapters") or [], [adapter.about for adapter in source.adapters]
     if not isinstance(named, list) or not all(isinstance(one, dict) for one in named):
         raise InputError(f"{file}: its adapters are no list of objects; damaged")
-    if [one.get("files") for one in named] != [one["files"] for one in given]:
+    if [(one.get("files"), one.get("side")) for one in named] != [(one["files"], one.get("side")) for one in given]:
         names = " ".join(f"--adapter {one.get('name')}" for one in named) or "no --adapter"
+        names += "".join(f" --adapter-side {one['side']}" for one in named if one.get("side"))
         raise InputError(f"{file}: made with {names}; the files given are not those that it names")
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dgq.convert.source.adapter import AdapterLike
 from dgq.convert.source.checkpoint import open_source
 from dgq.convert.source.hub import fetch_artifact, is_hub_id
 from dgq.convert.verification.against import Sample, check_weights, source_revision
@@ -38,7 +39,7 @@ class VerifyOptions:
     recipe: str | None = None
     imatrix: Path | None = None
     revision: str | None = None
-    adapters: Sequence[Path] = ()
+    adapters: Sequence[AdapterLike] = ()
 
 
 @dataclass(frozen=True)

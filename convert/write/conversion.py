@@ -18,6 +18,7 @@ from dgq.convert.plans.plan import Plan, make_plan
 from dgq.convert.plans.recipe import Recipe
 from dgq.convert.plans.recipes import find_recipe
 from dgq.convert.resume.target import check_target
+from dgq.convert.source.adapter import AdapterLike
 from dgq.convert.source.checkpoint import open_source
 from dgq.convert.source.device import chosen_device
 from dgq.convert.source.hub import is_hub_id
@@ -51,7 +52,7 @@ class ConvertOptions:
 
     recipe: str | None = None
     revision: str | None = None
-    adapters: tuple[Path, ...] = ()
+    adapters: tuple[AdapterLike, ...] = ()
     effort: str | None = None
     stats: Path | None = None
     imatrix: Path | None = None

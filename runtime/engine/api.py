@@ -23,10 +23,13 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from dgq.quant.errors import InputError
+from dgq.runtime.adapters.adapter import open_adapter
 from dgq.runtime.engine.chat import Chat
 from dgq.runtime.engine.engine import Block, Request, Step, generate, stream
 from dgq.runtime.files.artifact import Artifact, open_artifact
 from dgq.runtime.files.images import Once, placed
+from dgq.runtime.files.reply import Reply
+from dgq.runtime.files.tool_calls import ToolCall
 from dgq.runtime.shape.pictured import Pictured
 
 if TYPE_CHECKING:
@@ -41,12 +44,17 @@ Images = Sequence[Any]
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to one prompt. ended: whether the model ended it by itself; steps: how many each block took."""
+    """The answer to one prompt. ended: whether the model ended it by itself; steps: how many each block took.
+    reasoning, tool_calls, unfinished_thought: of an answer to messages, whose text is without them, see
+    files.reply.Reply; an answer to a raw text has all of it as its text."""
 
     text: str
     tokens: list[int]
     ended: bool
     steps: list[int]
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    unfinished_thought: bool = False
 
 
 class Engine:
@@ -67,15 +75,17 @@ class Engine:
         """The vision tower, in the model's dtype. InputError if the artifact has none."""
         return self.artifact.vision.tower(self._tower_device, self.model.dtype)
 
-    def ids(self, prompt: Prompt, images: Images = ()) -> Sequence[int]:
-        """A prompt's tokens, its images among them; the result is a prompt as well."""
+    def ids(self, prompt: Prompt, images: Images = (), image_tokens: int | None = None) -> Sequence[int]:
+        """A prompt's tokens, its images among them; the result is a prompt as well. image_tokens: the most that an
+        image becomes: 70, 140, 280, 560 or 1120; None: the model's setting."""
         if isinstance(prompt, Pictured) and not images:
             return prompt
         ids, images, front = placed(self.tokenizer, prompt, images)
-        return self.artifact.vision.prompt(ids, images, self.tower, front) if images else ids
+        return self.artifact.vision.with_tokens(image_tokens).prompt(ids, images, self.tower, front) if images else ids
 
     def generate(self, prompt: Prompt, images: Images = (), **settings: Any) -> Answer:
-        """The answer to one prompt. settings: max_new_tokens, steps, seed, …, see engine.Request; and on_step."""
+        """The answer to one prompt. settings: max_new_tokens, steps, seed, adapter, …, see engine.Request; on_step; and
+        image_tokens, see ids()."""
         return self.generate_batch([prompt], [images], **settings)[0]
 
     def close(self) -> None:
@@ -96,50 +106,62 @@ class Engine:
         prompts: Sequence[Prompt],
         images: Sequence[Images] | None = None,
         on_step: Callable[[Step], None] | None = None,
+        image_tokens: int | None = None,
         **settings: Any,
     ) -> list[Answer]:
         """The answers to several prompts, each with its images, computed together. Each is what the prompt would get
         alone with rows=[its number]."""
-        request = Request(self._all_ids(prompts, images), self.generation, **settings)
+        request = Request(self._all_ids(prompts, images, image_tokens), self.generation, **settings)
         with self._lock:
             result = generate(self.model, request, on_step)
-        texts = map(self.tokenizer.decode, result.tokens)
-        return [Answer(*one) for one in zip(texts, result.tokens, result.ended, result.steps, strict=True)]
+        rows = zip(prompts, request.prompts, result.tokens, result.ended, result.steps, strict=True)
+        answers = []
+        for prompt, ids, tokens, ended, steps in rows:
+            chat = len(prompt) > 0 and isinstance(prompt[0], Mapping)
+            reply = self.tokenizer.reply(tokens, ids) if chat else Reply(self.tokenizer.decode(tokens))
+            answers.append(Answer(reply.text, tokens, ended, steps, *reply[1:]))
+        return answers
 
     def stream(
         self,
         *prompts: Prompt,
         images: Sequence[Images] | None = None,
         every_step: bool = True,
+        image_tokens: int | None = None,
         **settings: Any,
     ) -> Iterator[Step | Block]:
         """Yield steps and committed blocks as they come; every_step=False: blocks only. The last block is whole,
         whatever max_new_tokens is. On a GPU, a stream that goes on after this engine began another answer raises
         InputError."""
-        return stream(self.model, Request(self._all_ids(prompts, images), self.generation, **settings), every_step)
+        ids = self._all_ids(prompts, images, image_tokens)
+        return stream(self.model, Request(ids, self.generation, **settings), every_step)
 
-    def _all_ids(self, prompts: Sequence[Prompt], images: Sequence[Images] | None) -> list[Sequence[int]]:
+    def _all_ids(
+        self, prompts: Sequence[Prompt], images: Sequence[Images] | None, image_tokens: int | None
+    ) -> list[Sequence[int]]:
         if isinstance(prompts, str):  # a text is a sequence too, of letters
             raise InputError("prompts is a text: give a list of prompts, or one to generate()")
         given = [()] * len(prompts) if images is None else images
         if len(given) != len(prompts):
             raise InputError(f"images of {len(given)} prompts for {len(prompts)}: give a list for each prompt")
-        return [self.ids(prompt, shown) for prompt, shown in zip(prompts, given, strict=True)]
+        return [self.ids(prompt, shown, image_tokens) for prompt, shown in zip(prompts, given, strict=True)]
 
     def chat(
         self,
         system: str | None = None,
         thinking: bool | None = None,
         messages: Sequence[Mapping[str, Any]] = (),
+        image_tokens: int | None = None,
         **settings: Any,
     ) -> Chat:
         """A conversation whose turns keep their keys and values, see chat.Chat. system: the text of a first message.
         thinking: the template's enable_thinking, which has its own default; InputError if the template has none.
-        On a GPU, another answer in between takes the conversation's memory, and the next turn is encoded as a whole."""
+        image_tokens: see ids(). On a GPU, another answer in between takes the conversation's memory, and the next turn
+        is encoded as a whole."""
         tower = Once(lambda patches: self.tower(patches))
 
         def see(ids: Sequence[int], images: Sequence[Any]) -> Sequence[int]:
-            return self.artifact.vision.prompt(ids, images, tower)
+            return self.artifact.vision.with_tokens(image_tokens).prompt(ids, images, tower)
 
         first = [] if system is None else [{"role": "system", "content": system}]
         settings = {"see": see, "messages": [*first, *messages], **settings}
@@ -156,13 +178,19 @@ class Engine:
 
 
 def load(
-    path: Path | str, device: str | None = None, dtype: torch.dtype | None = None, vram: int | None = None
+    path: Path | str,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    vram: int | None = None,
+    adapters: Sequence[Path | str] | Mapping[str, Path | str] = (),
 ) -> Engine:
     """Open an artifact or a BF16 checkpoint, a directory or a .gguf. InputError for everything that is wrong with it.
 
-    device: "cuda" or "cpu"; a GPU if there is one, unless given. dtype: of activations; bfloat16 on a GPU and float32
-    on a CPU, unless given. vram: bytes of the GPU to use; experts that do not fit wait in host memory. A warning names
-    ggml types that have no kernels, and the memory that they take because they are decoded.
+    adapters: LoRA adapters (peft's directories) to apply beside the weights: a list's always, a dict's by their names,
+    where a request has adapter="NAME". device: "cuda" or "cpu"; a GPU if there is one, unless given. dtype: of
+    activations; bfloat16 on a GPU and float32 on a CPU, unless given. vram: bytes of the GPU to use; experts that do
+    not fit wait in host memory. A warning names ggml types that have no kernels, and the memory that they take because
+    they are decoded.
     """
     visible = torch.cuda.is_available()
     device = str(device or ("cuda" if visible else "cpu"))
@@ -172,7 +200,17 @@ def load(
         raise InputError("device cuda: no CUDA device is visible to torch; use cpu")
     if vram is not None and (device == "cpu" or dtype not in (None, torch.bfloat16)):
         raise InputError("vram: is for bfloat16 on a GPU")
-    artifact = open_artifact(path)
+    artifact = _adapted(open_artifact(path), adapters)
     for line in artifact.remarks:
         warnings.warn(line, stacklevel=2)
     return Engine(artifact, device, dtype, vram)
+
+
+def _adapted(artifact: Artifact, adapters: Sequence[Path | str] | Mapping[str, Path | str]) -> Artifact:
+    """The artifact with adapters; those of a dict are applied where a request names them."""
+    if not adapters:
+        return artifact
+    named = isinstance(adapters, Mapping)
+    pairs = list(adapters.items()) if isinstance(adapters, Mapping) else [(None, path) for path in adapters]
+    opened = [open_adapter(Path(path).expanduser(), artifact.shapes, name) for name, path in pairs]
+    return artifact.with_adapters(opened, () if named else None)

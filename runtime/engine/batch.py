@@ -82,6 +82,8 @@ class OnSlots:
 
     def keep(self, rows: Tensor) -> None:
         self._checked_session().keep(rows)
+        if self._model.choice is not None:
+            self._model.choice.keep(rows)
 
     def _checked_session(self) -> Session:
         """The session. InputError if another batch has taken it, so that these rows' keys are gone."""
@@ -142,10 +144,14 @@ class OnCache:
             self._cache = encode_each(model, prompts, capacity)
         else:
             self._cache = _prefill(model, prompts, pad_id, capacity)
-        self.keep = self._cache.keep
 
     def commit(self, canvas: Tensor) -> None:
         self._model.encode(canvas, self._cache)
+
+    def keep(self, rows: Tensor) -> None:
+        self._cache.keep(rows)
+        if self._model.choice is not None:
+            self._model.choice.keep(rows)
 
     def denoise(self, rows: Tensor, block: int, every_step: bool) -> Denoised:
         sampler = self._sampler
@@ -177,8 +183,17 @@ class OnCache:
 def encode_each(model: Model, prompts: Sequence[Sequence[int]], capacity: int) -> Cache:
     """Encode every prompt alone and stack the caches into one batch: nothing about a row depends on the others."""
     cache = model.new_cache(len(prompts), capacity)
-    cache.stack([_prefill(model, [prompt], 0, len(prompt)) for prompt in prompts])
+    cache.stack([_prefilled_row(model, row, prompt) for row, prompt in enumerate(prompts)])
+    if model.choice is not None:
+        model.choice.look(0, len(prompts))
     return cache
+
+
+def _prefilled_row(model: Model, row: int, prompt: Sequence[int]) -> Cache:
+    """One prompt, encoded with the adapters of its row."""
+    if model.choice is not None:
+        model.choice.look(row, 1)
+    return _prefill(model, [prompt], 0, len(prompt))
 
 
 def _prefill(model: Model, prompts: Sequence[Sequence[int]], pad_id: int, capacity: int) -> Cache:

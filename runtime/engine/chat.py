@@ -6,8 +6,9 @@
     chat.ask("Like this?", images=["night.jpg"])
 
 Every turn renders all messages anew, and keeps of the cache what the rendering has in common with it (turns.py). A
-reply is added to the messages as its text. Its thoughts are added apart, as "reasoning_content", which is where Gemma
-4's template looks for them: it renders them only for a model that is in the middle of calling tools.
+reply is added to the messages as its text. Its reasoning is added apart, as "reasoning_content", and its tool calls as
+"tool_calls", which is where Gemma 4's template looks for them: it renders the reasoning only for a model that is in the
+middle of calling tools.
 """
 
 from __future__ import annotations
@@ -21,22 +22,25 @@ from dgq.runtime.engine.engine import Block, Request, Rng, Step, stream
 from dgq.runtime.engine.turns import Turns, common
 from dgq.runtime.files.images import parted, placed
 from dgq.runtime.files.tokenizer import Tokenizer
+from dgq.runtime.files.tool_calls import ToolCall
 from dgq.runtime.model.model import Model
 from dgq.runtime.shape.pictured import marks_of
 from dgq.runtime.shape.settings import GenerationConfig
 
 
 @dataclass(frozen=True)
-class Reply:
+class ChatReply:
     """The model's reply to one turn.
 
-    thought: what the model thought before it answered, "" if it did not. tokens: of thought and text. ended: whether
-    the model ended the reply by itself. steps: how many each block took. prompt_tokens: the length of the conversation
-    before the reply; encoded: how many of these were not in the cache.
+    text, reasoning, tool_calls, unfinished_thought: its parts, see files.reply.Reply. tokens: of all of these. ended:
+    whether the model ended the reply by itself. steps: how many each block took. prompt_tokens: the length of the
+    conversation before the reply; encoded: how many of these were not in the cache.
     """
 
     text: str
-    thought: str
+    reasoning: str
+    tool_calls: tuple[ToolCall, ...]
+    unfinished_thought: bool
     tokens: list[int]
     ended: bool
     steps: list[int]
@@ -69,7 +73,7 @@ class Chat:
 
     def ask(
         self, text: str, on_step: Callable[[Step], None] | None = None, images: Sequence[Any] = (), **settings: Any
-    ) -> Reply:
+    ) -> ChatReply:
         """The reply to a user's text; both are added to the messages. images: files or PIL images of this turn, which
         stand before the text, or where the text says <|image|>. settings: max_new_tokens, steps."""
         events = self.stream(text, images, every_step=on_step is not None, **settings)
@@ -77,14 +81,14 @@ class Chat:
             try:
                 event = next(events)
             except StopIteration as over:
-                reply: Reply = over.value
+                reply: ChatReply = over.value
                 return reply
             if on_step is not None and isinstance(event, Step):
                 on_step(event)
 
     def stream(
         self, text: str, images: Sequence[Any] = (), every_step: bool = True, **settings: Any
-    ) -> Generator[Step | Block, None, Reply]:
+    ) -> Generator[Step | Block, None, ChatReply]:
         """Yield what ask() does while it happens; the generator returns the reply. A turn that is not consumed to its
         end leaves the messages as they were."""
         turn = self._turn = object()
@@ -102,11 +106,11 @@ class Chat:
             if self._turn is not turn:
                 raise InputError("another turn was begun meanwhile: this one cannot go on")
         stop = next((i for i, token in enumerate(tokens) if token in self._generation.eos_ids), len(tokens))
-        answer, thought = self._tokenizer.reply(tokens := tokens[: min(stop, request.wanted)])
-        reply = {"role": "assistant", "content": answer} | ({"reasoning_content": thought} if thought else {})
-        self.messages = [*messages, reply]
+        tokens = tokens[: min(stop, request.wanted)]
+        reply = self._tokenizer.reply(tokens, request.prompts[0])
+        self.messages = [*messages, reply.message()]
         ended = ended and stop < request.wanted
-        return Reply(answer, thought, tokens, ended, steps, len(request.prompts[0]), self._turns.encoded)
+        return ChatReply(*reply, tokens, ended, steps, len(request.prompts[0]), self._turns.encoded)
 
     def _request(self, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Request:
         """The request of the next turn. Every turn has its place in the random stream: the number of replies so far."""

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from dgq.quant.errors import InputError
+from dgq.runtime.adapters.beside import Chosen
+from dgq.runtime.engine.adapted import choose, choosing
 from dgq.runtime.engine.batch import Batch, OnCache, OnSlots, Step
 from dgq.runtime.engine.turns import TurnOnCache, TurnOnSlots, Turns
 from dgq.runtime.model.model import Model
@@ -50,6 +52,9 @@ class Request:
 
     turns: the conversation that the only prompt continues; what its cache already holds of the prompt is not encoded
     again.
+
+    adapter: the adapter to apply, of those that the model was loaded with, or one for each prompt: see
+    adapters.beside.Chosen.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -60,6 +65,7 @@ class Request:
     rng: Rng = "counter"
     rows: Sequence[int] | None = None
     turns: Turns | None = None
+    adapter: Chosen = None
 
     @property
     def wanted(self) -> int:
@@ -157,10 +163,14 @@ def stream(model: Model, request: Request, every_step: bool = True) -> Iterator[
 def _batch(model: Model, request: Request, random: Random, capacity: int) -> Batch:
     """Encode the prompts: in a session's fixed memory where there is a GPU, else in a growing cache."""
     prompts, sampler, turns = request.prompts, request.sampler, request.turns
+    if turns is not None:
+        turns.choose(request.adapter)
     if model.device.type == "cuda" and isinstance(random, CounterRandom):
+        choose(model, request.adapter, len(prompts))
         if turns is None:
             return OnSlots(model, prompts, capacity, sampler, random)
         return TurnOnSlots(model, prompts[0], capacity, sampler, random, turns)
+    model = choosing(model, request.adapter, len(prompts))
     if turns is None:
         return OnCache(model, prompts, capacity, sampler, random, request.generation.pad_id)
     return TurnOnCache(model, prompts[0], capacity, sampler, random, turns)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dgq.runtime.adapters.adapter import SIDES
+from dgq.runtime.engine.beside import Sides, both_sides, experts_beside, gated_mlp, linear
 from dgq.runtime.kernels import dense, fused, moe
 from dgq.runtime.model.layers import embedding_scale
 from dgq.runtime.model.memory import PREFILL
@@ -58,10 +60,20 @@ class Fast:
         assert model.kernels is not None and model.kernels.table is not None
         condition = DECODER + "self_conditioning."
         self._gate_up, self._down = model.kernels.gated(condition + "gate_up"), model.kernels.linear(condition + "down")
+        self._changes = mlp_changes(model, condition, self._gate_up)
         table = model.kernels.table
         self._table = PlainTable(table) if isinstance(table, Tensor) else table
         self._scale = embedding_scale(self.config.hidden, self.dtype)
         self._room = torch.empty(0, self.config.vocab, dtype=self.dtype, device=self.device)
+
+    @property
+    def kind(self) -> str:
+        """Which kind of choice of adapters the rows have made: what is captured for one is of no use for another."""
+        return self._model.choice.kind if self._model.choice else "none"
+
+    def reserve(self, rows: int) -> None:
+        if self._model.choice is not None:
+            self._model.choice.grow(rows)
 
     def new_state(self, rows: int, sampler: SamplerConfig) -> FastState:
         positions = rows * self.config.canvas
@@ -76,7 +88,8 @@ class Fast:
         soft = fused.norm(
             state.soft, self._model.condition_norm, eps, scale=state.scale, factor=factor, ordered=ordered
         )
-        signal = dense.gated_mlp(soft, self._gate_up, self._down, ordered)
+        self._look(view)
+        signal = gated_mlp(soft, self._gate_up, self._down, (self._changes[0][False], self._changes[1][False]))
         x = fused.norm(self._embed(state.canvas), None, eps, plus=signal)
         return self._table.head(self._run(x, view, self._model.decoder_scalars, causal=False))
 
@@ -90,6 +103,10 @@ class Fast:
             reach = torch.cat((images.behind, images.ahead))
         self._run(x, view, self._model.encoder_scalars, causal=True, reach=reach)
 
+    def _look(self, view: View) -> None:
+        if self._model.choice is not None:
+            self._model.choice.look(*view.span)
+
     def _embed(self, ids: Tensor) -> Tensor:
         return self._table.rows(ids.flatten(), self._scale)
 
@@ -97,6 +114,7 @@ class Fast:
         self, x: Tensor, view: View, scalars: Sequence[Tensor], causal: bool, reach: Tensor | None = None
     ) -> Tensor:
         """Send x (rows * tokens, hidden), which is overwritten, through all layers -> normed for the head."""
+        self._look(view)
         tokens = len(x) // len(view.lengths)
         rotations = {s: fused.rotations(view.lengths, f, tokens) for s, f in self._model.frequencies.items()}
         around = Pass(rotations, view, causal, reach)
@@ -109,6 +127,14 @@ class Fast:
                 after, ordered = following.norm("input_layernorm"), following.ordered
             normed = layer(x, normed, around, scalar, after, ordered)
         return normed
+
+
+def mlp_changes(model: Model, prefix: str, gate_up: dense.Gated) -> tuple[Sides, Sides]:
+    """What adapters add to an MLP's gate and up, and to its down. prefix: of its weights' canonical names."""
+    inner, hidden = gate_up.inner, model.config.hidden
+    halves = [(f"{prefix}{part}_proj.weight", inner) for part in ("gate", "up")]
+    down = [(prefix + "down_proj.weight", hidden)]
+    return both_sides(model.choice, halves, gate_up.packed), both_sides(model.choice, down, False)
 
 
 class FastLayer:
@@ -132,8 +158,33 @@ class FastLayer:
             model.kernels.linear(prefix + "mlp.down"),
         )
         self._router = layer.weights["router.proj.weight"].parts[""]
+        self._changes = self._all_changes(model, prefix)
         self._router_scale = layer.weights["router.scale"].dequantize(torch.float32)
         self._per_expert_scale = layer.weights["router.per_expert_scale"].dequantize(torch.float32)
+
+    def _all_changes(self, model: Model, prefix: str) -> dict[str, Sides]:
+        """Product -> what adapters add to it."""
+        attention = [
+            (f"{prefix}self_attn.{part}_proj.weight", self._rows(part))
+            for part in ("q", "k", "v")
+            if part != "v" or self._shape.has_v_proj
+        ]
+        output, router = prefix + "self_attn.o_proj.weight", prefix + "router.proj.weight"
+        gate_up, down = mlp_changes(model, prefix + "mlp.", self._gate_up)
+        self._experts_changes = {
+            side == "encoder": experts_beside(model.choice, side, prefix + "experts.", model.config.experts)
+            for side in SIDES
+        }
+        return {
+            "qkv": both_sides(model.choice, attention, self._qkv.packed),
+            "o": both_sides(model.choice, [(output, model.config.hidden)], self._o.packed),
+            "gate_up": gate_up, "down": down,
+            "router": both_sides(model.choice, [(router, model.config.experts)], False),
+        }  # fmt: skip
+
+    def _rows(self, part: str) -> int:
+        heads = self._config.heads if part == "q" else self._shape.kv_heads
+        return heads * self._shape.head_dim
 
     @property
     def ordered(self) -> bool:
@@ -152,40 +203,46 @@ class FastLayer:
         inputs = norm("pre_feedforward_layernorm"), norm("pre_feedforward_layernorm_2")
         weights = norm("post_attention_layernorm"), *inputs
         feed = fused.mixed(x, seen, weights, self._router_scale, eps, ordered=self._gate_up.packed)
-        mlp, routed = self._both(feed)
+        mlp, routed = self._both(feed, around.causal)
         ends = norm("post_feedforward_layernorm_1"), norm("post_feedforward_layernorm_2")
         return fused.fed(x, mlp, routed, (*ends, norm("post_feedforward_layernorm"), after), scalar, eps, ordered)
 
-    def _both(self, feed: fused.Feed) -> tuple[Tensor, Tensor]:
+    def _both(self, feed: fused.Feed, causal: bool) -> tuple[Tensor, Tensor]:
         """The results of the MLP, (n, hidden), and of the experts, (n, k, hidden). In a graph the MLP, whose products
         are too small to fill the GPU, runs beside router and experts."""
         if self._side is None or not torch.cuda.is_current_stream_capturing():
-            return self._mlp(feed), self._experts(feed)
+            return self._mlp(feed, causal), self._experts(feed, causal)
         here = torch.cuda.current_stream()
         self._side.wait_stream(here)
         with torch.cuda.stream(self._side):
-            mlp = self._mlp(feed)
-        routed = self._experts(feed)
+            mlp = self._mlp(feed, causal)
+        routed = self._experts(feed, causal)
         here.wait_stream(self._side)
         return mlp, routed
 
-    def _mlp(self, feed: fused.Feed) -> Tensor:
-        return dense.gated_mlp(feed.dense, self._gate_up, self._down, self._gate_up.packed)
+    def _mlp(self, feed: fused.Feed, causal: bool) -> Tensor:
+        changes = self._changes["gate_up"][causal], self._changes["down"][causal]
+        return gated_mlp(feed.dense, self._gate_up, self._down, changes)
 
-    def _experts(self, feed: fused.Feed) -> Tensor:
+    def _experts(self, feed: fused.Feed, causal: bool) -> Tensor:
         scores = functional.linear(feed.router, self._router)
+        if (change := self._changes["router"][causal]) is not None:
+            scores = change.add(scores, feed.router)
         chosen, share = fused.route(scores, self._per_expert_scale, self._config.top_k)
-        if self._offload is None:
-            return moe.parts(feed.routed, chosen, share, *self._routed)
-        self._offload.arrive(self.index)
-        parts = moe.parts(feed.routed, chosen, share, *self._routed)
-        self._offload.leave(self.index)
+        if self._offload is not None:
+            self._offload.arrive(self.index)
+        if (beside := self._experts_changes[causal]) is None:
+            parts = moe.parts(feed.routed, chosen, share, *self._routed)
+        else:
+            parts = beside.parts(feed.routed, chosen, share, self._routed)
+        if self._offload is not None:
+            self._offload.leave(self.index)
         return parts
 
     def _attention(self, x: Tensor, around: Pass) -> Tensor:
         shape, config, view = self._shape, self._config, around.view
         queries, keys_too = config.heads * shape.head_dim, (config.heads + shape.kv_heads) * shape.head_dim
-        parts = dense.linear(x, self._qkv, self._qkv.packed)
+        parts = linear(x, self._qkv, self._changes["qkv"][around.causal])
         q, k = parts[:, :queries], parts[:, queries:keys_too]
         v = parts[:, keys_too:] if shape.has_v_proj else k
         norms = self.norm("self_attn.q_norm"), self.norm("self_attn.k_norm")
@@ -194,7 +251,7 @@ class FastLayer:
         mask = fused.Mask(config.window if self.sliding else None, around.causal, reach=around.reach)
         seen = fused.attend(q, cache, mask, ordered=self._o.packed)
         view.close(self.index)
-        return dense.linear(seen.view(len(x), -1), self._o, self._o.packed)
+        return linear(seen.view(len(x), -1), self._o, self._changes["o"][around.causal])
 
 
 class FastState:

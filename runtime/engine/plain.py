@@ -19,25 +19,37 @@ class Plain:
 
     prefill = 512
     capturable = False
+    kind = "none"  # of a choice of adapters: nothing is captured for any
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
 
+    def reserve(self, rows: int) -> None:
+        if self._model.choice is not None:
+            self._model.choice.grow(rows)
+
     def new_state(self, rows: int, sampler: SamplerConfig) -> PlainState:
         return PlainState(self._model, rows, sampler)
 
     def decode(self, state: PlainState, view: CanvasView) -> Tensor:
+        self._look(view)
         masks = {sliding: view.decoder_mask(sliding) for sliding in (False, True)}
         return self._model.logits(self._model.refined(state.canvas, state.soft, view.positions(), masks, view))
 
     def encode(self, ids: Tensor, view: CanvasView) -> None:
+        self._look(view)
         masks = {sliding: view.encoder_mask(sliding) for sliding in (False, True)}
         self._model.append(ids, view.positions(), masks, view)
 
     def encode_prompt(self, ids: Tensor, view: PromptView, images: Pictures | None) -> None:
+        self._look(view)
         masks = {sliding: view.mask(sliding, images) for sliding in (False, True)}
         self._model.append(ids, view.positions(), masks, view, images)
+
+    def _look(self, view: CanvasView | PromptView) -> None:
+        if self._model.choice is not None:
+            self._model.choice.look(*view.span)
 
 
 class PlainState:

@@ -68,14 +68,20 @@ class Turns:
 
     settled: how many tokens of the next prompt no later turn is expected to render differently. encoded: how many
     tokens of the last prompt were not kept. ids: the tokens in the store, as pictured.marks_of() compares them; empty
-    while the store is being written to, so that half a turn is never kept.
+    while the store is being written to, so that half a turn is never kept. adapter: what the tokens were encoded with.
     """
 
     def __init__(self) -> None:
         self.settled = self.encoded = 0
         self.store: Store | None = None
         self.ids: list[int] = []
+        self.adapter: object = None
         self._saved: _Saved | None = None
+
+    def choose(self, adapter: object) -> None:
+        """Go on with these adapters; keys and values that others made are of no use."""
+        if adapter != self.adapter:
+            self.adapter, self.store, self.ids, self._saved = adapter, None, [], None
 
     def begin(self, store: Store, ids: Sequence[int], window: int) -> None:
         """Make the store hold `ids` and nothing else. It is another store than before if the earlier one was taken by
@@ -169,7 +175,7 @@ class TurnOnCache(OnCache):
     ) -> None:
         self._model, self._sampler, self._random, self._turns = model, sampler, random, turns
         store = turns.store if isinstance(turns.store, CacheStore) else CacheStore(model, capacity)
-        self._cache, self.keep = store.cache, store.cache.keep
+        self._cache = store.cache
         self._cache.as_stacked(False)
         turns.begin(store, ids, model.config.window)
         self._cache.as_stacked(random.independent)  # for the blocks, as in any other batch

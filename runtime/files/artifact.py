@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from dgq.quant.errors import InputError
 from dgq.quant.files.gguf_file import GGUFReader, is_later_part
@@ -30,6 +31,7 @@ from dgq.quant.formats.bnb import BitsAndBytes
 from dgq.quant.formats.bnb_experts import experts_apart
 from dgq.quant.formats.compressed_tensors import CompressedTensors
 from dgq.quant.formats.fp8_groups import Mixed
+from dgq.runtime.adapters.adapter import Adapter
 from dgq.runtime.files.canonical import canonical, stored_tensors
 from dgq.runtime.files.folders import refuse_other
 from dgq.runtime.files.mmproj import ARCH, Mmproj, find_mmproj, is_mmproj, only_mmproj
@@ -49,7 +51,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Artifact:
-    """An opened artifact. weights: canonical name -> Packed, read lazily; file: the .gguf or the directory."""
+    """An opened artifact. weights: canonical name -> Packed, read lazily; file: the .gguf or the directory; adapters:
+    LoRA adapters to apply beside the weights; active: the names of those that are applied where a request chooses none,
+    all of them if None."""
 
     kind: str
     path: Path
@@ -57,11 +61,27 @@ class Artifact:
     config: ModelConfig
     generation: GenerationConfig
     weights: Weights
+    adapters: tuple[Adapter, ...] = ()
+    active: tuple[str, ...] | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of its weights by canonical name, those of its vision tower among them if it is known to have
+        one."""
+        raw = read_json(self.path / "config.json") if self.path.is_dir() else {}
+        sees = isinstance(self.weights, GGUFWeights) or self.weights.sees
+        vision = expected_vision(raw, self.config.hidden, str(self.path / "config.json")) if sees else {}
+        return expected_tensors(self.config) | vision
+
+    def with_adapters(self, adapters: Sequence[Adapter], active: Sequence[str] | None = None) -> Artifact:
+        """This artifact with LoRA adapters, opened by adapters.adapter.open_adapter() for its shapes."""
+        return dataclasses.replace(self, adapters=tuple(adapters), active=None if active is None else tuple(active))
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """Lines for whoever runs it: about its weights, and about how it is sampled."""
-        return (*self.weights.remarks, *sampler_notices(self.path, self.generation))
+        applied = (adapter.notice for adapter in self.adapters)
+        return (*self.weights.remarks, *applied, *sampler_notices(self.path, self.generation))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -81,14 +101,32 @@ class Artifact:
 
         folder = self.path if self.path.is_dir() else None
         raw = read_json(self.path / "config.json") if folder else {}
-        config, read, weights = raw.get("vision_config"), self.weights.vision_tensor, self.weights
+        config, weights = raw.get("vision_config"), self.weights
+        read: Callable[[str], Tensor] = weights.vision_tensor
         if isinstance(weights, GGUFWeights):
             mmproj = weights.mmproj or Mmproj(only_mmproj(self.file.parent, self.file), self.config.hidden)
             config, read = mmproj.config, mmproj.tensor
         if not config or not weights.sees:
             raise InputError(f"{self.path}: has no vision tower, which images need")
         is_causal = folder is not None and causal_images(raw, str(self.path / "config.json"))
+        read = self._with_changes(read)
         return Vision(config, self.config.hidden, read, self._image_tokens(raw), folder, str(self.path), is_causal)
+
+    def _with_changes(self, read: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
+        """read() of vision tensors with the adapters' changes. The tower belongs to one side, so that the sum is the
+        product beside; it is looked through before a request chooses, with the adapters that are active."""
+        names = {adapter.name for adapter in self.adapters} if self.active is None else set(self.active)
+        changes = [adapter.vision for adapter in self.adapters if adapter.name in names]
+
+        def changed(name: str) -> Tensor:
+            values = read(name)
+            deltas = [vision[name] for vision in changes if name in vision]
+            whole = values.double() if deltas else values
+            for delta in deltas:
+                whole = delta.merged(whole, 0)
+            return whole.float() if deltas else values
+
+        return changed if any(changes) else read
 
     def _image_tokens(self, raw: Mapping[str, Any]) -> Tokens:
         """The tokens around an image: config.json's, or else those with these names in Gemma 4's tokenizer."""
@@ -115,7 +153,9 @@ class Artifact:
         quantiser writes."""
         from dgq.runtime.model.model import LoadOptions, Model
 
-        options = LoadOptions(activations=activations, kernels=kernels, vram=vram)
+        options = LoadOptions(
+            activations=activations, kernels=kernels, vram=vram, adapters=self.adapters, active=self.active
+        )  # fmt: skip
         return Model(self.config, self.weights, device, dtype, str(self.file), options=options)
 
 

@@ -4,13 +4,15 @@
     "what is this?" ── <bos> <|image|> what is this ? ── <bos> <|image> <|image|>·n <image|> what is this ?
 
 An image stands where the prompt says <|image|>; if the prompt does not say it, images stand before the text. How many
-soft tokens an image gets is the processor's setting (processor_config.json: max_soft_tokens, 280 unless given).
+soft tokens an image gets at most is the processor's setting (processor_config.json: max_soft_tokens, 280 unless given),
+or the request's: small print needs more, and a picture that is looked at as a whole needs fewer.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -37,6 +39,7 @@ LARGEST = 1 << 27  # pixels: 400 MB, decoded
 # What Pillow decodes by itself: for an EPS it would start Ghostscript on a stranger's program.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM")
 SETTINGS = ("processor_config.json", "preprocessor_config.json")
+IMAGE_TOKENS = (70, 140, 280, 560, 1120)  # most soft tokens of an image: the sizes that the processor knows
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,16 @@ class Vision:
     ) -> None:
         self.config, self.tokens, self._is_causal = config, tokens, is_causal
         self._hidden, self._read, self._folder, self._source = hidden, read, folder, source
+        self._most: dict[str, int] = {}
+
+    def with_tokens(self, most: int | None) -> Vision:
+        """This, with images of at most so many soft tokens; None: as the processor's settings have it. InputError for a
+        number that the processor does not know."""
+        if most is None:
+            return self
+        other = copy(self)
+        other._most = {"max_soft_tokens": checked_tokens(most)}
+        return other
 
     def tower(self, device: torch.device | str, dtype: torch.dtype) -> Tower:
         """The tower, loaded. InputError for settings that transformers refuses."""
@@ -98,7 +111,7 @@ class Vision:
         """An image file's, or an image's. InputError if it is none, is damaged or too large."""
         name, picture = open_image(image)
         try:
-            cut = self._processor(picture, return_tensors="pt")
+            cut = self._processor(picture, return_tensors="pt", **self._most)
         except ValueError as error:
             raise InputError(
                 f"{name}: {picture.width} x {picture.height} pixels do not fit the model ({error})"
@@ -107,7 +120,8 @@ class Vision:
         places, most = self.config["position_embedding_size"], int(positions.max())
         if most >= places:
             raise InputError(
-                f"{name}: is {most + 1} patches long and narrow, the tower has places for {places}; crop it"
+                f"{name}: is {most + 1} patches long and narrow, the tower has places for {places}; crop it, or ask"
+                " for fewer image tokens"
             )
         return Patches(cut["pixel_values"].float(), positions, int(cut["num_soft_tokens_per_image"][0]))
 
@@ -147,6 +161,13 @@ class Once:
         if key not in self._known:
             self._known[key] = self._tower(patches)
         return self._known[key]
+
+
+def checked_tokens(most: int) -> int:
+    """The most soft tokens of an image, if that is a number that the processor knows; else InputError."""
+    if most not in IMAGE_TOKENS:
+        raise InputError(f"image tokens are {most}, expected one of {', '.join(map(str, IMAGE_TOKENS))}")
+    return most
 
 
 def open_image(image: Path | str | PIL.Image.Image) -> tuple[str, PIL.Image.Image]:

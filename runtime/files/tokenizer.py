@@ -27,6 +27,7 @@ from tokenizers import AddedToken, decoders, models, normalizers
 
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import BOM, read_json, refuse_pointer
+from dgq.runtime.files.reply import CHANNEL, END_CHANNEL, MARKERS, Reply, opens_thought, parse_reply
 
 # GGUF token types (llama.h, enum llama_token_type): what a token is for.
 NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
@@ -38,7 +39,8 @@ _GGUF_SPECIALS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"
 
 
 class Tokenizer:
-    """encode: raw text; chat: messages through the chat template; decode: ids to text."""
+    """encode: raw text; chat: messages through the chat template; decode: ids to text; reply: ids to the parts of a
+    model's reply."""
 
     def __init__(
         self, backend: tokenizers.Tokenizer, specials: Mapping[str, str], template: str | None, source: str
@@ -47,6 +49,11 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend, self._specials, self._template, self._source = backend, dict(specials), template, source
+        self._control = {
+            number
+            for number, token in backend.get_added_tokens_decoder().items()
+            if token.content not in MARKERS and (token.special or _MARKER.fullmatch(token.content))
+        }
         self._variables: dict[str, Any] = {}  # that the template gets unless render() is given others
 
     @classmethod
@@ -100,9 +107,10 @@ class Tokenizer:
             text = bos + text
         return self._ids(text)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """Messages such as {"role": "user", "content": "…"}, rendered by the template and encoded; see render()."""
-        return self._ids(self.render(messages, **variables))
+    def chat(self, messages: Sequence[Mapping[str, Any]], prefill: str = "", **variables: Any) -> list[int]:
+        """Messages such as {"role": "user", "content": "…"}, rendered by the template and encoded; see render().
+        prefill: how the answer begins."""
+        return self._ids(self.render(messages, **variables) + prefill)
 
     def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The template's text. variables reach the template (tools, enable_thinking, …); add_generation_prompt is True
@@ -133,25 +141,22 @@ class Tokenizer:
         other._variables = self._variables | {"enable_thinking": switch}
         return other
 
-    def reply(self, ids: Sequence[int]) -> tuple[str, str]:
-        """A reply's text, and the thoughts in it: what stands between <|channel> and <channel|>, or to the end, without
-        the channel's name."""
-        opens, closes = self.token_id("<|channel>"), self.token_id("<channel|>")
-        parts: list[tuple[bool, list[int]]] = [(False, [])]
-        for token in ids:
-            if token in (opens, closes):
-                parts.append((token == opens, []))
-            else:
-                parts[-1][1].append(token)
-        thoughts = [self.decode(part).removeprefix("thought").strip() for thought, part in parts if thought]
-        if len(parts) == 1:
-            return self.decode(ids), ""
-        text = "".join(self.decode(part) for thought, part in parts if not thought)
-        return text.strip(), "\n\n".join(thought for thought in thoughts if thought)
+    def reply(self, ids: Sequence[int], prompt: Sequence[int] = ()) -> Reply:
+        """The parts of a reply: answer, reasoning, tool calls. prompt: the tokens before it, which may have opened a
+        thought already."""
+        return parse_reply(self.decode(ids), opens_thought(self._end_of(prompt)))
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
-        """Text of the ids; control tokens (<bos>, <turn|>, …) only if keep_special."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=not keep_special))
+        """Text of the ids; control tokens (<bos>, <turn|>, …) only if keep_special. The marks of thoughts and tool
+        calls (reply.MARKERS) always stay, so that a directory and a .gguf give the same text."""
+        kept = list(ids) if keep_special else [token for token in ids if token not in self._control]
+        return str(self._backend.decode(kept, skip_special_tokens=False))
+
+    def _end_of(self, prompt: Sequence[int]) -> str:
+        """The text of a prompt from its last turn or thought on."""
+        marks = {self.token_id(mark) for mark in ("<|turn>", CHANNEL, END_CHANNEL)}
+        places = (i for i in range(len(prompt) - 1, -1, -1) if prompt[i] in marks)
+        return self.decode([prompt[i] for i in range(next(places, 0), len(prompt))], True)
 
     def token_id(self, token: str) -> int | None:
         """The id of one token, e.g. "<turn|>"; None if there is no such token."""

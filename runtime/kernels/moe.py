@@ -53,6 +53,13 @@ def parts(x: Tensor, chosen: Tensor, share: Tensor, gate_up: Tiles, down: Tiles)
     return weighted(_product(x, inner, picks, None, gate_up), picks, share, down)
 
 
+def by_token(x: Tensor, picks: Sorted, weight: Tiles) -> Tensor:
+    """weight @ x of each pick's token, in `order`: (picks, rows). x (tokens, columns) in the order of
+    repack.in_order(); weight: tiles whose rows do not alternate."""
+    out = torch.empty(len(picks.order), weight.shape[1], dtype=x.dtype, device=x.device)
+    return _product(x, out, picks, None, weight, gated=False)
+
+
 def sort(chosen: Tensor, experts: int) -> Sorted:
     """Sort the picks chosen (tokens, k), int32 or int64. experts: how many there are."""
     picks, k = chosen.numel(), chosen.shape[1]
@@ -90,14 +97,17 @@ def weighted(inner: Tensor, picks: Sorted, share: Tensor, down: Tiles) -> Tensor
     return _product(inner, out, picks, share.contiguous(), down).view(share.shape[0], picks.k, -1)
 
 
-def _product(x: Tensor, out: Tensor, picks: Sorted, share: Tensor | None, weight: Tiles) -> Tensor:
+def _product(
+    x: Tensor, out: Tensor, picks: Sorted, share: Tensor | None, weight: Tiles, gated: bool | None = None
+) -> Tensor:
+    gated = share is None if gated is None else gated
     row_tiles, column_tiles = weight.codes.shape[1:3]
     arguments = (
         x, out, weight.codes, weight.scales, weight.high, weight.factors, picks.order, share, picks.tile_map,
         x.stride(0), out.stride(0), out.shape[1], row_tiles, column_tiles, picks.k,
     )  # fmt: skip
     grid, kernel = (row_tiles, len(picks.tile_map)), moe_kernels.expert_product
-    options = _options(weight, share is None, picks.block)
+    options = _options(weight, gated, picks.block)
     if weight.form.startswith("table") and pair_table.is_worthwhile(x.device):
         paired = options | {"PAIRED": True, "STAGES": 3}
         if pair_table.has_room(kernel, grid, arguments, paired):

@@ -39,9 +39,10 @@ def expert_product(
     """One tile of tokens times 128 rows of its expert's weight.
 
     GATED: x has a row a token, and gelu(gate) * up goes to out, a row a pick, in `order`. Else x is such an out, and
-    the product times the pick's share goes to out (picks as `chosen` has them, width). PAIRED: see moe_decode.py's
-    weights(). A tile that is at most half full is multiplied as one of half the size, because the matrix instruction's
-    time and the decoding's add up.
+    the product times the pick's share goes to out (picks as `chosen` has them, width). Neither gated nor with shares:
+    x has a row a token, and the product goes to out (picks in `order`, width). PAIRED: see moe_decode.py's weights().
+    A tile that is at most half full is multiplied as one of half the size, because the matrix instruction's time and
+    the decoding's add up.
     """
     row_tile = tl.program_id(0)
     cut = tile_map + 3 * tl.program_id(1)
@@ -73,7 +74,7 @@ def _tile_product(
     slot = first + tl.arange(0, BLOCK_N)
     real = slot < last
     pick = tl.load(order + slot, real, other=0)
-    rows = pick // k if GATED else slot
+    rows = pick // k if share is None else slot
     column = tl.arange(0, 64)
     at = x + rows[:, None].to(tl.int64) * x_stride + column[None, :]
     tile = (expert.to(tl.int64) * row_tiles + row_tile) * column_tiles
@@ -95,9 +96,12 @@ def _tile_product(
         to = out + slot[:, None].to(tl.int64) * out_stride + row[None, :]
         tl.store(to, to_bfloat16(result.trans()), real[:, None])
     else:
-        result = sums * tl.load(share + pick, real, other=0.0)[None, :]
         row = row_tile * 128 + tl.arange(0, 128)
-        to = out + pick[:, None].to(tl.int64) * out_stride + row[None, :]
+        if share is None:
+            result, place = sums, slot
+        else:
+            result, place = sums * tl.load(share + pick, real, other=0.0)[None, :], pick
+        to = out + place[:, None].to(tl.int64) * out_stride + row[None, :]
         tl.store(to, to_bfloat16(result.trans()), real[:, None] & (row < width)[None, :])
 
 

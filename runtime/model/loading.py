@@ -23,6 +23,7 @@ from torch import Tensor
 from dgq.quant.errors import InputError
 from dgq.quant.schemes.fp8 import FP8
 from dgq.quant.types import Packed
+from dgq.runtime.adapters.adapter import Adapter
 from dgq.runtime.kernels.repack import Tiles, tile
 from dgq.runtime.model.memory import CONTEXT, GIB, SHORT, working_bytes
 from dgq.runtime.model.offload import Host, Offload, Pair
@@ -34,7 +35,33 @@ from dgq.runtime.shape.names import EMBEDDING, check_tensors, expected_tensors, 
 if TYPE_CHECKING:
     from dgq.runtime.kernels.dense import Gated, Linear, Table
 
+# Weights that take at most so many bytes when decoded are decoded once instead of at every use. The 26B is far above
+# this on any machine; the small models of tests and first tries are far below.
+KEEP_DECODED = 1 << 28
 READERS = 4  # threads, and weights that are read ahead of the one that is being repacked
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model holds its weights and multiplies with them.
+
+    keep_decoded: weights that take at most so many bytes when decoded are decoded once; 0 = decode at every use.
+    activations: None, or "nvfp4" to round the inputs of weights that carry an input scale, as W4A4 kernels do.
+    kernels: whether to repack weights for the kernels, which only bfloat16 can; None: in bfloat16 on a GPU, unless
+    `activations` or an observer needs the products of the reference. vram: bytes of the GPU to use; None: all.
+    adapters: LoRA adapters to apply beside the weights; active: the names of those that are applied where a request
+    chooses none, all of them if None.
+    """
+
+    keep_decoded: int = KEEP_DECODED
+    activations: str | None = None
+    kernels: bool | None = None
+    vram: int | None = None
+    adapters: tuple[Adapter, ...] = ()
+    active: tuple[str, ...] | None = None
+
+
+DEFAULT_OPTIONS = LoadOptions()
 
 
 @dataclass
@@ -78,20 +105,27 @@ class ForKernels:
 
 
 def load_for_kernels(
-    config: ModelConfig, weights: Mapping[str, Packed], device: torch.device, source: str, vram: int | None
+    config: ModelConfig,
+    weights: Mapping[str, Packed],
+    device: torch.device,
+    source: str,
+    vram: int | None,
+    changed: Collection[str] = (),
 ) -> ForKernels:
-    """Read, check and repack all weights of a model. vram: bytes of the GPU to use, all if None. InputError naming
+    """Read, check and repack all weights of a model. vram: bytes of the GPU to use, all if None. changed: weights whose
+    products adapters change, so that gate and up are not multiplied in one with what follows. InputError naming
     `source` for wrong shapes, for values that are not finite, or if too little memory is left for any experts."""
     if find_spec("triton") is None:
         raise InputError("bfloat16 on a GPU needs Triton: pip install triton, or use --dtype fp32")
     shapes = expected_tensors(config)
     names = sorted(shapes, key=lambda name: ".experts." in name)
     read = map(partial(_checked, shapes, source), read_ahead(weights, names, device))
+    apart = halves_apart(changed)
     if device.type != "cuda":
-        return for_kernels(names, read, source, decode=False)
+        return for_kernels(names, read, source, decode=False, apart=apart)
     whole = torch.cuda.mem_get_info()[1]
     if vram is None:
-        return for_kernels(names, read, source, decodes(config, whole))
+        return for_kernels(names, read, source, decodes(config, whole), apart=apart)
 
     def room() -> int:
         others = torch.cuda.memory_allocated() + CONTEXT + working_bytes(config, SHORT)
@@ -102,7 +136,7 @@ def load_for_kernels(
             )
         return left
 
-    return for_kernels(names, read, source, decodes(config, min(vram, whole)), room)
+    return for_kernels(names, read, source, decodes(config, min(vram, whole)), room, apart)
 
 
 def _checked(shapes: Mapping[str, tuple[int, ...]], source: str, read: tuple[str, Packed]) -> tuple[str, Packed]:
@@ -158,12 +192,13 @@ def for_kernels(
     source: str,
     decode: bool,
     room: Callable[[], int] | None = None,
+    apart: Collection[str] = (),
 ) -> ForKernels:
     """Repack what is read: all of `names`, the experts last.
 
     decode: whether other weights than the experts are decoded, see decodes(). room: called when only the experts are
-    missing, returns the bytes that they may take on the GPU; None: all experts stay there. InputError naming a weight
-    that holds values that are not finite.
+    missing, returns the bytes that they may take on the GPU; None: all experts stay there. apart: see halves_apart().
+    InputError naming a weight that holds values that are not finite.
     """
     loaded = ForKernels()
     products = products_of(names)
@@ -173,7 +208,7 @@ def for_kernels(
     for name, weight in read:
         if ".experts." in name:
             experts = experts or _Experts(loaded, sum("experts.down" in one for one in names), room and room())
-            experts.add(layer_of(name), tile(weight, name.endswith("gate_up_proj"), f"{source}: {name}"))
+            experts.add(layer_of(name), tile(weight, _alternates(name, apart), f"{source}: {name}"))
         elif name == EMBEDDING:
             loaded.table, loaded.weights[name] = table(plain(weight) if decode else weight)
         elif (key := product_of.get(name)) is None:
@@ -182,13 +217,33 @@ def for_kernels(
             waiting[name] = plain(weight) if decode or weight.scheme is FP8 else weight
             if all(member in waiting for member in products[key]):
                 members = [waiting.pop(member) for member in products[key]]
-                loaded.products[key], parts = join(members, key, source)
+                loaded.products[key], parts = join(members, key, source, key in apart)
                 loaded.weights |= dict(zip(products[key], parts, strict=True))
                 del members, parts
         del weight  # before the next one takes memory
     if experts is not None and experts.hosts:
         loaded.offload = Offload(experts.hosts, loaded.weights[EMBEDDING].parts[""].device)
     return loaded
+
+
+def halves_apart(changed: Collection[str]) -> frozenset[str]:
+    """The gated products, and the experts' weights, whose gates and ups must come out of the product as they are: those
+    of every MLP that an adapter changes. changed: canonical names of weights."""
+    apart = set()
+    for name in changed:
+        before, _, weight = name.rpartition(".experts.")
+        if before and weight.endswith("_proj"):
+            apart.add(f"{before}.experts.gate_up_proj")
+            continue
+        for mlp in ("mlp.", "self_conditioning."):
+            before, middle, _ = name.rpartition(mlp)
+            if middle:
+                apart.add(f"{before}{mlp}gate_up")
+    return frozenset(apart)
+
+
+def _alternates(name: str, apart: Collection[str]) -> bool:
+    return name.endswith("gate_up_proj") and name not in apart
 
 
 class _Experts:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import copy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -22,12 +21,14 @@ from torch import Tensor
 
 from dgq.quant.errors import InputError
 from dgq.quant.types import Packed
+from dgq.runtime.adapters.beside import Choice, changing, load_choice
 from dgq.runtime.kernels.repack import Tiles
 from dgq.runtime.model.attention import decoder_mask, encoder_mask, rope_frequencies, rope_tables
 from dgq.runtime.model.block import BatchKeys, Layer
 from dgq.runtime.model.cache import Cache
 from dgq.runtime.model.layers import Observer, decoded, embed, gated_mlp, head, rms_norm, soft_embed
-from dgq.runtime.model.loading import ForKernels, load_for_kernels
+from dgq.runtime.model.loading import DEFAULT_OPTIONS, ForKernels, load_for_kernels
+from dgq.runtime.model.loading import LoadOptions as LoadOptions
 from dgq.runtime.shape.config import LayerConfig, ModelConfig
 from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER, VISION, check_tensors, expected_tensors
 from dgq.runtime.shape.pictured import Pictures
@@ -35,30 +36,10 @@ from dgq.runtime.shape.pictured import Pictures
 if TYPE_CHECKING:
     from dgq.runtime.model.session import Session
 
-# Weights that take at most so many bytes when decoded are decoded once instead of at every use. The 26B is far above
-# this on any machine; the small models of tests and first tries are far below.
-KEEP_DECODED = 1 << 28
-
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
     """The dtype of activations on a device unless another is asked for: float32 on a CPU, bfloat16 elsewhere."""
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How a model holds its weights and multiplies with them.
-
-    keep_decoded: weights that take at most so many bytes when decoded are decoded once; 0 = decode at every use.
-    activations: None, or "nvfp4" to round the inputs of weights that carry an input scale, as W4A4 kernels do.
-    kernels: whether to repack weights for the kernels, which only bfloat16 can; None: in bfloat16 on a GPU, unless
-    `activations` or an observer needs the products of the reference. vram: bytes of the GPU to use; None: all.
-    """
-
-    keep_decoded: int = KEEP_DECODED
-    activations: str | None = None
-    kernels: bool | None = None
-    vram: int | None = None
 
 
 class Model:
@@ -79,7 +60,7 @@ class Model:
         dtype: torch.dtype | None = None,
         source: str = "weights",
         observe: Observer | None = None,
-        options: LoadOptions = LoadOptions(),
+        options: LoadOptions = DEFAULT_OPTIONS,
     ) -> None:
         """Check the weights and move them to the device; vision tensors are passed over. InputError for a missing,
         unknown or mis-shaped tensor, in which `source` names the file. observe: see layers.Observer."""
@@ -93,9 +74,11 @@ class Model:
         on_gpu = self.device.type == "cuda" and self.dtype == torch.bfloat16
         able = on_gpu and not options.activations and observe is None
         self.kernels: ForKernels | None = None
+        self.choice = load_choice(options.adapters, options.active, weights, (self.device, self.dtype))
         self._observe, self._activations, self._keeps_decoded = observe, options.activations, False
         if able if options.kernels is None else options.kernels:
-            self.kernels = load_for_kernels(config, weights, self.device, source, options.vram)
+            changed = self.choice.adapters.changed if self.choice else frozenset()
+            self.kernels = load_for_kernels(config, weights, self.device, source, options.vram, changed)
             self.weights = self.kernels.weights
         else:
             self.weights = self._load(weights, options.keep_decoded)
@@ -104,10 +87,8 @@ class Model:
     def _build(self) -> None:
         """Make everything that is made of the weights: layers, scalars, norms, RoPE frequencies."""
         config, layers = self.config, range(len(self.config.layers))
-        self.layers = [
-            Layer(config, i, self._below(f"{DECODER}layers.{i}."), self.dtype, self._observe, self.routed(i))
-            for i in layers
-        ]
+        self.layers = self._layers("decoder")
+        self._encoder_layers = self.layers if self.choice is None else self._layers("encoder")
         self.decoder_scalars = [self._vector(f"{DECODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
         self.encoder_scalars = [self._vector(f"{ENCODER}layers.{i}.layer_scalar", self.dtype) for i in layers]
         self.final_norm = self._vector(DECODER + "norm.weight", torch.float32)
@@ -118,6 +99,20 @@ class Model:
         self.frequencies = {
             layer.is_sliding: rope_frequencies(config, layer).to(self.device) for layer in config.layers
         }
+
+    def _layers(self, side: str) -> list[Layer]:
+        """The layers as one side runs them: their products are changed by that side's adapters."""
+        observe = changing(self.choice, side, self._observe)
+        return [
+            Layer(self.config, i, self._below(f"{DECODER}layers.{i}."), self.dtype, observe, self.routed(i))
+            for i in range(len(self.config.layers))
+        ]
+
+    def use(self, choice: Choice) -> None:
+        """Choose adapters by this choice from now on. What was captured for another one is given up."""
+        self.drop_session()
+        self.choice = choice
+        self._build()
 
     @property
     def session(self) -> Session | None:
@@ -141,7 +136,10 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights in memory; with kernels, of those on the GPU."""
-        return self.kernels.nbytes if self.kernels else sum(weight.nbytes for weight in self.weights.values())
+        beside = self.choice.adapters.nbytes if self.choice else 0
+        return beside + (
+            self.kernels.nbytes if self.kernels else sum(weight.nbytes for weight in self.weights.values())
+        )
 
     def replaced(self, weights: Mapping[str, Packed]) -> Model:
         """A copy of this model with other values of some weights, which shares all other weights with this one. Only
@@ -222,7 +220,7 @@ class Model:
         positions: (rows or 1, canvas); masks: for sliding layers (True) and full ones, as attention.attend() takes
         them."""
         x = self._conditioned(embed(ids, self.table, self.dtype), soft)
-        x = self._run(x, positions, masks, cache, self.decoder_scalars)
+        x = self._run(x, positions, masks, cache, (self.layers, self.decoder_scalars))
         return rms_norm(x, self.final_norm, self.config.norm_eps)
 
     def append(
@@ -237,9 +235,11 @@ class Model:
         x = embed(ids, self.table, self.dtype)
         if images is not None:
             images.put_into(x)
-        self._run(x, positions, masks, cache, self.encoder_scalars)
+        self._run(x, positions, masks, cache, (self._encoder_layers, self.encoder_scalars))
 
     def _refuse_offloaded(self) -> None:
+        if self.kernels is not None and self.choice is not None and self.choice.adapters.changes_experts:
+            raise InputError("an adapter changes experts: by kernels, only generate() with rng=counter applies it")
         if self.kernels is not None and self.kernels.offload is not None:
             raise InputError("experts are in host memory (--vram): only generate() with rng=counter brings them")
 
@@ -255,14 +255,24 @@ class Model:
         if soft is not None:
             soft = rms_norm(soft, self.condition_norm, self.config.norm_eps)
             # Before the first step the signal is zero, and so is the output of an MLP without biases.
-            x = x + gated_mlp(soft, self.condition_mlp)
+            watch = changing(self.choice, "decoder", None, DECODER + "self_conditioning.")
+            x = x + gated_mlp(soft, self.condition_mlp, watch)
         return rms_norm(x, None, self.config.norm_eps)
 
     def _run(
-        self, x: Tensor, positions: Tensor, masks: Mapping[bool, Tensor | None], cache: BatchKeys, scalars: list[Tensor]
+        self,
+        x: Tensor,
+        positions: Tensor,
+        masks: Mapping[bool, Tensor | None],
+        cache: BatchKeys,
+        side: tuple[list[Layer], list[Tensor]],
     ) -> Tensor:
+        """x (rows, tokens, hidden) through all layers. side: the layers as encoder or decoder runs them, and its
+        scalars."""
+        if self.choice is not None:
+            self.choice.tokens = x.shape[1]
         tables = {sliding: rope_tables(f, positions, self.dtype) for sliding, f in self.frequencies.items()}
-        for layer, scalar in zip(self.layers, scalars, strict=True):
+        for layer, scalar in zip(*side, strict=True):
             sliding = layer.shape.is_sliding
             x = layer(x, tables[sliding], masks[sliding], cache, scalar)
         return x

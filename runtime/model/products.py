@@ -62,9 +62,10 @@ def products_of(names: Collection[str]) -> dict[str, list[str]]:
     return products
 
 
-def join(weights: list[Packed], key: str, source: str) -> tuple[Linear | Gated, list[Packed]]:
-    """The product named `key` of these weights, and the weights as the reference reads them from now on. InputError
-    naming source and product for values that are not finite."""
+def join(weights: list[Packed], key: str, source: str, apart: bool = False) -> tuple[Linear | Gated, list[Packed]]:
+    """The product named `key` of these weights, and the weights as the reference reads them from now on. apart: whether
+    gate and up stay side by side, so that something can be added to each. InputError naming source and product for
+    values that are not finite."""
     from dgq.runtime.kernels import dense
 
     where = f"{source}: {key}"
@@ -72,7 +73,7 @@ def join(weights: list[Packed], key: str, source: str) -> tuple[Linear | Gated, 
         weights = [plain(weight) for weight in weights]
     if key.endswith("gate_up"):
         gate, up = weights
-        both = dense.pack_gated(gate, up, where)
+        both = dense.Gated(dense.pack(weights, where), gate.shape[0]) if apart else dense.pack_gated(gate, up, where)
         if isinstance(both.both, Tiles):
             sides = (partial(_side, both.both, number) for number in (0, 1))
             return both, [Repacked(w.scheme, w.shape, {}, read=side) for w, side in zip(weights, sides, strict=True)]

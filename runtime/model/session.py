@@ -64,6 +64,15 @@ class Backend(Protocol):
     capturable: bool  # whether nothing in a pass waits for the host, so that a CUDA graph can hold it
     prefill: int  # prompt tokens encoded at once; an image is never split, however long it is
 
+    @property
+    def kind(self) -> str:
+        """Of the rows' choice of adapters, see adapters.beside.Choice: a graph is captured for each."""
+        ...
+
+    def reserve(self, rows: int) -> None:
+        """Make room for the choices of adapters of so many rows, before anything is captured."""
+        ...
+
     def new_state(self, rows: int, sampler: SamplerConfig) -> State:
         """The state that decode() of this backend works on."""
         ...
@@ -90,12 +99,13 @@ class Session:
 
     def __init__(self, backend: Backend, rows: int, capacity: int, sampler: SamplerConfig) -> None:
         self.backend, self.sampler, self.live = backend, sampler, rows
+        backend.reserve(rows)
         self.slots = Slots(backend.config, rows, capacity, backend.device, backend.dtype)
         self._commit = torch.zeros(rows, backend.config.canvas, dtype=torch.int64, device=backend.device)
         self._flag = torch.zeros(1, dtype=torch.int32, pin_memory=backend.device.type == "cuda")
         self._decided = torch.cuda.Event() if backend.device.type == "cuda" else None
         self._states: dict[int, State] = {}
-        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[str, int, str], torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if backend.capturable else None
         self.tenant: object = None
         self.clock: list[tuple[str, torch.cuda.Event]] | None = None
@@ -174,7 +184,7 @@ class Session:
 
     def _play(self, name: str, body: Callable[[], None]) -> None:
         """Replay the graph of this work for so many rows; the first time, run the work and then capture it."""
-        key = name, self.live
+        key = name, self.live, self.backend.kind
         self._note(name)
         if key in self._graphs:
             self._graphs[key].replay()

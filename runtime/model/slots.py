@@ -118,6 +118,7 @@ class CanvasView:
 
     def __init__(self, slots: Slots, rows: int, new: int) -> None:
         self._slots, self._rows, self._new = slots, rows, new
+        self.span = 0, rows  # the first row, and how many
         self.lengths = slots.lengths[:rows]
         self._row = torch.arange(rows, device=self.lengths.device)[:, None]
         self._after = torch.arange(new, device=self.lengths.device)
@@ -181,6 +182,7 @@ class PromptView:
 
     def __init__(self, slots: Slots, row: int, length: int, new: int) -> None:
         self._slots, self._row, self._length, self._new = slots, row, length, new
+        self.span = row, 1
         device = slots.lengths.device
         self.lengths = torch.full((1,), length, dtype=torch.int32, device=device)
         self._held = min(length, slots.config.window - 1)  # earlier tokens that a sliding layer's new ones see

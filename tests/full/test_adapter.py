@@ -12,12 +12,13 @@ import peft
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import error_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_bad_input import error_of
 from transformers import DiffusionGemmaForBlockDiffusion
 
 from dgq.convert.cli.__main__ import main
+from dgq.convert.source.adapter import AdapterChoice
 from dgq.convert.source.checkpoint import Source, open_source
 from dgq.convert.validation.reference import read_reference
 from dgq.runtime.shape.names import DECODER, ENCODER
@@ -36,6 +37,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"r": 3, "lora_alpha": 6, "target_modules": LAYER, "use_dora": True},
     "experts": {"r": 2, "lora_alpha": 8, "target_modules": [], "target_parameters": EXPERTS},
 }  # fmt: skip
+
+
+SIDE = ("--adapter-side", "decoder")
+
+
+def merged_source(*paths: Path, side: Any = "decoder") -> Source:
+    """These adapters are of the decoder's side; what is merged into both is a choice."""
+    return open_source(str(TINY_A), adapters=[AdapterChoice(path, side) for path in paths])
 
 
 def fresh() -> Any:
@@ -79,9 +88,9 @@ def changed(source: Source, merged: dict[str, torch.Tensor]) -> Iterator[str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_as_peft_merges(made: dict[str, Any], kind: str) -> None:
     path, merged = made[kind]
-    source = open_source(str(TINY_A), adapters=[path])
+    source = merged_source(path)
     names = set(changed(source, merged))
-    assert names == source.adapters[0].deltas.keys() and names
+    assert names == source.adapters[0].parts.keys() and names
     assert {DECODER + "layers.0.experts.down_proj", DECODER + "layers.0.experts.gate_up_proj"} <= names or kind in (
         "plain",
         "dora",
@@ -107,8 +116,8 @@ def test_against_a_merge_in_bfloat16(made: dict[str, Any]) -> None:
     path, _ = made["patterns"]
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(TINY_A, dtype=torch.bfloat16)
     merged = PeftModel.from_pretrained(model, path).merge_and_unload().state_dict()
-    source = open_source(str(TINY_A), adapters=[path])
-    for name in source.adapters[0].deltas:
+    source = merged_source(path)
+    for name in source.adapters[0].parts:
         ours, theirs = source[name].parts[""].float(), merged[name].float()
         change = (theirs - open_source(str(TINY_A))[name].parts[""].float()).abs()
         eps = torch.finfo(torch.bfloat16).eps
@@ -120,8 +129,8 @@ def test_two_adapters_one_after_the_other(made: dict[str, Any], kinds: tuple[str
     paths = [made[kind][0] for kind in kinds]
     wrapped = PeftModel.from_pretrained(fresh(), paths[0], adapter_name="one").merge_and_unload()
     merged = PeftModel.from_pretrained(wrapped, paths[1], adapter_name="two").merge_and_unload().state_dict()
-    source = open_source(str(TINY_A), adapters=paths)
-    assert set(changed(source, merged)) == {name for adapter in source.adapters for name in adapter.deltas}
+    source = merged_source(*paths)
+    assert set(changed(source, merged)) == {name for adapter in source.adapters for name in adapter.parts}
 
 
 def test_experts_the_other_way_round(made: dict[str, Any], tmp_path: Path) -> None:
@@ -135,9 +144,7 @@ def test_experts_the_other_way_round(made: dict[str, Any], tmp_path: Path) -> No
         tensors[name] = b.view(len(b), -1, experts).permute(2, 1, 0).reshape(-1, len(b)).contiguous()
         tensors[other] = a.view(experts, -1, a.shape[1]).permute(2, 1, 0).reshape(a.shape[1], -1).contiguous()
     save_file(tensors, tmp_path / "old" / "adapter_model.safetensors")
-    assert set(changed(open_source(str(TINY_A), adapters=[tmp_path / "old"]), merged)) == {
-        "model." + name for name in EXPERTS
-    }
+    assert set(changed(merged_source(tmp_path / "old"), merged)) == {"model." + name for name in EXPERTS}
 
 
 def test_adapters_of_parts_of_the_model(tmp_path: Path) -> None:
@@ -148,26 +155,41 @@ def test_adapters_of_parts_of_the_model(tmp_path: Path) -> None:
         trained(wrapped, 7)
         wrapped.save_pretrained(tmp_path / says)
         wrapped.merge_and_unload()
-        source = open_source(str(TINY_A), adapters=[tmp_path / says])
+        source = merged_source(tmp_path / says, side=says)
         assert len(list(changed(source, model.state_dict()))) >= 12
-        assert says in source.adapters[0].sides or says == "encoder"
+        assert source.adapters[0].adapter.sides == (says,)
 
 
-def test_both_sides_must_be_one(tmp_path: Path) -> None:
+def test_sides_that_differ_need_a_choice(tmp_path: Path) -> None:
+    """convert asks for a side; the mean is that of what peft makes of each side. The same numbers need no choice."""
     wrapped = get_peft_model(fresh(), LoraConfig(r=2, target_modules=r"model\.(decoder|encoder\.language).*\.o_proj"))
     trained(wrapped, 3)
     wrapped.save_pretrained(tmp_path / "two")
-    said = error_of(
-        "convert", str(TINY_A), "--to", "gguf", "-o", str(tmp_path / "o"), "--adapter", str(tmp_path / "two")
-    )
-    assert "encoder and decoder share" in said and "o_proj" in said
+    ask = ("convert", str(TINY_A), "--to", "gguf", "-o", str(tmp_path / "o"), "--adapter", str(tmp_path / "two"))
+    said = error_of(*ask)
+    assert all(word in said for word in ("trained apart", "dgq run ARTIFACT --adapter", "--adapter-side", "o_proj"))
+    plain = open_source(str(TINY_A))
+    with torch.no_grad():
+        for side in ("decoder", "encoder", "mean"):
+            source = merged_source(tmp_path / "two", side=side)
+            for number in range(6):
+                name = f"layers.{number}.self_attn.o_proj"
+                both = [
+                    wrapped.get_submodule("base_model.model." + part + name).get_delta_weight("default")
+                    for part in (DECODER, ENCODER)
+                ]
+                change = sum(both) / 2 if side == "mean" else both[side == "encoder"]
+                weight = DECODER + name + ".weight"
+                right = (plain[weight].parts[""].float() + change).bfloat16().float()
+                ours = source[weight].parts[""].float()
+                assert bool(((ours - right).abs() <= torch.finfo(torch.bfloat16).eps * right.abs()).all())
     file = tmp_path / "two" / "adapter_model.safetensors"
     tensors = load_file(file)
     for name in [name for name in tensors if ENCODER in name]:
         tensors[name] = tensors[name.replace(ENCODER, DECODER)].clone()
     save_file(tensors, file)
-    (adapter,) = open_source(str(TINY_A), adapters=[tmp_path / "two"]).adapters
-    assert len(adapter.deltas) == 6 and adapter.sides == {"encoder", "decoder"} and "alone" not in adapter.notice
+    (merged,) = open_source(str(TINY_A), adapters=[tmp_path / "two"]).adapters
+    assert len(merged.parts) == 6 and merged.adapter.sides == ("encoder", "decoder") and not merged.adapter.apart
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -176,7 +198,7 @@ def test_converted_run_and_verified(made: dict[str, Any], tmp_path: Path) -> Non
     paths = made["patterns"][0], made["plain"][0]
     merged = tmp_path / "tinyA"
     shutil.copytree(TINY_A, merged, ignore=shutil.ignore_patterns("*.gguf", "logits*"))
-    source = open_source(str(TINY_A), adapters=[paths[0]])
+    source = merged_source(paths[0])
     tensors = {name: source[name].parts[""] for name in (*source.text, *source.vision)}
     save_file(tensors, merged / "model.safetensors")
 
@@ -186,34 +208,42 @@ def test_converted_run_and_verified(made: dict[str, Any], tmp_path: Path) -> Non
         return result.stdout
 
     nvfp4 = ("--to", "nvfp4", "--recipe", "nvfp4-w4a16", "-o")
-    dgq("convert", TINY_A, "--to", "gguf", "-o", tmp_path / "gguf", "--adapter", paths[0])
-    dgq("convert", TINY_A, *nvfp4, tmp_path / "nvfp4", "--adapter", paths[0])
+    dgq("convert", TINY_A, "--to", "gguf", "-o", tmp_path / "gguf", "--adapter", paths[0], *SIDE)
+    dgq("convert", TINY_A, *nvfp4, tmp_path / "nvfp4", "--adapter", paths[0], *SIDE)
     dgq("convert", merged, *nvfp4, tmp_path / "same")
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("nvfp4", "same")]
     assert files[0] == files[1]
     document = json.loads((tmp_path / "nvfp4" / "dgq.json").read_text())
     assert [one["name"] for one in document["adapters"]] == ["patterns"] and len(document["adapters"][0]["files"]) == 2
+    assert document["adapters"][0]["side"] == "decoder"
     assert any("adapter patterns: merged" in notice for notice in document["notices"])
     assert json.loads(dgq("inspect", tmp_path / "gguf", "--json"))["provenance"]["adapters"] == ["patterns"]
     assert "adapters patterns, merged in" in dgq("inspect", tmp_path / "gguf")
     card = json.loads(dgq("publish", tmp_path / "gguf", "--repo", "a/b", "--dry-run", "--force", "--json"))
     text = card["repositories"][0]["card"]
-    assert "| LoRA adapter merged in | `patterns` |" in text and "--seed SEED --adapter patterns\n" in text
+    assert (
+        "| LoRA adapter merged in | `patterns` |" in text
+        and "--seed SEED --adapter patterns --adapter-side decoder\n" in text
+    )
     assert all(said["sha256"] in text for said in document["adapters"][0]["files"].values())
     verify = ("verify", tmp_path / "gguf", "--against", TINY_A, "--sample", 200)
-    dgq(*verify, "--adapter", paths[0])
-    for given, problem in (((), "made with --adapter patterns"), (("--adapter", str(paths[1])), "not those")):
+    dgq(*verify, "--adapter", paths[0], *SIDE)
+    for given, problem in (
+        ((), "made with --adapter patterns --adapter-side decoder"),
+        (("--adapter", str(paths[1]), *SIDE), "not those"),
+        (("--adapter", str(paths[0]), "--adapter-side", "mean"), "not those"),
+    ):
         assert problem in error_of(*map(str, verify), *given)
-    planned = json.loads(dgq("plan", TINY_A, "--to", "gguf", "--no-probe", "--adapter", paths[0], "--json"))
+    planned = json.loads(dgq("plan", TINY_A, "--to", "gguf", "--no-probe", "--adapter", paths[0], *SIDE, "--json"))
     assert any(notice.startswith("adapter patterns: merged") for notice in planned["notices"])
     (tmp_path / "asked.jsonl").write_text('{"prompt": "the", "answer": "a"}\n')
     asked = ("--quick", "--prompts", tmp_path / "asked.jsonl", "--reference", tmp_path / "reference")
     dgq("validate", "--against", TINY_A, "--adapter", paths[0], *asked)
     about = read_reference(tmp_path / "reference").about
-    assert about["weights"] == open_source(str(merged)).digest() != open_source(str(TINY_A)).digest()
-    assert about["name"] == f"{TINY_A} with patterns"
+    assert about["weights"] == open_source(str(TINY_A)).digest()  # the adapter stays beside the weights
+    assert [one["name"] for one in about["adapters"]] == ["patterns"] and about["name"] == f"{TINY_A} with patterns"
     again = ("validate", str(tmp_path / "gguf"), "--reference", str(tmp_path / "reference"), "-o", str(tmp_path / "r"))
-    assert "made from other weights" in error_of(*again, "--against", str(TINY_A))
+    assert "made with other adapters" in error_of(*again, "--against", str(TINY_A))
     remark = "made with --adapter patterns, which was not given"
     for number, (given, warned) in enumerate(
         {("--against", TINY_A): True, ("--reference", tmp_path / "reference"): False}.items()
@@ -226,9 +256,6 @@ def test_converted_run_and_verified(made: dict[str, Any], tmp_path: Path) -> Non
         assert any(line.startswith(remark) for line in judged["remarks"]) == warned
         assert (remark in (report / "report.html").read_text()) == warned == (remark in " ".join(done.output.split()))
     assert "needs --against" in error_of(*again, "--adapter", str(paths[0]))
-    assert "quantised already" in error_of("run", str(tmp_path / "gguf"), "x", "--adapter", str(paths[0]))
-    one = json.loads(dgq("run", TINY_A, "the", "--adapter", paths[0], "--steps", 2, "--json"))
-    assert one["tokens"] == json.loads(dgq("run", merged, "the", "--steps", 2, "--json"))["tokens"]
 
 
 def test_what_is_not_merged_is_refused(made: dict[str, Any], tmp_path: Path) -> None:

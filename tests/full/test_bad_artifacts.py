@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import error_of
 from kinds import write_kinds
 from micro import micro_config, micro_tensors, write_micro
 from safetensors.torch import load_file, save_file
-from test_bad_input import edit_json, error_of
+from test_bad_input import edit_json
 
 from dgq.convert.cli.__main__ import main
 from dgq.quant.errors import InputError
@@ -870,12 +871,12 @@ def fuzzed(path: Path, rng: random.Random) -> tuple[Path, bytes]:
 
 @pytest.mark.parametrize("recipe", FORMATS)
 def test_fuzz(recipe: str, good: Path, tmp_path: Path) -> None:
-    """Opening and loading ends well or in an InputError of one line, soon. (30,000 cases more were run by hand.)"""
+    """Opening and loading ends well or in an InputError of one line, soon. (30,000 cases were run by hand.)"""
     path = shutil.copytree(good / recipe, tmp_path / recipe)
     rng = random.Random(recipe)
     refused = 0
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail("took 10 seconds"))
-    for number in range(250):
+    for number in range(100):
         file, data = fuzzed(path, rng)
         before = file.read_bytes()
         file.write_bytes(data)
@@ -891,4 +892,4 @@ def test_fuzz(recipe: str, good: Path, tmp_path: Path) -> None:
             signal.alarm(0)
         file.unlink()  # what was mapped keeps its bytes
         file.write_bytes(before)
-    assert 80 < refused < 240
+    assert 32 < refused < 96

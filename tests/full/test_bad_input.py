@@ -11,6 +11,7 @@ import gguf
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import error_of, tree
 from micro import micro_config, micro_tensors, write_micro
 from safetensors.torch import load_file, save_file
 
@@ -19,20 +20,6 @@ from dgq.convert.cli.__main__ import main
 EXPERTS = "model.decoder.layers.1.experts.down_proj"
 SHARD = "model-00001-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
-
-
-def error_of(*arguments: str) -> str:
-    """The one line a failing command prints. Anything else fails the test."""
-    result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 2, (result.exit_code, result.output, result.exception)
-    assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("note: ")]
-    assert len(lines) == 1 and lines[0].startswith("dgq: error: "), result.stderr
-    return lines[0]
-
-
-def tree(path: Path) -> set[str]:
-    return {str(entry.relative_to(path)) for entry in path.rglob("*")}
 
 
 def edit_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:

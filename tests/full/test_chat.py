@@ -23,6 +23,7 @@ from dgq.runtime.engine.plain import Plain
 from dgq.runtime.engine.turns import SessionStore, TurnOnSlots, Turns
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.files.images import Once, parted, placed
+from dgq.runtime.files.reply import Reply
 from dgq.runtime.files.tokenizer import Tokenizer
 from dgq.runtime.model.session import Session
 from dgq.runtime.model.slots import CanvasView
@@ -128,8 +129,8 @@ def test_turns_across_the_window(artifact, model, store, worst):
     chat = Chat(model, artifact.tokenizer, endless(artifact), seed=5)
     canvas, window = model.config.canvas, model.config.window
     before = 0
-    for said in TEXTS:
-        reply = chat.ask(said, max_new_tokens=3 * canvas - 1, steps=2)
+    for said in TEXTS[:3]:
+        reply = chat.ask(said, max_new_tokens=3 * canvas - 1, steps=1)
         assert len(reply.steps) == 3 and len(reply.tokens) == 3 * canvas - 1
         assert reply.prompt_tokens - reply.encoded >= before
         before = len(artifact.tokenizer.chat(chat.messages[:-1], add_generation_prompt=False))
@@ -139,7 +140,7 @@ def test_turns_across_the_window(artifact, model, store, worst):
         with torch.inference_mode():
             after = logits_of(chat._turns.store, model, noise) - recomputed(model, held, noise)
         assert float(after.abs().max()) < 1e-4
-    assert reply.prompt_tokens > 8 * window and max(worst) < 1e-4
+    assert reply.prompt_tokens > 6 * window and max(worst) < 1e-4
 
 
 def test_a_conversation_is_its_prompts_alone(artifact, model, store):
@@ -218,7 +219,7 @@ def test_the_command_takes_images(tmp_path) -> None:
     later = f"Sort: wind apple\n/image {tmp_path / 'a.png'}\nReverse: dog cat sun\n".encode()
 
     def run(*images: str, said: bytes = b"Sort: wind apple\nReverse: dog cat sun\n") -> Any:
-        given = [word for image in images for word in ("--image", str(tmp_path / image))]
+        given = ["--steps", "2", *(word for image in images for word in ("--image", str(tmp_path / image)))]
         return CliRunner().invoke(main, ["run", "tiny", "--device", "cpu", "--chat", "--json", *given], input=said)
 
     turns = [json.loads(line) for line in run("a.png", "a.png").stdout.splitlines()]
@@ -393,7 +394,7 @@ def test_thoughts_are_told_apart_and_not_told_again(tmp_path):
         ("the<|channel>thought\na<channel|> fox<|channel>thought\nb\n<channel|>", ("the fox", "a\n\nb")),
         ("<channel|>the", ("the", "")),
     ):
-        assert tokenizer.reply(tokenizer.encode(text)[1:]) == found
+        assert tokenizer.reply(tokenizer.encode(text)[1:])[:2] == found
     with pytest.raises(InputError, match="no enable_thinking"):
         thinker(tmp_path, "{{ messages }}").thinking(True)
 
@@ -401,7 +402,7 @@ def test_thoughts_are_told_apart_and_not_told_again(tmp_path):
 def test_a_template_that_writes_turns_anew(tmp_path, artifact, model, store, worst, monkeypatch):
     """With thoughts in the generation prompt that the next turn does not have, and in the reply."""
     tokenizer = thinker(tmp_path)
-    monkeypatch.setattr(Tokenizer, "reply", lambda self, ids: ("the fox", "quick"))
+    monkeypatch.setattr(Tokenizer, "reply", lambda self, ids, prompt: Reply("the fox", "quick"))
     chat = Chat(model, tokenizer.thinking(False), endless(artifact))
     before = 0
     for said in SAID:

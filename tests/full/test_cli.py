@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from forked import forked
 from micro import write_micro
 from rich.console import Console
 
 from dgq.convert.cli.__main__ import main
 from dgq.convert.cli.terminal.canvas import CanvasView
+from dgq.convert.estimate import forecast
 from dgq.runtime.engine.engine import Step
 from dgq.runtime.files.tokenizer import Tokenizer
 
@@ -112,19 +116,15 @@ def test_help_and_usage() -> None:
 
 def test_a_command_under_nohup_outlives_its_terminal(source: Path) -> None:
     """SIGHUP, inherited as ignored, reaches `plan` in the middle of its work."""
-    code = (
-        "import os, signal, dgq.convert.plans.plan as p\n"
-        "make = p.make_plan\n"
-        "p.make_plan = lambda *a, **k: (os.kill(os.getpid(), signal.SIGHUP), make(*a, **k))[1]\n"
-        "from dgq.convert.cli.__main__ import main\n"
-        f"main(['plan', {str(source)!r}, '--to', 'gguf', '--no-probe', '--json'])\n"
-    )
-    command = [sys.executable, "-c", code]
-    ignored = ["sh", "-c", "trap '' HUP; exec \"$@\"", "nohup", *command]
-    assert [subprocess.run(one, capture_output=True).returncode for one in (command, ignored)] == [
-        128 + signal.SIGHUP,
-        0,
-    ]
+    make = forecast.make_plan
+
+    def work(inherited: signal.Handlers) -> None:
+        signal.signal(signal.SIGHUP, inherited)
+        forecast.make_plan = lambda *a, **k: (os.kill(os.getpid(), signal.SIGHUP), make(*a, **k))[1]
+        main(["plan", str(source), "--to", "gguf", "--no-probe", "--json"])
+
+    codes = [forked(partial(work, inherited)).returncode for inherited in (signal.SIG_DFL, signal.SIG_IGN)]
+    assert codes == [128 + signal.SIGHUP, 0]
 
 
 def test_the_canvas_takes_shape() -> None:

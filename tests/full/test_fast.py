@@ -29,7 +29,7 @@ fast = pytest.importorskip("dgq.runtime.engine.fast", reason="needs Triton", exc
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton's interpreter's
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.)?interpreter"),
 ]
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12] * 3
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from commands import error_of
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
-from test_bad_input import error_of
 
 from dgq.convert.cli.__main__ import main
 from dgq.quant.errors import InputError

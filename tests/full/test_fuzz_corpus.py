@@ -12,8 +12,8 @@ import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from commands import error_of
 from micro import write_micro
-from test_bad_input import error_of
 
 from dgq.convert.cli.__main__ import main
 from dgq.quant.errors import InputError

@@ -38,7 +38,7 @@ CHECKED = {
     "q6_k": 1 << 21,
     "q8_0": 1 << 22,
     "iq4_nl": 1 << 21,
-}  # weights a test of random blocks
+}  # weights a test of random blocks on a GPU; an eighth on a CPU
 
 
 def _more_weights() -> dict[str, torch.Tensor]:
@@ -115,8 +115,8 @@ def _wrong_blocks(
 @pytest.mark.parametrize("importance", IMPORTANCES)
 @EVERY_SCHEME
 def test_every_kind_of_block(scheme: GGMLScheme, importance: str, device: str) -> None:
-    weights = torch.cat([kind.repeat(1, 2)[:, : 2 * COLUMNS] for kind in ALL.values()])
-    wrong = _wrong_blocks(scheme, weights, _importance(importance, 2 * COLUMNS), device)
+    weights = torch.cat(list(ALL.values()))
+    wrong = _wrong_blocks(scheme, weights, _importance(importance, COLUMNS), device)
     per_kind = zip(ALL, wrong.view(len(ALL), -1).sum(1).tolist(), strict=True)
     assert {kind: count for kind, count in per_kind if count} == {}
 
@@ -148,11 +148,10 @@ class _LikeCuda(TorchDispatchMode):
 @pytest.mark.parametrize("importance", ("none", "random", "zeros"))
 @EVERY_SCHEME
 def test_nothing_hangs_on_cudas_habits(scheme: GGMLScheme, importance: str) -> None:
-    weights, weigher = torch.cat(list(ALL.values())), _importance(importance, COLUMNS)
-    right = encode(scheme, weights, weigher)
+    weights, weigher = torch.cat([kind[:4] for kind in ALL.values()]), _importance(importance, COLUMNS)
     with _LikeCuda():  # type: ignore[no-untyped-call]
         ours = encode(scheme, weights, weigher)
-    assert torch.equal(ours, right)
+    assert torch.equal(ours, scheme.quantize(weights, weigher)[""])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -161,7 +160,7 @@ def test_nothing_hangs_on_cudas_habits(scheme: GGMLScheme, importance: str) -> N
 def test_random_blocks_of_every_scale(scheme: GGMLScheme, importance: str, device: str) -> None:
     """Rows of weights from 1e-30 to 1e4, a third of them rounded to bf16."""
     g = torch.Generator().manual_seed(scheme.block + len(importance))
-    rows = CHECKED[scheme.name] // 2048
+    rows = CHECKED[scheme.name] // 2048 // (8 if device == "cpu" else 1)
     weight = torch.randn(rows, 2048, generator=g)
     weight[::4] /= torch.rand(rows // 4, 2048, generator=g).clamp(min=1e-3).sqrt()
     weight *= 10 ** torch.empty(rows, 1).uniform_(-6, 4, generator=g)

@@ -126,6 +126,8 @@ def test_a_file_of_each_type(name: str, plain: Path, tmp_path: Path, monkeypatch
             if values.ndim > 1:
                 assert weight.scheme.name == ("bf16" if name in DECODED else name.lower())
     assert len(artifact.weights.remarks) == (name in DECODED)
+    if name in DECODED[1:]:
+        return  # weights that equal those are run as the first type's are
     f32 = gguf.GGMLQuantizationType.F32
     same = rewritten(plain, tmp_path / "same.gguf", lambda tensor: (tensor.name, theirs[tensor.name], f32))
     torch.testing.assert_close(logits(path), logits(same), atol=1e-4, rtol=0)

@@ -40,7 +40,7 @@ scheme = "bf16"
 match = "model.decoder.layers.2.self_attn.k_proj.weight"
 scheme = "bf16"
 """
-pytestmark = pytest.mark.xdist_group("bitsandbytes")
+pytestmark = [pytest.mark.xdist_group("bitsandbytes"), pytest.mark.usefixtures("no_compiler")]
 
 
 @pytest.fixture(scope="module")

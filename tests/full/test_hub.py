@@ -26,11 +26,11 @@ BIG = "model.safetensors"  # the one weight file of write_big
 CUT = 10 * 2**20 + 12345  # the client writes, and so keeps, a download in pieces of 10 MiB
 
 
-def dgq(endpoint: str, home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+def dgq(endpoint: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
     for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
         environment.pop(name, None)
-    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)} | more
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home)}
     command = [sys.executable, "-m", "dgq.convert.cli", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=home)
 
@@ -91,7 +91,7 @@ def test_a_hub_id_is_fetched_pinned_and_converted_and_then_needs_no_network(tmp_
     assert str(tmp_path) not in json.dumps(document)
     assert_made_from(document, folder)
     again = ("convert", REPO, "--to", "gguf", "-o", "again", "--revision", COMMIT, "--json")
-    cached = dgq(hub.url, tmp_path, *again, HF_HUB_OFFLINE="1")
+    cached = dgq_forked(hub.url, tmp_path, *again, offline=True)
     assert cached.returncode == 0, cached.stderr
     assert (tmp_path / "again" / "dgq.json").read_text() == (tmp_path / "out" / "dgq.json").read_text()
 

@@ -151,6 +151,7 @@ def test_logits_are_transformers(
     assert float((blind - expected).abs().max()) > 0.05, "the images made no difference"
 
 
+@pytest.mark.usefixtures("no_compiler")
 def test_tokens_are_generates(
     artifact: Artifact, model: Model, tower: Any, oracle: Any, processor: Any, pictures_of: dict[str, Path]
 ) -> None:

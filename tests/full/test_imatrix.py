@@ -223,8 +223,9 @@ def test_older_kinds_give_llama_quantize_s_bytes(make: Callable[[Path], Path], t
     assert ours.fields["quantize.imatrix.file"].contents() == "im", "its name, and no path of this machine"
     said = " ".join(done.stderr.split())
     assert "no entry for 4 of 56 quantised weights (self_cond_down.weight, …): quantised unweighed" in said
-    checked = dgq("verify", tmp_path / "out", "--against", tiny_a, "--imatrix", file)
-    assert checked.exit_code == 0, checked.output
+    if make is old_file:  # the other one's weights are the same, as the bytes say
+        checked = dgq("verify", tmp_path / "out", "--against", tiny_a, "--imatrix", file)
+        assert checked.exit_code == 0, checked.output
 
 
 def test_an_older_file_without_its_end(tmp_path: Path) -> None:

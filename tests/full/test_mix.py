@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from forked import forked
 from micro import micro_config, write_micro
 from safetensors import safe_open
 from sparse26b import write_sparse_26b
@@ -255,8 +256,7 @@ def _same(one: Path, other: Path) -> bool:
     return one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.parametrize("calls", [1, 4, 6])
-def test_broken_off_it_goes_on(calls: int, short: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_off_it_goes_on(short: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the first batch of trials, a later one, the last look at the whole: the rest is done, and no more."""
     real, seen = Meter.kl, []
 
@@ -268,43 +268,46 @@ def test_broken_off_it_goes_on(calls: int, short: Command, tmp_path: Path, monke
 
     monkeypatch.setattr(Meter, "kl", kl)
     assert short("whole.toml", "1MB").exit_code == 0
-    whole, done = seen[:], len(seen) if calls == 6 else calls
-    seen.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(Meter, "kl", lambda *given: kl(*given, stop=done))
-        assert short("mine.toml", "1MB").exit_code == 130
-    kept = sorted(path.name for path in tmp_path.iterdir())
-    assert kept == ([".mine.toml.mix", "whole.toml"] if done > 1 else ["whole.toml"])
-    if done > 1:
-        result = short("mine.toml", "1MB", "--seed", 1)
-        assert (
-            result.exit_code == 2 and "an unfinished mix lies in" in result.stderr and "its seed was" in result.stderr
-        )
-    seen.clear()
-    result = short("mine.toml", "1MB")
-    assert result.exit_code == 0 and ("going on with an unfinished mix" in result.stderr) == (done > 1)
-    assert seen == whole[done - 1 :]
-    assert _same(tmp_path / "mine.toml", tmp_path / "whole.toml")
-    assert len(list(tmp_path.iterdir())) == 2
+    whole = seen[:]
+    for done in (1, 4, len(whole)):
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Meter, "kl", lambda *given, stop=done: kl(*given, stop=stop))
+            assert short("mine.toml", "1MB").exit_code == 130
+        kept = sorted(path.name for path in tmp_path.iterdir())
+        assert kept == ([".mine.toml.mix", "whole.toml"] if done > 1 else ["whole.toml"])
+        if done > 1:
+            other = short("mine.toml", "1MB", "--seed", 1)
+            assert other.exit_code == 2 and "an unfinished mix lies in" in other.stderr
+            assert "its seed was" in other.stderr
+        seen.clear()
+        result = short("mine.toml", "1MB")
+        assert result.exit_code == 0 and ("going on with an unfinished mix" in result.stderr) == (done > 1)
+        assert seen == whole[done - 1 :]
+        assert _same(tmp_path / "mine.toml", tmp_path / "whole.toml")
+        assert len(list(tmp_path.iterdir())) == 2
+        (tmp_path / "mine.toml").unlink()
 
 
 def test_killed_it_goes_on(micro: Path, tmp_path: Path) -> None:
     """By SIGKILL, in the middle of a batch: the 2 before it, of 2 and 5 trials, are kept."""
-    code = (
-        "import os, signal; from dgq.convert.mixture import parts, trials\n"
-        "from dgq.convert.cli.__main__ import main; seen = []\n"
-        "parts.LADDERS['gguf'] = ('q8_0',); trials.BATCH = 5; real = trials.Meter._lost\n"
-        "def lost(*given):\n"
-        "    seen.append(1)\n"
-        "    if len(seen) == LAST: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(*given)\n"
-        "trials.Meter._lost = lost; main()"
-    )
-    for out, kill in (("whole", 0), ("mine", 8), ("mine", 0)):
+
+    def mix(out: str, kill: int) -> None:
+        parts.LADDERS["gguf"], trials.BATCH = ("q8_0",), 5
+        real, seen = Meter._lost, []
+
+        def lost(*given: Any) -> Any:
+            seen.append(1)
+            if len(seen) == kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*given)
+
+        Meter._lost = lost
         arguments = ("mix", micro, "--to", "gguf", "--bytes", "1.2MB", "-o", tmp_path / f"{out}.toml", "--threads", 1)
-        prompts = ("--prompts", micro / "prompts.jsonl", "--device", "cpu")
-        command = [sys.executable, "-c", code.replace("LAST", str(kill)), *arguments, *prompts]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+        main([*map(str, arguments), "--prompts", str(micro / "prompts.jsonl"), "--device", "cpu"])
+
+    for out, kill in (("whole", 0), ("mine", 8), ("mine", 0)):
+        done = forked(lambda out=out, kill=kill: mix(out, kill))
         assert done.returncode == (-9 if kill else 0), done.stderr
     assert "going on with an unfinished mix: 2 results" in done.stderr
     assert _same(tmp_path / "mine.toml", tmp_path / "whole.toml")

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.quantization.quant_scheme import FP8, FP8_DYNAMIC, NVFP4
 from oracle_compressed_tensors import TINY, export
+from oracle_modelopt import Oracle
 from safetensors.torch import load_file, save_file
 from test_compressed_tensors import check, modules
 
@@ -31,13 +32,11 @@ LAYER = DECODER + "layers.0."
 
 
 @pytest.fixture(scope="module", params=("mixed", "fp8"))
-def theirs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def theirs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, modelopt: Oracle
+) -> tuple[str, Path]:
     path = tmp_path_factory.mktemp("modelopt") / request.param
-    oracle = Path(__file__).parent.parent / "tools" / "oracle_modelopt.py"
-    done = subprocess.run(
-        [sys.executable, str(oracle), str(TINY), str(path), request.param], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    modelopt("export", TINY, path, request.param)
     for file in TINY.glob("*token*"):
         shutil.copyfile(file, path / file.name)
     return request.param, path

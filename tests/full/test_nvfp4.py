@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from kinds import KINDS, block, write_kinds
 from micro import two_steps
+from oracle_modelopt import Oracle
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -63,15 +62,8 @@ def activations() -> dict[str, torch.Tensor]:
     return {"x": x, "input_scale": torch.tensor(4.84 / 2688)}
 
 
-@pytest.fixture(scope="module")
-def rounding(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rounding")
-    save_file(activations(), folder / "x")
-    return folder
-
-
 @pytest.fixture(scope="module", params=["nvfp4", "nvfp4-w4a16"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, rounding: Path) -> Pair:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, modelopt: Oracle) -> Pair:
     """W4A4 of tiny, saved by today's transformers (its config style, so that the files can be compared whole); W4A16
     of every kind of block (a model that modelopt could not calibrate: its activations overflow)."""
     from transformers import DiffusionGemmaForBlockDiffusion
@@ -84,10 +76,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             (source / name).write_bytes((TINY / name).read_bytes())
     else:
         write_kinds(source, NOT_ZERO)
-    command = [sys.executable, str(TESTS / "tools" / "oracle_modelopt.py"), str(source), str(folder / "theirs"), recipe]
-    command += [str(rounding / "x"), str(rounding / "y")] if recipe == "nvfp4" else []
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    modelopt("export", source, folder / "theirs", recipe)
     arguments = [
         "convert",
         str(source),
@@ -226,11 +215,10 @@ def test_our_decoder_gives_the_values_of_modelopts_bytes(pair: Pair) -> None:
         assert torch.equal(fused["down_proj"][expert], decoded["down_proj"])
 
 
-def test_activations_round_as_modelopts(pair: Pair, rounding: Path) -> None:
-    if pair.recipe != "nvfp4":
-        pytest.skip("once is enough")
-    given = activations()
-    expected = load_file(rounding / "y")["rounded"]
+def test_activations_round_as_modelopts(modelopt: Oracle, tmp_path: Path) -> None:
+    save_file(given := activations(), tmp_path / "x")
+    modelopt("round", tmp_path / "x", tmp_path / "y")
+    expected = load_file(tmp_path / "y")["rounded"]
     found = round_activations(given["x"], given["input_scale"].view(1, 1))
     assert torch.equal(found, expected)
     assert not torch.equal(found, given["x"]) and found.abs().max() <= 6 * 448 * given["input_scale"] * 1.001
@@ -243,19 +231,7 @@ def test_rounding_is_to_even() -> None:
     assert scales.float().tolist() == [[1.0]]
 
 
-QUANTIZE = """
-import sys, torch
-from modelopt.torch.quantization.qtensor import NVFP4QTensor
-from safetensors.torch import load_file, save_file
-made = {}
-for name, weight in load_file(sys.argv[1]).items():
-    packed, scale, scale_2 = NVFP4QTensor.quantize(weight, 16)
-    made |= {name: packed._quantized_data, name + " scale": scale.view(torch.uint8), name + " scale_2": scale_2}
-save_file(made, sys.argv[2])
-"""
-
-
-def test_matrices_of_many_pieces_in_every_dtype(tmp_path: Path) -> None:
+def test_matrices_of_many_pieces_in_every_dtype(tmp_path: Path, modelopt: Oracle) -> None:
     """NVFP4QTensor on every kind of block, alone and side by side, in 2^17 weights and more, 16 and 32 bits; blocks so
     small beside the largest that their scales are at E4M3's end; scale_2 subnormal."""
     generator = torch.Generator().manual_seed(11)
@@ -272,9 +248,7 @@ def test_matrices_of_many_pieces_in_every_dtype(tmp_path: Path) -> None:
                 given[f"{kind} {dtype}"] = turned.contiguous()
     assert len(given) == 12 + 8 + 12
     save_file(given, tmp_path / "in")
-    command = [sys.executable, "-c", QUANTIZE, str(tmp_path / "in"), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    modelopt("quantise", tmp_path / "in", tmp_path / "out")
     theirs = load_file(tmp_path / "out")
     for name, weight in given.items():
         ours = NVFP4.quantize(weight)

@@ -18,10 +18,11 @@ import gguf
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from commands import error_of, tree
 from forked import Child, forked
 from micro import micro_config, write_micro
 from safetensors.torch import load_file, save_file
-from test_bad_input import edit_json, error_of, rewrite, tree
+from test_bad_input import edit_json, rewrite
 
 from dgq.convert.cli.__main__ import main
 from dgq.convert.write import artifact_files

@@ -46,23 +46,30 @@ from dgq.convert.source.checkpoint import Source, open_source
 from dgq.quant.files.hf_writer import entry_bytes, shards
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 before = peak()
-main(sys.argv[1:], standalone_mode=False)
-print(peak() - before, file=sys.stderr)
+for recipe in sys.argv[2:]:
+    to = recipe.split("-")[0] if recipe != "q4_k_m" else "gguf"
+    words = ["plan", sys.argv[1], "--to", to, "--recipe", recipe, "--no-probe", "--json"]
+    main(words, standalone_mode=False)
+    print(peak() - before, file=sys.stderr)
 """
-
-
-def plan(path: Path, *options: str) -> dict[str, Any]:
-    """`dgq plan --json` in a process of its own, with what it cost."""
-    command = [sys.executable, "-c", MEASURED, "plan", str(path), *options, "--no-probe", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    peak = int(done.stderr) / 1024
-    print(f"plan of 26B: peak {peak:.0f} MiB above Python and torch")
-    return {"plan": json.loads(done.stdout), "peak_mib": peak}
+PLANNED = ("q4_k_m", "nvfp4", "nvfp4-w4a16", "bnb4", "bnb4-dq")
 
 
 @pytest.fixture(scope="module")
-def measured(checkpoint: Path) -> dict[str, Any]:
-    return plan(checkpoint, "--to", "gguf")
+def plans(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """`dgq plan --json` of each recipe in one process, with the most that it had taken by then."""
+    command = [sys.executable, "-c", MEASURED, str(checkpoint), *PLANNED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = {}
+    for recipe, line, kib in zip(PLANNED, done.stdout.splitlines(), done.stderr.splitlines(), strict=True):
+        print(f"plan of 26B, {recipe}: peak {int(kib) / 1024:.0f} MiB above Python and torch")
+        found[recipe] = {"plan": json.loads(line), "peak_mib": int(kib) / 1024}
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured(plans: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return plans["q4_k_m"]
 
 
 def test_all_692_types(measured: dict[str, Any]) -> None:
@@ -93,9 +100,9 @@ def test_memory_stays_far_below_the_checkpoint(measured: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(("recipe", "tensors"), [("nvfp4", 46_080), ("nvfp4-w4a16", 34_560)])
-def test_nvfp4(checkpoint: Path, recipe: str, tensors: int) -> None:
+def test_nvfp4(plans: dict[str, dict[str, Any]], recipe: str, tensors: int) -> None:
     """NVIDIA's published checkpoint: 18.82 GB, its experts in 46,080 tensors."""
-    found = plan(checkpoint, "--to", "nvfp4", "--recipe", recipe)
+    found = plans[recipe]
     planned = found["plan"]
     experts = {name: t for name, t in planned["tensors"].items() if ".experts." in name}
     assert len(experts) == 60 and {t["scheme"] for t in experts.values()} == {"nvfp4"}
@@ -111,8 +118,8 @@ def test_nvfp4(checkpoint: Path, recipe: str, tensors: int) -> None:
 
 
 @pytest.mark.parametrize(("recipe", "gigabytes"), [("bnb4", 16.43), ("bnb4-dq", 15.28)])
-def test_bnb4(checkpoint: Path, recipe: str, gigabytes: float) -> None:
-    found = plan(checkpoint, "--to", "bnb4", "--recipe", recipe)
+def test_bnb4(plans: dict[str, dict[str, Any]], recipe: str, gigabytes: float) -> None:
+    found = plans[recipe]
     planned = found["plan"]
     assert round(planned["bytes"] / 1e9, 2) == gigabytes
     assert round(100 * planned["quantized_share"], 2) == 94.88

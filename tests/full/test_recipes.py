@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from kinds import KINDS, write_kinds
+from oracle_modelopt import Oracle
 from safetensors.torch import load_file, save_file
 
 from dgq.convert.cli.__main__ import main
@@ -59,11 +58,9 @@ def everything(source: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def modelopts(source: Path) -> Path:
+def modelopts(source: Path, modelopt: Oracle) -> Path:
     theirs = source.parent / "theirs"
-    command = [sys.executable, str(TESTS / "tools" / "oracle_modelopt.py"), str(source), str(theirs), "nvfp4-all"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    modelopt("export", source, theirs, "nvfp4-all")
     return theirs
 
 

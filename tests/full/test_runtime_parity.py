@@ -23,6 +23,7 @@ MODELS = {"tinyA": TESTS / "golden" / "tinyA", "tiny": TESTS.parent / "recipes" 
 CONFIDENCE = {"tinyA": 0.08, "tiny": 0.005}
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("no_compiler")
 
 
 SECONDS = {f"second-{window}": window for window in WINDOWS}
@@ -80,15 +81,16 @@ def padded(rows, pad):
 
 @pytest.mark.parametrize("lengths", [(2,), (15,), (10, 3, 7)], ids=["short", "past the window", "left padding"])
 def test_logits_over_blocks(shape, lengths):
-    """With and without self-conditioning, before any committed block and after each of three."""
-    _, model, artifact, oracle = shape
+    """With and without self-conditioning, before any committed block and after each of three; of two where the
+    vocabulary is large."""
+    name, model, artifact, oracle = shape
     config = artifact.config
     ids, real = padded(prompts(artifact, lengths), artifact.generation.pad_id)
     generator = torch.Generator().manual_seed(1)
     cache = model.new_cache(len(lengths))
     theirs = transformers.DynamicCache(config=oracle.config.get_text_config())
     padding = None if real.all() else ~real
-    for block in range(4):
+    for block in range(3 if name in SECONDS else 4):
         start = cache.length
         model.encode(ids, cache, padding=padding)
         canvas = torch.randint(0, config.vocab, (len(lengths), config.canvas), generator=generator)
@@ -136,22 +138,22 @@ def both(pair, rows, seed, eos, steps, blocks, bound=0.1, stability=1):
     return result, expected
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_tokens_of_single_prompts(pair, seed):
-    """8 prompts × 3 blocks, stopping early; <eos> alone ends a row, so that (nearly) all blocks are made. On tiny the
-    released 48 steps."""
-    steps = 48 if pair[0] == "tiny" else 16
-    result, expected = both(pair, asked(pair, 1, seed), seed, eos=(1,), steps=steps, blocks=3)
+    """5 prompts, 3 blocks each, stopping early; <eos> alone ends a row, so that (nearly) all blocks are made. On tiny
+    the released 48 steps: seed 2's long text never settles and takes them all, in one block."""
+    steps, blocks = (48, 1 if seed == 2 else 3) if pair[0] == "tiny" else (10, 3)
+    result, expected = both(pair, asked(pair, 1, seed), seed, eos=(1,), steps=steps, blocks=blocks)
     assert result.canvases.tolist() == expected.tolist()
 
 
 def test_tokens_of_a_batch(pair):
     """Rows of different lengths; some end at a token that the first run showed to be produced."""
-    rows = asked(pair, 4, 5)
-    free, expected = both(pair, rows, 11, eos=(1,), steps=12, blocks=3)
+    rows = asked(pair, 3, 5)
+    free, expected = both(pair, rows, 11, eos=(1,), steps=8, blocks=2)
     assert free.canvases.tolist() == expected.tolist()
     eos = int(free.canvases[1, 3])
-    result, expected = both(pair, rows, 11, eos=(1, eos), steps=12, blocks=3)
+    result, expected = both(pair, rows, 11, eos=(1, eos), steps=8, blocks=2)
     assert result.canvases.tolist() == expected.tolist()
     assert result.ended[1] and len(result.steps[1]) == 1
     assert result.tokens[1] == free.canvases[1, : free.canvases[1].tolist().index(eos)].tolist()

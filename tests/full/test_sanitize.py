@@ -13,7 +13,7 @@ import sanitize
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton's interpreter's
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.)?interpreter"),
 ]
 QUICK = [  # under the interpreter, and every kernel
     "experts nvfp4, 1 tokens", "linear nvfp4", "many tokens nvfp4", "table q8_0", "norms 72", "route 1", "place 3",

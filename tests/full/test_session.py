@@ -77,7 +77,7 @@ def test_tokens_are_the_references(artifact, model, prompts, monkeypatch):
 @pytest.mark.parametrize("stability", [0, 1, 2])
 def test_stops_are_the_references(artifact, model, prompts, monkeypatch, stability):
     generation = replace(artifact.generation, sampler=replace(artifact.generation.sampler, stability=stability))
-    request = Request(prompts[::2], generation, 64, 3)
+    request = Request(prompts[::2], generation, 64, 3, 16)
     slots = on_slots(monkeypatch, model, request)
     same(generate(model, request), slots)
     assert any(slots.stopped_early[0])

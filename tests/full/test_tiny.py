@@ -95,7 +95,7 @@ def test_held_out_prompts_are_held_out() -> None:
 
 
 def test_it_answers_and_knows_when_it_is_done(artifact: Artifact, model: Model) -> None:
-    tasks = held_out("heldout_tasks")[:96]
+    tasks = held_out("heldout_tasks")[:ROWS]
     right, early = 0, []
     for start in range(0, len(tasks), ROWS):
         batch = tasks[start : start + ROWS]
@@ -183,7 +183,7 @@ def test_self_conditioning_cannot_go_unnoticed(
     artifact: Artifact, model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Text canvases settle with it; without it they never do, and the same word comes again and again."""
-    prompts = texts(artifact)[0][:8].tolist()
+    prompts = texts(artifact)[0][:4].tolist()
 
     def write() -> tuple[int, float]:
         result = generate(model, Request(prompts, artifact.generation, 64, seed=2))
@@ -194,8 +194,8 @@ def test_self_conditioning_cannot_go_unnoticed(
     decode = model.decode
     monkeypatch.setattr(model, "decode", lambda canvas, cache, logits=None: decode(canvas, cache))
     early_without, repeats_without = write()
-    print(f"{early} of 8 stop early, {early_without} without; repeats {repeats:.1%}, {repeats_without:.1%} without")
-    assert early >= 4 and early_without == 0
+    print(f"{early} of 4 stop early, {early_without} without; repeats {repeats:.1%}, {repeats_without:.1%} without")
+    assert early >= 2 and early_without == 0
     assert repeats < 0.05 and repeats_without > 0.2
 
 

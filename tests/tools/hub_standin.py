@@ -150,7 +150,7 @@ def serve(repo: str, folder: Path, *faults: Fault, token: str | None = None) -> 
     hub = Hub(repo, folder, list(faults), token)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield hub
     finally:
@@ -158,7 +158,7 @@ def serve(repo: str, folder: Path, *faults: Fault, token: str | None = None) -> 
         server.server_close()
 
 
-def dgq_forked(endpoint: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def dgq_forked(endpoint: str, home: Path, *arguments: str, offline: bool = False) -> subprocess.CompletedProcess[str]:
     """`dgq` in a forked child, whose client is told anew what it read of the environment when it was imported."""
     from dgq.convert.cli.__main__ import main
 
@@ -166,8 +166,8 @@ def dgq_forked(endpoint: str, home: Path, *arguments: str) -> subprocess.Complet
 
     def work() -> None:
         constants.HF_HUB_CACHE, constants.HF_TOKEN_PATH = str(home / "hub"), str(home / "token")
-        constants.HF_HUB_OFFLINE, constants.ENDPOINT = False, endpoint
+        constants.HF_HUB_OFFLINE, constants.ENDPOINT = offline, endpoint
         constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         main([*arguments])
 
-    return forked(work, home, {**proxies, "HF_HUB_OFFLINE": None, "HF_TOKEN": None})
+    return forked(work, home, {**proxies, "HF_HUB_OFFLINE": "1" if offline else None, "HF_TOKEN": None})

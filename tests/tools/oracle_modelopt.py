@@ -1,17 +1,27 @@
-"""nvidia-modelopt's own NVFP4, in a process of its own (it patches what it imports):
+"""nvidia-modelopt's own NVFP4, in a process of its own (it patches what it imports). Of what it does, one a line:
 
-    python oracle_modelopt.py SRC OUT nvfp4|nvfp4-w4a16|nvfp4-all|mixed|fp8 [X Y]
+    export SRC OUT nvfp4|nvfp4-w4a16|nvfp4-all|mixed|fp8      quantise IN OUT      round X Y
 
-exports the checkpoint SRC to OUT as modelopt's DiffusionGemma recipe does (weight-only: without its input and KV cache
-quantisers; all: and with a weight quantiser in every Linear of the text model but the router; mixed: and with FP8, one
-scale a matrix in attention and one a row in the dense MLP; fp8: FP8 alone, in the experts too; these two
-also write OUT/decoded, the weights as modelopt decodes them). With X, a safetensors
-file of {"x", "input_scale"}, x rounded to NVFP4 by NVFP4QTensor goes to Y.
+`export` writes the checkpoint SRC to OUT as modelopt's DiffusionGemma recipe does (weight-only: without its input and
+KV cache quantisers; all: and with a weight quantiser in every Linear of the text model but the router; mixed: and with
+FP8, one scale a matrix in attention and one a row in the dense MLP; fp8: FP8 alone, in the experts too; these two
+also write OUT/decoded, the weights as modelopt decodes them). `quantise` gives each tensor of the safetensors file IN
+to NVFP4QTensor, and `round` x of X, a file of {"x", "input_scale"}.
+
+    modelopt = Oracle(); modelopt("export", src, out, "nvfp4"); modelopt.end()
+
+imports modelopt once, which takes as long as many an export, and works in a fork of that process each time.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
+import tempfile
+import traceback
+from pathlib import Path
 from typing import Any
 
 
@@ -92,9 +102,71 @@ def round_to_nvfp4(source: str, target: str) -> None:
     save_file({"rounded": rounded.contiguous()}, target)
 
 
+def quantise(source: str, target: str) -> None:
+    import torch
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+    from safetensors.torch import load_file, save_file
+
+    made = {}
+    for name, weight in load_file(source).items():
+        packed, scale, scale_2 = NVFP4QTensor.quantize(weight, 16)
+        made |= {name: packed._quantized_data, name + " scale": scale.view(torch.uint8), name + " scale_2": scale_2}
+    save_file(made, target)
+
+
+def work(what: str, *arguments: str) -> None:
+    {"export": export, "quantise": quantise, "round": round_to_nvfp4}[what](*arguments)
+    if arguments[2:] in (("mixed",), ("fp8",)):
+        decode(arguments[1])
+
+
+def serve() -> None:
+    """A JSON list a line from standard input, work in a fork, its exit code as a line to standard output."""
+    import modelopt.torch.export
+    import modelopt.torch.quantization  # noqa: F401
+    import torch
+    from transformers import DiffusionGemmaForBlockDiffusion  # noqa: F401
+
+    torch.compiler.cudagraph_mark_step_begin = lambda: None  # for which generate() imports torch's compiler
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        if not (child := os.fork()):
+            code = 1
+            try:
+                work(*json.loads(line))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
+
+
+class Oracle:
+    """The process, started when it is first asked."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by end()
+
+    def __call__(self, *words: object) -> None:
+        """One line of work, done."""
+        if self._process is None:
+            command, pipe = [sys.executable, str(Path(__file__).resolve())], subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self._errors, text=True)
+        assert self._process.stdin and self._process.stdout
+        print(json.dumps([str(word) for word in words]), file=self._process.stdin, flush=True)
+        code = self._process.stdout.readline().strip()
+        size = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, size - 3000))
+        assert code == "0", f"modelopt: {words} ended with {code or 'nothing'}: {self._errors.read()}"
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.communicate()
+        self._errors.close()
+
+
 if __name__ == "__main__":
-    export(*sys.argv[1:4])
-    if sys.argv[3] in ("mixed", "fp8"):
-        decode(sys.argv[2])
-    if len(sys.argv) > 4:
-        round_to_nvfp4(*sys.argv[4:6])
+    serve()

@@ -10,7 +10,7 @@ import gguf
 import pytest
 import torch
 from click.testing import CliRunner
-from test_bad_input import error_of
+from commands import error_of
 
 from dgq.convert.cli.__main__ import main
 from dgq.quant.files.gguf_file import GGUFReader

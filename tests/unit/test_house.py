@@ -17,11 +17,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HOUSE = ("quant", "runtime", "recipes", "convert")
 QUANT = {"quant", "quant.schemes", "quant.schemes.ggml", "quant.formats", "quant.files"}
-MODEL = {"runtime.shape", "runtime.model", "runtime.files"}
+MODEL = {"runtime.shape", "runtime.adapters", "runtime.model", "runtime.files"}
 
 # Room -> the rooms that it may import, itself aside. The order is that of the house from the ground up.
 ARROWS: dict[str, set[str]] = {
     "recipes": set(),
+    "recipes.tasks": set(),
     "quant": set(),
     "quant.schemes.ggml": {"quant"},
     "quant.schemes": {"quant", "quant.schemes.ggml"},
@@ -30,12 +31,13 @@ ARROWS: dict[str, set[str]] = {
     "quant.feedback": {"quant"},
     "runtime.shape": {"quant", "quant.files"},
     "runtime.kernels": {"quant", "quant.schemes", "quant.schemes.ggml", "runtime.shape"},
-    "runtime.model": {"quant", "quant.schemes", "runtime.kernels", "runtime.shape"},
-    "runtime.files": {*QUANT, "runtime.model", "runtime.shape"},
+    "runtime.adapters": {"quant", "quant.files", "runtime.shape"},
+    "runtime.model": {"quant", "quant.schemes", "runtime.adapters", "runtime.kernels", "runtime.shape"},
+    "runtime.files": {*QUANT, "runtime.adapters", "runtime.model", "runtime.shape"},
     "runtime.engine": {"quant", *MODEL, "runtime.kernels"},
     "runtime.hf": {*QUANT, *MODEL},
     "runtime": {"runtime.engine"},
-    "convert.source": {*QUANT, "runtime.files", "runtime.shape"},
+    "convert.source": {*QUANT, "runtime.adapters", "runtime.files", "runtime.shape"},
     "convert.resume": {"quant"},
     "convert.plans": {*QUANT, "convert.source", "runtime.files", "runtime.shape"},
     "convert.layerwise": {*QUANT, *MODEL, "convert.plans", "convert.source"},
@@ -52,6 +54,10 @@ ARROWS: dict[str, set[str]] = {
     "convert.validation": {
         *QUANT, *MODEL, "runtime.engine", "convert.layerwise", "convert.resume", "convert.source",
         "convert.validation.report", "convert.verification", "convert.write",
+    },
+    "convert.validation.evaluation": {
+        "quant", "quant.files", *MODEL, "convert.resume", "convert.source", "convert.validation",
+        "convert.validation.report", "convert.write",
     },
     "convert.mixture": {
         *QUANT, *MODEL, "convert.estimate", "convert.layerwise", "convert.plans", "convert.resume", "convert.source",
@@ -70,7 +76,7 @@ ARROWS["convert.run"] = {
 }  # fmt: skip
 # The command line may ask for any room below it; no library room may ask for these.
 LIBRARY = {room for room in ARROWS if room.startswith("convert.")}
-ARROWS["convert.cli.terminal"] = {"quant", "runtime.engine", "runtime.files"}
+ARROWS["convert.cli.terminal"] = {"quant", "runtime.engine", "runtime.files", "convert.source"}
 ARROWS["convert.cli"] = {*QUANT, *MODEL, "runtime.engine", *LIBRARY, "convert.cli.terminal"}
 ARROWS["convert"] = LIBRARY
 

@@ -26,7 +26,7 @@ from dgq.runtime.shape.config import ModelConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton's interpreter's
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.)?interpreter"),
 ]
 REAL = GOLDEN / "real26b" / "config.json"
 WIDTHS = (256, HIDDEN, 704, 768, 2816)

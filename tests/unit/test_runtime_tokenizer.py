@@ -7,6 +7,7 @@ import pytest
 
 from dgq.quant.errors import InputError
 from dgq.quant.files.gguf_file import GGUFReader
+from dgq.runtime.files.reply import MARKERS
 from dgq.runtime.files.tokenizer import Tokenizer
 
 TESTS = Path(__file__).parent.parent
@@ -46,7 +47,9 @@ def test_against_transformers(name):
         bos = [] if text.startswith("<bos>") else [auto.bos_token_id]
         assert ours.encode(text) == bos + ids
         assert ours.decode(ids, keep_special=True) == auto.decode(ids)
-        assert ours.decode(ids) == auto.decode(ids, skip_special_tokens=True)
+        shown = [one for one in ids if auto.convert_ids_to_tokens(one) in MARKERS]
+        if not shown:  # markers stay, see test_reply.py
+            assert ours.decode(ids) == auto.decode(ids, skip_special_tokens=True)
     for chat in CHATS:
         for prompt in (True, False):
             expected = auto.apply_chat_template(chat, add_generation_prompt=prompt)["input_ids"]
@@ -64,6 +67,7 @@ def test_rebuilt_from_gguf():
         ids = directory.encode(text)
         assert rebuilt.encode(text) == ids
         assert rebuilt.decode(ids, keep_special=True) == directory.decode(ids, keep_special=True)
+        assert rebuilt.decode(ids) == directory.decode(ids)
     for chat in CHATS:
         assert rebuilt.chat(chat) == directory.chat(chat)
     assert rebuilt.token_id("<turn|>") == directory.token_id("<turn|>") == 357

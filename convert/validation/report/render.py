@@ -2,7 +2,8 @@
 
     REPORT/report.html   pictures and tables; no network, no script
     REPORT/report.json   all numbers: ValidationResult.to_json()
-    REPORT/*.csv         fixed, positions, free, tasks, steps, weights, layers, experts, sensitivity, gate, texts
+    REPORT/*.csv         fixed, positions, free, tasks, steps, weights, layers, experts, sensitivity, gate, texts,
+                         evaluation
 
 The directory is written beside its place and renamed when it is whole.
 """
@@ -100,7 +101,7 @@ def tables(report: ValidationResult) -> dict[str, Rows]:
         "fixed": _fixed(report), "positions": _positions(report), "free": _free(report), "tasks": _tasks(report),
         "steps": _steps(report), "weights": _listed(report, "weights"), "layers": _listed(report, "layers"),
         "experts": _experts(report), "sensitivity": _listed(report, "sensitivity"), "gate": _listed(report, "gate"),
-        "texts": _texts(report),
+        "texts": _texts(report), "evaluation": _evaluation(report),
     }  # fmt: skip
 
 
@@ -193,3 +194,15 @@ def _texts(report: ValidationResult) -> Rows:
     for row in report.texts or ():
         for name, text in {report.reference.name: row.reference, **row.written}.items():
             yield [row.group, row.prompt, row.answer, name, text]
+
+
+def _evaluation(report: ValidationResult) -> Rows:
+    """A row for each metric of the harness's tasks; the headings alone where `dgq eval` added none."""
+    yield ["model", "task", "metric", "filter", "value", "stderr", "samples", "steps", "unsettled", "blocks", "seconds"]
+    for model in report.evaluation.models if report.evaluation else ():
+        for task in model.tasks:
+            for score in task.scores:
+                yield [
+                    model.name, task.task, score.metric, score.filter, score.value, score.stderr, score.samples,
+                    task.steps, task.unsettled, task.blocks, task.seconds,
+                ]  # fmt: skip

@@ -22,6 +22,8 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import Field, TypeAdapter
 
+from dgq.convert.validation.report.evaluation import EvaluationResult
+
 T = TypeVar("T")
 Absent = Annotated[T | None, Field(exclude_if=lambda value: value is None)]
 Json = dict[str, Any]
@@ -272,7 +274,8 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """The whole of `dgq validate`. levels: shares of a canvas that are noise; ok: every artifact keeps its gate."""
+    """The whole of `dgq validate`. levels: shares of a canvas that are noise; ok: every artifact keeps its gate;
+    evaluation: scores that `dgq eval` added."""
 
     dgq: str
     device: str
@@ -286,6 +289,7 @@ class ValidationResult:
     ok: bool
     artifacts: tuple[ArtifactResult, ...]
     texts: Absent[tuple[SideBySide, ...]] = None
+    evaluation: Absent[EvaluationResult] = None
 
     def to_json(self) -> Json:
         """What report.json holds."""
