@@ -11,16 +11,18 @@ tokens; programs without a tile end at once.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from dgq.runtime.kernels import moe_kernels
+from dgq.runtime.kernels import moe_kernels, pair_table
 from dgq.runtime.kernels.repack import ROWS, Tiles, in_order
 
 _PICKS_AT_ONCE = 1024
 _COMBINED_AT_ONCE = 1024
+_FEWEST = 32  # tokens of a tile
 
 
 @dataclass(frozen=True)
@@ -100,19 +102,36 @@ def _product(
 ) -> Tensor:
     gated = share is None if gated is None else gated
     row_tiles, column_tiles = weight.codes.shape[1:3]
-    # Measured: tables are bound by their permute instructions. The others are bound by memory, and longer steps with
-    # fewer stages are faster for them.
-    unroll = 2 if column_tiles % 2 == 0 and not weight.form.startswith("table") else 1
-    moe_kernels.expert_product[(row_tiles, len(picks.tile_map))](
+    arguments = (
         x, out, weight.codes, weight.scales, weight.high, weight.factors, picks.order, share, picks.tile_map,
         x.stride(0), out.stride(0), out.shape[1], row_tiles, column_tiles, picks.k,
-        SCHEME=weight.form, GATED=gated, BLOCK_N=picks.block, STAGES=5 - unroll, UNROLL=unroll, num_warps=4,
     )  # fmt: skip
+    grid, kernel = (row_tiles, len(picks.tile_map)), moe_kernels.expert_product
+    options = _options(weight, gated, picks.block)
+    if weight.form.startswith("table") and pair_table.is_worthwhile(x.device):
+        paired = options | {"PAIRED": True, "STAGES": 3}
+        if pair_table.has_room(kernel, grid, arguments, paired):
+            options = paired
+    kernel[grid](*arguments, **options)
     return out
+
+
+def _options(weight: Tiles, gated: bool, block: int) -> dict[str, Any]:
+    """How the product is compiled. Measured: two steps in one, with fewer stages, are faster where tiles of tokens are
+    small and no table is read; registers are capped so that four or three programs fit on a multiprocessor."""
+    few, table = block == _FEWEST, weight.form.startswith("table")
+    unroll = 2 if few and weight.codes.shape[2] % 2 == 0 and not table else 1
+    stages = 5 - unroll if few or weight.form == "bf16" else 3
+    options = {"SCHEME": weight.form, "GATED": gated, "PAIRED": False, "BLOCK_N": block, "STAGES": stages}
+    if few and (table or weight.form == "nvfp4"):
+        options["maxnreg"] = 128
+    elif block == 2 * _FEWEST:
+        options["maxnreg"] = 160
+    return options | {"UNROLL": unroll, "num_warps": 4}
 
 
 def _tokens_a_tile(picks: int, experts: int) -> int:
     """Tokens of a tile, the columns of the matrix instruction. With more, a busy expert's weights are decoded less
-    often; fewer than 32 only make more tiles."""
+    often; fewer than 32 only make more tiles, so that the kernel halves the tiles that are half empty."""
     power: int = triton.next_power_of_2(picks // experts)
-    return min(128, max(32, power))
+    return min(128, max(_FEWEST, power))

@@ -14,8 +14,10 @@ a 32-bit word, decoded together as two bfloat16:
     bf16           as it is
     q8_0, q6_k     a byte in each half is the bits of q * 2^-133, a subnormal; times a scale, minus the scale's offset
     q5_0, q4_k     the same with a nibble (and a fifth bit); q4_k's codes minus 8 first, then times a scale, plus a rest
-    nvfp4          sign to bit 15, the rest to bits 8 to 6: the bits of w * 2^-126; times a scale's code
-    tables         bytes of the table's 16 entries by permute instructions, times the block's scale: NF4, IQ4_NL
+    nvfp4          sign to bit 15, the rest to bits 8 to 6: the bits of w * 2^-126; times a scale's code. They lie where
+                   a mask finds one of a word's four pairs, and a shift and a mask the next
+    tables         a pair of the table's 16 entries from pair_table.py, or their bytes by permute instructions, times
+                   the block's scale: NF4, IQ4_NL
 
 NVFP4's weights are exact; the others are rounded, as ggml's scales and NF4's table were before. The powers of two go
 into the float32 factor of an expert. Where Triton interprets, on a CPU, assembly and bfloat16 arithmetic are spelt out.
@@ -26,6 +28,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dgq.runtime.kernels import pair_table
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _HIGH = tl.constexpr(-0x10000)  # 0xFFFF0000
 _SIGNS = tl.constexpr(-0x7FFF8000)  # 0x80008000
@@ -34,6 +38,7 @@ _MINUS_ZERO = tl.constexpr(_SIGNS.value)
 _ONE = tl.constexpr(0x3F803F80)
 _NIBBLES, _BYTES, _FIFTH = tl.constexpr(0x000F000F), tl.constexpr(0x00FF00FF), tl.constexpr(0x00100010)
 _E2M1 = tl.constexpr(0x01C001C0)
+_SIGNED_E2M1 = tl.constexpr(_SIGNS.value | _E2M1.value)
 _NVFP4_ONE = tl.constexpr(0x75807580)  # see repack.py: scale codes are bits 11 to 4 of a bfloat16 above this one
 _MINUS_8, _MINUS_16 = (tl.constexpr(_SIGNS.value | n * 0x10001) for n in (8, 16))  # of 2^-133
 _MINUS_32, _MINUS_128 = (tl.constexpr(_SIGNS.value | n * 0x10001) for n in (32, 128))
@@ -120,8 +125,8 @@ def _scaled(p0, p1, p2, p3, scale, l0, l1, l2, l3):
 def _nvfp4(w, scales, tile, lane, mh, M6: tl.constexpr):
     code = tl.load(scales + tile * 128 + lane) >> (16 * M6 + 8 * mh)
     scale = (code & 255) * (16 * _TWICE) + _NVFP4_ONE
-    p0, p1 = (w << 12 & _SIGNS) | (w << 6 & _E2M1), (w << 8 & _SIGNS) | (w << 2 & _E2M1)
-    p2, p3 = (w << 4 & _SIGNS) | (w >> 2 & _E2M1), (w & _SIGNS) | (w >> 6 & _E2M1)
+    p0, p1 = w & _SIGNED_E2M1, w << 3 & _SIGNED_E2M1
+    p2, p3 = (w << 1 & _SIGNS) | (w << 6 & _E2M1), (w << 2 & _SIGNS) | (w >> 3 & _E2M1)
     return _scaled(p0, p1, p2, p3, scale, _MINUS_ZERO, _MINUS_ZERO, _MINUS_ZERO, _MINUS_ZERO)
 
 
@@ -139,11 +144,16 @@ def _table_pairs(table, index, upper):
 
 
 @triton.jit
-def _table(w, scales, table, tile, lane, mh, M6: tl.constexpr, SCHEME: tl.constexpr):
+def _table(w, scales, table, pairs, tile, lane, mh, M6: tl.constexpr, SCHEME: tl.constexpr, PAIRED: tl.constexpr):
     """table64: a scale for 64 columns; table64_split: and what its rounding lost; table32: one for 32 columns."""
-    index, upper = w & 0x77777777, (w >> 1 & 0x44444444) | 0x32103210
-    p0, p1 = _table_pairs(table, index, upper)
-    p2, p3 = _table_pairs(table, index >> 16, upper >> 16)
+    if PAIRED:
+        bank = pair_table.bank(lane)
+        p0, p1 = pair_table.look(w << 7, bank, pairs), pair_table.look(w >> 1, bank, pairs)
+        p2, p3 = pair_table.look(w >> 9, bank, pairs), pair_table.look(w >> 17, bank, pairs)
+    else:
+        index, upper = w & 0x77777777, (w >> 1 & 0x44444444) | 0x32103210
+        p0, p1 = _table_pairs(table, index, upper)
+        p2, p3 = _table_pairs(table, index >> 16, upper >> 16)
     if SCHEME == "table64_split":
         at = scales + tile * 128 + M6 * 64 + lane // 4 * 2
         scale, lost = _twice(tl.load(at), mh), _twice(tl.load(at + 1), mh)
@@ -179,14 +189,16 @@ def _q4_k(w, scales, tile, lane, mh, M6: tl.constexpr):
 
 
 @triton.jit
-def _four_bits(codes, scales, high, tile, lane, M6: tl.constexpr, SCHEME: tl.constexpr):
+def _four_bits(
+    codes, scales, high, pairs, tile, lane, M6: tl.constexpr, SCHEME: tl.constexpr, PAIRED: tl.constexpr
+):  # fmt: skip
     """Half a tile, from (lane, mh s1) words of eight codes: (lane, mh s1, p, h, s0)."""
     w = _vector(codes + tile * 1024, M6, lane)
     word = tl.arange(0, 4)[None, :]
     if SCHEME == "nvfp4":
         return _nvfp4(w, scales, tile, lane, word // 2, M6)
     elif SCHEME == "table64" or SCHEME == "table64_split" or SCHEME == "table32":
-        return _table(w, scales, high + lane, tile, lane, word // 2, M6, SCHEME)
+        return _table(w, scales, high + lane, pairs, tile, lane, word // 2, M6, SCHEME, PAIRED)
     elif SCHEME == "q5_0":
         return _q5_0(w, scales, high, tile, lane, word, word // 2, M6)
     else:
@@ -214,8 +226,9 @@ def _sixteen_bits(codes, tile, lane, M6: tl.constexpr, MH: tl.constexpr):
 
 
 @triton.jit
-def weights(codes, scales, high, tile, SCHEME: tl.constexpr):
-    """Tile number `tile`, decoded: bfloat16 (128, 64). What follows `lane` moves no value to another thread."""
+def weights(codes, scales, high, tile, SCHEME: tl.constexpr, pairs=0, PAIRED: tl.constexpr = False):
+    """Tile number `tile`, decoded: bfloat16 (128, 64). What follows `lane` moves no value to another thread.
+    PAIRED: `pairs` is where pair_table.fill() put a table's pairs."""
     lane = tl.arange(0, 128)[:, None]
     if SCHEME == "bf16":
         first = tl.join(_sixteen_bits(codes, tile, lane, 0, 0), _sixteen_bits(codes, tile, lane, 0, 1))
@@ -230,7 +243,7 @@ def weights(codes, scales, high, tile, SCHEME: tl.constexpr):
         parts = tl.join(first, other).reshape(4, 8, 4, 2, 2, 2, 2, 2, 2)  # warp, r, t, s1, s0, p, h, mh, m6
         return parts.permute(8, 0, 7, 1, 3, 4, 6, 2, 5).reshape(128, 64)
     else:
-        first = _four_bits(codes, scales, high, tile, lane, 0, SCHEME)
-        parts = tl.join(first, _four_bits(codes, scales, high, tile, lane, 1, SCHEME))
+        first = _four_bits(codes, scales, high, pairs, tile, lane, 0, SCHEME, PAIRED)
+        parts = tl.join(first, _four_bits(codes, scales, high, pairs, tile, lane, 1, SCHEME, PAIRED))
         parts = parts.reshape(4, 8, 4, 2, 2, 2, 2, 2, 2)  # warp, r, t, mh, s1, p, h, s0, m6
         return parts.permute(8, 0, 3, 1, 4, 7, 6, 2, 5).reshape(128, 64)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from dgq.runtime.kernels import pair_table
 from dgq.runtime.kernels.moe_decode import INTERPRETED, to_bfloat16, weights
 
 
@@ -32,19 +33,44 @@ def settled(sums):
 @triton.jit
 def expert_product(
     x, out, codes, scales, high, factors, order, share, tile_map, x_stride, out_stride, width, row_tiles, column_tiles,
-    k, SCHEME: tl.constexpr, GATED: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
+    k, SCHEME: tl.constexpr, GATED: tl.constexpr, PAIRED: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """One tile of tokens times 128 rows of its expert's weight.
 
     GATED: x has a row a token, and gelu(gate) * up goes to out, a row a pick, in `order`. Else x is such an out, and
     the product times the pick's share goes to out (picks as `chosen` has them, width). Neither gated nor with shares:
-    x has a row a token, and the product goes to out (picks in `order`, width).
+    x has a row a token, and the product goes to out (picks in `order`, width). PAIRED: see moe_decode.py's weights().
+    A tile that is at most half full is multiplied as one of half the size, because the matrix instruction's time and
+    the decoding's add up.
     """
     row_tile = tl.program_id(0)
     cut = tile_map + 3 * tl.program_id(1)
     expert, first, last = tl.load(cut), tl.load(cut + 1), tl.load(cut + 2)
     if expert < 0:
         return
+    pairs = 0
+    if PAIRED:
+        pairs = pair_table.fill(high + 1024)
+    if last - first <= BLOCK_N // 2:
+        _tile_product(
+            x, out, codes, scales, high, pairs, factors, order, share, expert, first, last, x_stride, out_stride, width,
+            row_tile, row_tiles, column_tiles, k, SCHEME, GATED, PAIRED, BLOCK_N // 2, STAGES, UNROLL,
+        )  # fmt: skip
+        return
+    _tile_product(
+        x, out, codes, scales, high, pairs, factors, order, share, expert, first, last, x_stride, out_stride, width,
+        row_tile, row_tiles, column_tiles, k, SCHEME, GATED, PAIRED, BLOCK_N, STAGES, UNROLL,
+    )  # fmt: skip
+
+
+@triton.jit
+def _tile_product(
+    x, out, codes, scales, high, pairs, factors, order, share, expert, first, last, x_stride, out_stride, width,
+    row_tile, row_tiles, column_tiles, k, SCHEME: tl.constexpr, GATED: tl.constexpr, PAIRED: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """expert_product() of the picks from `first` to `last` in `order`, BLOCK_N at most."""
     slot = first + tl.arange(0, BLOCK_N)
     real = slot < last
     pick = tl.load(order + slot, real, other=0)
@@ -55,7 +81,7 @@ def expert_product(
     sums = tl.zeros((128, BLOCK_N), tl.float32)
     for step in tl.range(column_tiles, num_stages=STAGES, loop_unroll_factor=UNROLL):
         tokens = tl.load(at + step * 64, real[:, None], other=0.0)
-        values = weights(codes, scales, high, tile + step, SCHEME)
+        values = weights(codes, scales, high, tile + step, SCHEME, pairs, PAIRED)
         if INTERPRETED:  # whose product of bfloat16 is wrong
             sums = tl.dot(values.to(tl.float32), tokens.to(tl.float32).trans(), sums)
         else:

@@ -7,6 +7,7 @@ row's and a column's number in its tile, highest first:
     column  t t a b h p      t: thread, of a row's four; a, b: matrix instruction; h: its half; p: place in a pair
 
     codes    4 bits: (m, w, r, t, n, a) words of (p, b, h), of a table (b, h, p); Q5_0's fifth bits: (m, w, r, t) words
+             NVFP4's, which are sign and E2M1's three bits: each half's 16 bits as in _NVFP4_PLACES
              8 bits: (m, n, w, r, t, a, b) words of (p, h)
             16 bits: (m, n, a, w, r, t, b, h) words of p
     scales   bfloat16: (m, w, r, t's first bits if it has blocks of its own) words of n; Q4_K: two words, scales and
@@ -36,6 +37,7 @@ GROUP_ELEMENTS = 1 << 25  # repacked at a time
 _SIZES = {"m": 2, "w": 4, "n": 2, "r": 8, "a": 2, "b": 2, "h": 2, "p": 2}
 _CODES = {"bf16": "mnawrtbhp", "q8_0": "mnwrtabph", "q6_k": "mnwrtabph", "table": "mwrtnabhp"}
 _FOUR_BITS = "mwrtnapbh"
+_NVFP4_PLACES = (15, 8, 7, 6), (12, 5, 4, 3), (14, 2, 1, 0), (13, 11, 10, 9)  # of a half's codes, highest bits first
 _OFFSETS = {"q8_0": 128, "q6_k": 32, "q5_0": 16, "q4_k": 0}  # added to a code, so that it has no sign
 _CODE_EXPONENT = 133  # a code q is read as the bfloat16 q * 2^-133,
 _SCALE_EXPONENT = 104  # so scales, products of a half and at most 7 bits, are taken times 2^104: up to 2^127
@@ -48,7 +50,8 @@ class Tiles:
     """A weight for the kernels. form: how moe_decode.py reads it; shape: (E, rows, columns) before zeros were added.
 
     codes, scales, high: int32 (E, tiles of rows, tiles of columns, words), of no words where the form has none; high of
-    a "table" form is the table, int32 (8, threads). Of those, "table64" and "table32" have a bfloat16 scale for so many
+    a "table" form is the table, int32 (10, threads): _table_words() and pair_words().
+    Of those, "table64" and "table32" have a bfloat16 scale for so many
     columns, and "table64_split" a pair of them, the scale and what its rounding lost.
     """
 
@@ -129,10 +132,19 @@ def _nvfp4(weight: Packed, gated: bool) -> _Parts:
     codes, scales = _nibbles(weight.parts[""]), weight.parts["weight_scale"]
     scale_codes = _scale_codes().to(codes.device)[scales.view(torch.uint8).int()]
     codes = torch.where(scales.view(torch.uint8).repeat_interleave(16, -1) == 0, 0, codes)
-    packed = _pack_nibbles(_arrange(_rows(codes, gated), COLUMNS, _FOUR_BITS))
+    halves = _pack_nibbles(_arrange(_rows(codes, gated), COLUMNS, _FOUR_BITS)).view(torch.int16)
+    packed = _nvfp4_halves().to(codes.device)[halves.int() & 0xFFFF].view(torch.int32)
     packed_scales = _words(_arrange(_rows(scale_codes, gated), 4, "wrtmn"))
     factors = weight.parts["weight_scale_2"][:, 0, 0] * 256
     return packed, packed_scales, _none(packed), _if_finite(scales.float().sqrt(), factors)  # nor negative
+
+
+@cache
+def _nvfp4_halves() -> Tensor:
+    """Four codes in 16 bits, the first lowest -> their bits at _NVFP4_PLACES, int16."""
+    codes = torch.arange(1 << 16)
+    places = enumerate(place for code in _NVFP4_PLACES for place in reversed(code))
+    return sum(((codes >> bit & 1) << place for bit, place in places), torch.zeros_like(codes)).to(torch.int16)
 
 
 @cache
@@ -156,9 +168,18 @@ def _table(weight: Packed, gated: bool) -> _Parts:
 
 @cache
 def _table_words(values: tuple[float, ...]) -> Tensor:
-    """The table in bfloat16: four words of low bytes, four of high ones; once a thread, which keeps it in registers."""
+    """The table in bfloat16: four words of low bytes, four of high ones; once a thread, which keeps it in registers.
+    Then its 256 pairs."""
     entries = torch.tensor(values).bfloat16().view(torch.uint8).view(16, 2)
-    return entries.t().contiguous().view(torch.int32).view(8, 1).repeat(1, 128)
+    each = entries.t().contiguous().view(torch.int32).view(8, 1).repeat(1, 128)
+    return torch.cat((each, pair_words(values).view(-1, 128)))
+
+
+def pair_words(values: tuple[float, ...]) -> Tensor:
+    """All pairs of a table's 16 values, for pair_table.py: int32 (256,), entry a + 16 * b the bfloat16 bits of
+    values[a] and, above them, those of values[b]."""
+    bits = torch.tensor(values).bfloat16().view(torch.int16)
+    return torch.stack((bits.repeat(16), bits.repeat_interleave(16)), -1).view(torch.int32).flatten()
 
 
 def _ggml(weight: Packed, gated: bool) -> _Parts:
