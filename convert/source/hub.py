@@ -25,6 +25,7 @@ from dgq.runtime.files.canonical import stored_tensors
 TINY = "tiny"
 SMALL = ("*.json", "*.jinja", "tokenizer.model", "LICENSE", "NOTICE")
 WANTED = (*SMALL, "*.safetensors")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 PROVENANCE = "dgq.json"  # the file that makes a directory an artifact of dgq; convert/write/provenance.py writes it
 NOTICES = logging.getLogger("dgq")  # lines for the user; the command line shows them as notes
 MAIN = "main"  # the branch of a Hub id that is given without --revision
@@ -77,7 +78,7 @@ def fetch_artifact(repo: str, revision: str | None = None) -> Located:
 
 def fetch_adapter(repo: str) -> Path:
     """Fetch the two files of a LoRA adapter's repository."""
-    return _fetch(repo, None, ("adapter_config.json", "adapter_model.safetensors")).path
+    return _fetch(repo, None, ADAPTER).path
 
 
 def remote_specs(where: Located) -> dict[str, Spec]:
@@ -150,6 +151,8 @@ def _is_whole(path: Path, patterns: tuple[str, ...]) -> bool:
     """Whether a snapshot holds what an artifact's dgq.json or a checkpoint's index lists of the files asked for."""
     if patterns == SMALL:
         return (path / "config.json").exists() or (path / PROVENANCE).exists()
+    if patterns == ADAPTER:
+        return all((path / name).exists() for name in ADAPTER)
     if (path / PROVENANCE).exists():
         listed = read_json(path / PROVENANCE).get("files")
     elif (path / INDEX).exists():
