@@ -121,7 +121,7 @@ def scale_remarks(layout: NVFP4Modules, declared: Any) -> list[str]:
     declaration means; layout: that of its tensors. Sources: issues 45212 and 54189 of vLLM."""
     if isinstance(declared, NVFP4Modules) and declared.activations and not layout.activations:
         what = "declared W4A4 (NVFP4), but no file holds an input scale: read as W4A16"
-        vllm = "vLLM without pull request 54427 (0.29.0 and before) multiplies its experts by memory that nobody set"
+        vllm = "vLLM without pull request 54427 (of August 2026) multiplies its experts by memory that nobody set"
         return [f"{what}. {vllm}; there, set quant_algo to {W4A16} in config.json and {HF_QUANT_CONFIG}"]
     if not layout.unscaled:
         return []
