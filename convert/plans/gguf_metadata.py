@@ -191,7 +191,7 @@ def _readable(path: Path) -> Iterator[Path]:
             (copy / file.name).write_bytes(file.read_bytes().removeprefix(BOM))
         if odd:
             text = config["text_config"] | {"use_bidirectional_attention": None}
-            (copy / "config.json").write_text(json.dumps(config | {"text_config": text}))
+            (copy / "config.json").write_text(json.dumps(config | {"text_config": text}), "utf-8")
         yield copy
 
 

@@ -19,7 +19,7 @@ from dgq.convert.plans.recipes import find_recipe
 ROOT = Path(__file__).parents[2]
 GUIDES = (
     "architecture", "calibration", "contributing", "formats", "limits", "loaders", "publishing", "python", "quickstart",
-    "recipes", "results", "serving", "troubleshooting", "validation",
+    "recipes", "results", "server", "serving", "troubleshooting", "validation",
 )  # fmt: skip
 FOREIGN = {"vllm"}  # imported by an example, and not installed beside dgq
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (

@@ -34,7 +34,7 @@ def test_options_have_defaults_and_say_what_they_are(name: str) -> None:
     described = inspect.getdoc(options) or ""
     fields = dataclasses.fields(options)
     assert not [one.name for one in fields if one.name not in described], "are not described"
-    assert {one.name for one in fields if one.default is dataclasses.MISSING} <= {"nbytes"}
+    assert {one.name for one in fields if one.default is dataclasses.MISSING} <= {"nbytes", "tasks"}
 
 
 def test_a_type_checker_is_told_of_the_same_functions() -> None:

@@ -113,7 +113,7 @@ def test_decoding_any_bytes_equals_ggml_bit_for_bit(scheme: GGMLScheme) -> None:
     """All bit patterns, not only those an encoder writes: random bytes, with finite scales."""
     raw = np.random.default_rng(5).integers(0, 256, (64, 2 * scheme.block_bytes), dtype=np.uint8)
     blocks = torch.from_numpy(raw).view(-1, scheme.block_bytes)
-    halves = {"q4_k": (0, 2), "q6_k": (208,), "q5_0": (0,), "q8_0": (0,), "iq4_nl": (0,)}[scheme.name]
+    halves = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "q5_0": (0,), "q8_0": (0,), "iq4_nl": (0,)}[scheme.name]
     for start in halves:
         scale = torch.randn(len(blocks), 1).half()
         blocks[:, start : start + 2] = scale.view(torch.uint8)
