@@ -190,6 +190,7 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("dgq.runtime.model.loading.decodes", lambda *_: False)
     config, weights = small(ALL)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     adapters = tuple(
         open_adapter(write_adapter(tmp_path / name, config, seed, modules), expected_tensors(config))
         for name, seed, modules in (("one", 1, SOME), ("two", 2, (".self_attn.",)))
@@ -197,10 +198,10 @@ def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {"adapters": adapters, "active": ("one",)}
     passes = {}
     for name, backend in (
-        ("exact", Plain(Model(config, weights, "cpu", torch.float32, options=LoadOptions(**chosen)))),
-        ("plain", Plain(Model(config, weights, "cpu", torch.bfloat16, options=LoadOptions(**chosen)))),
-        ("fast", fast.Fast(Model(config, weights, "cpu", torch.bfloat16, options=LoadOptions(kernels=True, **chosen)))),
-        ("none", Plain(Model(config, weights, "cpu", torch.float32))),
+        ("exact", Plain(Model(config, weights, device, torch.float32, options=LoadOptions(**chosen)))),
+        ("plain", Plain(Model(config, weights, device, torch.bfloat16, options=LoadOptions(**chosen)))),
+        ("fast", fast.Fast(Model(config, weights, device, torch.bfloat16, options=LoadOptions(kernels=True, **chosen)))),
+        ("none", Plain(Model(config, weights, device, torch.float32))),
     ):
         steps = run(backend, PROMPT[:8])
         passes[name] = torch.cat([next(steps), next(steps)])
