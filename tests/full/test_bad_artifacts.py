@@ -216,16 +216,6 @@ def compressed_tensors(path: Path) -> None:
         renamed(old, new)(path)
 
 
-def experts_of_their_own(path: Path) -> None:
-    """Each expert's three weights in BF16, as the names have them that NVFP4 experts would have."""
-    found = load_file(path / SINGLE)
-    for name in [name for name in found if ".experts." in name]:
-        weight = found.pop(name)
-        if name.endswith(".weight"):
-            found[name] = torch.zeros(weight.shape[0], 2 * weight.shape[1]).bfloat16()
-    save_file(found, path / SINGLE)
-
-
 class Case(NamedTuple):
     change: Change
     expected: tuple[str, ...]
@@ -233,10 +223,13 @@ class Case(NamedTuple):
 
 
 U8, I8 = torch.uint8, torch.int8
+VISION = "model.encoder.embed_vision.embedding_projection.weight"
+VISION_U8 = replaced(VISION, lambda t: t.to(U8))
 NVFP4: dict[str, Case] = {
+    "vision in U8": Case(VISION_U8, (SINGLE, VISION + " has dtype U8", "BF16")),
     **{
         f"{suffix} missing": Case(without(DOWN + suffix), (f"{DOWN}{suffix} is missing", "1 of 207"))
-        for suffix in ("weight", "weight_scale", "weight_scale_2", "input_scale")
+        for suffix in ("weight", "weight_scale", "weight_scale_2")
     },
     "extra": Case(added(DOWN + "weight_scale_3", torch.ones(())), (SINGLE, DOWN + "weight_scale_3", "not part")),
     "a bias": Case(added(DOWN + "bias", torch.ones(128).bfloat16()), (SINGLE, DOWN + "bias", "not part")),
@@ -303,9 +296,8 @@ NVFP4: dict[str, Case] = {
     "experts without end": Case(
         text_config(num_experts=200_000), ("layers.0.experts.gate_up_proj [200000, 128, 128]", "files hold")
     ),
-    "experts not fused, in BF16": Case(experts_of_their_own, ("experts.gate_up_proj is missing", "experts.0.")),
     "quantised, and says nothing": Case(
-        both(unsaid, removed("hf_quant_config.json")), ("experts.gate_up_proj is missing", "4 missing, 144 unknown")
+        both(unsaid, removed("hf_quant_config.json")), ("experts.0.gate_proj.weight has shape [64, 64]", "[64, 128]")
     ),
     "unknown algorithm": Case(
         both(said(quant_algo="W8A16"), removed("hf_quant_config.json")), ("config.json", "quant_algo 'W8A16'", "NVFP4")
@@ -357,6 +349,7 @@ NVFP4: dict[str, Case] = {
 }
 
 BNB: dict[str, Case] = {
+    "vision in U8": Case(VISION_U8, (VISION + ".absmax is missing",)),  # bitsandbytes packs the tower too
     "absmax short": Case(replaced(QUERY + ".absmax", lambda t: t[:-1]), (SINGLE, QUERY + ".absmax", "[255]", "[256]")),
     "absmax of the experts short": Case(
         replaced(GATE_UP + ".absmax", lambda t: t[:-1]), (SINGLE, GATE_UP + ".absmax", "[5, 128, 2]", "[6, 128, 2]")
@@ -404,8 +397,8 @@ BNB: dict[str, Case] = {
     "8 bit": Case(said(load_in_8bit=True, load_in_4bit=False), ("config.json", "load_in_8bit True", "NF4")),
     "8 and 4 bit": Case(said(load_in_8bit=True), ("config.json", "load_in_8bit True", "NF4")),
     "neither": Case(said(load_in_4bit=False), ("config.json", "load_in_4bit False", "NF4")),
-    "fp4": Case(said(bnb_4bit_quant_type="fp4"), ("config.json", "bnb_4bit_quant_type 'fp4'", "NF4")),
-    "no type": Case(said(bnb_4bit_quant_type=None), ("config.json", "bnb_4bit_quant_type None", "NF4")),
+    "fp4": Case(said(bnb_4bit_quant_type="fp4"), ("quant_state.bitsandbytes__fp4 is missing", "20 unknown")),
+    "no type": Case(said(bnb_4bit_quant_type=None), ("quant_state.bitsandbytes__fp4 is missing", "20 unknown")),
     "blocks of 128": Case(said(bnb_4bit_blocksize=128), ("config.json", "bnb_4bit_blocksize 128", "64")),
     "double a text": Case(said(bnb_4bit_use_double_quant="false"), ("config.json", "use_double_quant 'false'")),
     "below the encoder's name": Case(renamed(QUERY, ENCODER_QUERY), (QUERY + " is missing", ENCODER_QUERY)),
@@ -486,16 +479,8 @@ ANY: dict[str, Case] = {
     "index and single file": Case(written(INDEX, '{"weight_map": {"a": "b"}}'), (SINGLE, INDEX, "stale")),
     "no config": Case(removed("config.json"), ("config.json", "no such file")),
     "no tokenizer": Case(removed("tokenizer.json"), ("tokenizer.json", "no such file"), False),
-    "vision missing": Case(
-        tensors(lambda found: [found.pop(name) for name in list(found) if "vision" in name]),
-        ("embed_vision.embedding_projection.weight is missing", "16 of"),
-    ),
     "vision extra": Case(
         added("model.encoder.vision_tower.surprise", torch.zeros(2)), (SINGLE, "vision_tower.surprise", "not part")
-    ),
-    "vision in U8": Case(
-        replaced("model.encoder.embed_vision.embedding_projection.weight", lambda t: t.to(U8)),
-        (SINGLE, "embed_vision.embedding_projection.weight has dtype U8", "BF16"),
     ),
     "norm in F64": Case(replaced(NORM, torch.Tensor.double), (SINGLE, NORM + " has dtype F64", "BF16")),
     "norm in F8": Case(replaced(NORM, lambda t: t.to(torch.float8_e4m3fn)), (SINGLE, NORM, "F8_E4M3", "BF16")),
@@ -534,6 +519,8 @@ SOUND: dict[str, tuple[str, Change]] = {
     "hf_quant_config.json alone": ("nvfp4", unsaid),
     "config.json alone": ("nvfp4", removed("hf_quant_config.json")),
     "a layer's experts plain": ("nvfp4", plain(EXPERTS)),
+    "no input_scale, as modelopt leaves it out": ("nvfp4", without(DOWN + "input_scale")),
+    "no vision tower": ("nvfp4", tensors(lambda found: [found.pop(name) for name in list(found) if "vision" in name])),
     "a block of zeros": ("nvfp4", scale_code(UP + "weight_scale", 0)),
     "a Linear plain": ("bnb4", plain(QUERY)),
     "a state without padding": ("bnb4-dq", state(nested_offset=0.5)),

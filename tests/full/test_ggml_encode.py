@@ -35,6 +35,7 @@ DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 CHECKED = {
     "q4_k": 1 << 20,
     "q5_0": 1 << 22,
+    "q5_k": 1 << 20,
     "q6_k": 1 << 21,
     "q8_0": 1 << 22,
     "iq4_nl": 1 << 21,

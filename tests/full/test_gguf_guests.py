@@ -23,8 +23,8 @@ from dgq.quant.schemes.gguf_guests import guest, received, stays_packed
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.shape.names import hf_name
 
-PACKED = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_0", "Q4_K", "IQ4_NL", "NVFP4")  # the others are decoded
-DECODED = ("Q5_K", "Q5_1", "Q4_0", "Q4_1", "Q3_K", "Q2_K", "IQ4_XS", "MXFP4", "IQ3_S", "IQ3_XXS", "IQ2_XXS",
+PACKED = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_0", "Q4_K", "Q5_K", "IQ4_NL", "NVFP4")  # the others are decoded
+DECODED = ("Q5_1", "Q4_0", "Q4_1", "Q3_K", "Q2_K", "IQ4_XS", "MXFP4", "IQ3_S", "IQ3_XXS", "IQ2_XXS",
            "TQ2_0", "TQ1_0")  # fmt: skip
 SLOW = ("IQ2_S", "IQ2_XS", "IQ1_M", "IQ1_S")  # decoded too; ggml's encoders make their tables for seconds
 Change = Callable[[gguf.ReaderTensor], tuple[str, np.ndarray, gguf.GGMLQuantizationType]]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from test_bnb_others import apart, said
+from test_bnb_others import apart, configured
 from test_fine_tunes import tuned
 from transformers import DiffusionGemmaForBlockDiffusion
 
@@ -167,7 +167,7 @@ def test_experts_apart_open_too(tmp_path: Path) -> None:
     tensors, values = apart(source, "Linears", True)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     save_file(source | values, plain / "model.safetensors", {"format": "pt"})
-    config = json.loads((TINY / "config.json").read_text()) | {"quantization_config": said(True).to_dict()}
+    config = json.loads((TINY / "config.json").read_text()) | {"quantization_config": configured(True).to_dict()}
     (path / "config.json").write_text(json.dumps(config))
     model, reference = (opened(one, torch.float32) for one in (path, plain))
     ids, canvas = torch.arange(20, 40)[None], torch.arange(100, 164)[None]

@@ -66,7 +66,9 @@ def both(artifact: Artifact, source: Path) -> Both:
         target = oracle.get_parameter(name) if "layer_scalar" not in name else oracle.get_buffer(name)
         with torch.no_grad():
             target.copy_(weight.dequantize())
-    return Both(artifact, Model(artifact.config, artifact.weights, options=LoadOptions(keep_decoded=0)), oracle)
+    return Both(
+        artifact, Model(artifact.config, artifact.weights, options=LoadOptions(keep_decoded=0)), oracle, (110, 30, 70)
+    )
 
 
 def nvfp4_by_arithmetic(weight: torch.Tensor) -> torch.Tensor:
@@ -113,7 +115,7 @@ def test_bytes_of_converters(artifact: Artifact, source: Path) -> None:
 
 def test_logits_of_three_rows(both: Both) -> None:
     """Padded on the left, past the window, over two committed blocks, with and without self-conditioning."""
-    test_artifact_parity.test_logits_over_blocks(both, (110, 30, 70))
+    test_artifact_parity.test_logits_over_blocks(both)
 
 
 def test_transformers_opens_them(recipe: str, artifact: Artifact, both: Both) -> None:
@@ -134,7 +136,7 @@ def test_tokens_over_blocks(shared: Any) -> None:
     early; "tinyA" is whose confidence the test of that one has."""
     pair = opened("tinyA", shared.made("second-16", lambda folder: write_second(folder)))
     rows = prompts(pair[2], [13, 3, 7], 4)
-    result, expected = tokens_of_both(pair, rows, 11, eos=(1,), steps=2, blocks=2)
+    result, expected = tokens_of_both(pair, rows, 12, eos=(1,), steps=2, blocks=2)
     assert result.canvases.tolist() == expected.tolist()
     assert int(result.canvases.max()) > 65_535
 

@@ -49,12 +49,16 @@ def kernels() -> dict[str, Any]:
             if isinstance(kernel, KernelInterface) and kernel.fn.__module__ == module.__name__:
                 found[f"{path.stem}.{name}"] = kernel
                 tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn)))
-                called |= {
-                    id(kernel.fn.__globals__.get(node.func.id))
-                    for node in ast.walk(tree)
-                    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-                }
+                called |= {id(_named(node.func, kernel.fn.__globals__)) for node in ast.walk(tree)
+                           if isinstance(node, ast.Call)}  # fmt: skip
     return {name: kernel for name, kernel in found.items() if id(kernel) not in called}
+
+
+def _named(call: ast.expr, names: dict[str, Any]) -> Any:
+    """What a call names: a function of the file, or of a module that the file imports."""
+    if isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name):
+        return getattr(names.get(call.value.id), call.attr, None)
+    return names.get(call.id) if isinstance(call, ast.Name) else None
 
 
 @contextmanager

@@ -59,6 +59,8 @@ def chosen(x: Tensor, importance: Tensor | None, top: int, search: tuple[float, 
         scales, mins, level = make_qkx_quants(top, columns, weight, -0.9, 0.05, 36)
         both = torch.cat((positions(scales, 8), positions(mins, 8)), 1)
         d_dmin, ls_lm = make_qp_quants(63, both, positions(sum_positions(weight), 8).repeat(1, 2))
+        if top > 15:  # quantize_row_q5_K_impl bounds them, quantize_row_q4_K_impl does not
+            ls_lm = (ls_lm & 255).clamp_(max=63)
         (d, dmin), (ls, lm) = d_dmin.chunk(2), ls_lm.t().chunk(2)
     low, mid, high = six_bits(ls, lm)
     d16, dmin16 = half(d), half(dmin)
