@@ -40,10 +40,7 @@ from dgq.runtime.model.session import Session
 pytestmark = [pytest.mark.xdist_group("validate"), pytest.mark.usefixtures("no_pictures")]
 MEASURED = {"seconds", "tokens_per_second", "load_s", "step_ms", "peak_bytes"}  # what no two runs have in common
 QUICK = ("--against", "tiny", "--quick")
-CSV = {
-    "fixed", "positions", "free", "tasks", "steps", "weights", "layers", "experts", "sensitivity", "gate", "texts",
-    "evaluation",
-}  # fmt: skip
+CSV = {"fixed", "positions", "free", "tasks", "steps", "weights", "layers", "experts", "sensitivity", "gate", "texts"}
 
 
 def dgq(*arguments: object) -> Result:

@@ -101,7 +101,7 @@ def tables(report: ValidationResult) -> dict[str, Rows]:
         "fixed": _fixed(report), "positions": _positions(report), "free": _free(report), "tasks": _tasks(report),
         "steps": _steps(report), "weights": _listed(report, "weights"), "layers": _listed(report, "layers"),
         "experts": _experts(report), "sensitivity": _listed(report, "sensitivity"), "gate": _listed(report, "gate"),
-        "texts": _texts(report), "evaluation": _evaluation(report),
+        "texts": _texts(report), **({"evaluation": _evaluation(report)} if report.evaluation else {}),
     }  # fmt: skip
 
 
@@ -197,7 +197,7 @@ def _texts(report: ValidationResult) -> Rows:
 
 
 def _evaluation(report: ValidationResult) -> Rows:
-    """A row for each metric of the harness's tasks; the headings alone where `dgq eval` added none."""
+    """A row for each metric of the harness's tasks."""
     yield ["model", "task", "metric", "filter", "value", "stderr", "samples", "steps", "unsettled", "blocks", "seconds"]
     for model in report.evaluation.models if report.evaluation else ():
         for task in model.tasks:
