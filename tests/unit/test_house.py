@@ -7,6 +7,7 @@ takes here; rglob is used everywhere, so that no sub-package escapes the table.
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
@@ -133,6 +134,11 @@ def test_every_room_has_a_row_and_says_what_may_live_in_it() -> None:
     for room in ROOMS:
         text = ast.get_docstring(_tree(ROOT.joinpath(*room.split("."), "__init__.py")))
         assert text and len(text) > 40, f"{room}: its __init__ does not say what may live in it"
+
+
+def test_the_wheel_holds_every_room() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    assert set(packages) == {f"dgq.{room}" for room in ROOMS} and len(packages) == len(ROOMS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=_id)
