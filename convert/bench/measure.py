@@ -23,8 +23,8 @@ from dgq.convert.estimate.needs import Runtime
 from dgq.convert.source.models import open_model
 from dgq.quant.errors import InputError
 from dgq.runtime.engine.engine import Block, Request, stream
-from dgq.runtime.model.loading import decodes
-from dgq.runtime.model.model import LoadOptions, Model
+from dgq.runtime.model.loading import LoadOptions, decodes
+from dgq.runtime.model.model import Model
 from dgq.runtime.shape.settings import GenerationConfig
 
 WARM, TIMED = 2, 4  # blocks

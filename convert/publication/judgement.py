@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from pydantic import ValidationError
-
 from dgq.convert.source.hashes import describe
+from dgq.convert.validation.report.reading import read_result
 from dgq.convert.validation.report.result import ArtifactResult, ValidationResult
 from dgq.convert.write import provenance
 from dgq.quant.errors import InputError
@@ -56,11 +55,7 @@ def find_judgement(reports: Sequence[Path], path: Path, document: Json) -> Judge
 
 
 def _judgement(report: Path, data: Json, number: int, document: Json) -> Judgement:
-    try:
-        whole = ValidationResult.from_json(data)
-    except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
-        raise InputError(f"{report}: lacks {key!r}; it is no report.json of this dgq's validate") from None
+    whole = read_result(report, data)
     return Judgement(replace(whole, artifacts=whole.artifacts[number : number + 1]), _public(data, number, document))
 
 

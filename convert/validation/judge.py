@@ -154,7 +154,7 @@ class Judge:
         numel = sum(weight.numel for weight in stored.values())
         compared = self.source is not None
         return ArtifactResult(
-            name=self.name, kind=artifact.kind, path=str(artifact.path), files=_files(artifact),
+            name=self.name, kind=artifact.kind, path=str(artifact.path), files=judged_files(artifact),
             bytes=sum(weight.nbytes for weight in stored.values()), params=numel,
             quantized_share=sum(stored[name].numel for name in below) / numel,
             experts_share=sum(text[n].numel for n in routed if n in below) / sum(text[n].numel for n in routed),
@@ -283,7 +283,7 @@ class _Restored:
         return self._lazy.model.replaced(restored(self._part, self._source.weights))
 
 
-def _files(artifact: Artifact) -> Json:
+def judged_files(artifact: Artifact) -> Json:
     """Size and SHA-256 of its weight files and its dgq.json, by which `dgq publish` knows it again."""
     files = artifact.weights.files
     return {file.name: describe(file) for file in (*files, files[0].parent / FILE) if file.is_file()}

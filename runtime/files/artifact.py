@@ -154,9 +154,10 @@ class Artifact:
         vram: int | None = None,
         kernels: bool | None = None,
     ) -> Model:
-        """The model on a device; for activations, vram and kernels see model.LoadOptions. InputError for values that no
+        """The model on a device; for activations, vram and kernels see loading.LoadOptions. InputError for values that no
         quantiser writes."""
-        from dgq.runtime.model.model import LoadOptions, Model
+        from dgq.runtime.model.loading import LoadOptions
+        from dgq.runtime.model.model import Model
 
         options = LoadOptions(
             activations=activations, kernels=kernels, vram=vram, adapters=self.adapters, active=self.active

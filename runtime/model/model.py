@@ -27,8 +27,7 @@ from dgq.runtime.model.attention import decoder_mask, encoder_mask, rope_frequen
 from dgq.runtime.model.block import BatchKeys, Layer
 from dgq.runtime.model.cache import Cache
 from dgq.runtime.model.layers import Observer, decoded, embed, gated_mlp, head, rms_norm, soft_embed
-from dgq.runtime.model.loading import DEFAULT_OPTIONS, ForKernels, load_for_kernels
-from dgq.runtime.model.loading import LoadOptions as LoadOptions
+from dgq.runtime.model.loading import DEFAULT_OPTIONS, ForKernels, LoadOptions, load_for_kernels
 from dgq.runtime.shape.config import LayerConfig, ModelConfig
 from dgq.runtime.shape.names import DECODER, EMBEDDING, ENCODER, VISION, check_tensors, expected_tensors
 from dgq.runtime.shape.pictured import Pictures

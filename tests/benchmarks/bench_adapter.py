@@ -35,7 +35,8 @@ from dgq.convert.bench.measure import BenchLoad
 from dgq.convert.bench.shapes import SCHEMES, RandomWeights, plan_of_shapes
 from dgq.runtime.adapters.adapter import Adapter, open_adapter
 from dgq.runtime.engine.engine import Request
-from dgq.runtime.model.model import LoadOptions, Model
+from dgq.runtime.model.loading import LoadOptions
+from dgq.runtime.model.model import Model
 from dgq.runtime.shape.config import ModelConfig
 from dgq.runtime.shape.names import DECODER, ENCODER, expected_tensors
 

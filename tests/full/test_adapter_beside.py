@@ -23,7 +23,8 @@ from dgq.runtime.engine.api import load
 from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.files.artifact import Artifact
 from dgq.runtime.files.images import placed
-from dgq.runtime.model.model import LoadOptions, Model
+from dgq.runtime.model.loading import LoadOptions
+from dgq.runtime.model.model import Model
 from dgq.runtime.shape.names import expected_tensors
 from dgq.runtime.shape.settings import GenerationConfig, SamplerConfig
 

@@ -20,7 +20,8 @@ from dgq.runtime.engine.batch import encode_each
 from dgq.runtime.files.artifact import Artifact, open_artifact
 from dgq.runtime.files.images import placed
 from dgq.runtime.model.layers import experts, linear
-from dgq.runtime.model.model import LoadOptions, Model
+from dgq.runtime.model.loading import LoadOptions
+from dgq.runtime.model.model import Model
 
 transformers: Any = pytest.importorskip("transformers")
 TINY = Path(__file__).parents[2] / "recipes" / "tiny"

@@ -17,7 +17,8 @@ from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.engine.plain import Plain
 from dgq.runtime.engine.turns import SessionStore, Turns
-from dgq.runtime.model.model import LoadOptions, Model
+from dgq.runtime.model.loading import LoadOptions
+from dgq.runtime.model.model import Model
 from dgq.runtime.model.rng import CounterRandom
 from dgq.runtime.model.session import Backend, Session
 from dgq.runtime.shape.config import ModelConfig

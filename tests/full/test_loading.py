@@ -17,7 +17,8 @@ from dgq.runtime.engine.api import Engine
 from dgq.runtime.engine.engine import Block, Request, generate
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.kernels.repack import Tiles, tile
-from dgq.runtime.model.model import LoadOptions, Model
+from dgq.runtime.model.loading import LoadOptions
+from dgq.runtime.model.model import Model
 from dgq.runtime.model.offload import Host, Offload
 from dgq.runtime.model.placement import place
 from dgq.runtime.shape.config import ModelConfig

@@ -28,7 +28,8 @@ from dgq.convert.write.conversion import ConvertOptions
 from dgq.runtime.engine.batch import encode_each
 from dgq.runtime.files.artifact import Artifact, open_artifact
 from dgq.runtime.files.images import placed
-from dgq.runtime.model.model import LoadOptions, Model
+from dgq.runtime.model.loading import LoadOptions
+from dgq.runtime.model.model import Model
 
 FORMATS = {"nvfp4-w4a16": "nvfp4", "nvfp4-all": "nvfp4", "bnb4-dq": "bnb4", "q4_k_m": "gguf"}
 EAGER = {"attn_implementation": "sdpa", "experts_implementation": "eager"}

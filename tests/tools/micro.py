@@ -74,7 +74,8 @@ def write_micro(
 
 def two_steps(weights: Any, config: Any) -> torch.Tensor:
     """Logits of a canvas behind 40 tokens, without and with self-conditioning, weights decoded at every use."""
-    from dgq.runtime.model.model import LoadOptions, Model
+    from dgq.runtime.model.loading import LoadOptions
+    from dgq.runtime.model.model import Model
 
     model, generator = Model(config, weights, options=LoadOptions(keep_decoded=0)), torch.Generator().manual_seed(3)
     cache = model.new_cache(1)

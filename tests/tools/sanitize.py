@@ -312,7 +312,8 @@ def _session(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         from test_fast import small
 
         from dgq.runtime.engine.fast import Fast
-        from dgq.runtime.model.model import LoadOptions, Model
+        from dgq.runtime.model.loading import LoadOptions
+        from dgq.runtime.model.model import Model
         from dgq.runtime.model.rng import CounterRandom
         from dgq.runtime.model.session import Session
         from dgq.runtime.shape.settings import SamplerConfig

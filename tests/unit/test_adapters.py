@@ -25,7 +25,8 @@ from dgq.runtime.adapters.adapter import Adapter, open_adapter
 from dgq.runtime.adapters.patterns import matches
 from dgq.runtime.engine.engine import Request, generate
 from dgq.runtime.engine.plain import Plain
-from dgq.runtime.model.model import LoadOptions, Model
+from dgq.runtime.model.loading import LoadOptions
+from dgq.runtime.model.model import Model
 from dgq.runtime.model.rng import CounterRandom
 from dgq.runtime.model.session import Session
 from dgq.runtime.shape.config import ModelConfig

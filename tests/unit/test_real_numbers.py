@@ -21,7 +21,8 @@ from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.model.attention import rope_frequencies, rope_tables
 from dgq.runtime.model.layers import embed, embedding_scale, soft_embed
-from dgq.runtime.model.model import LoadOptions, Model
+from dgq.runtime.model.loading import LoadOptions
+from dgq.runtime.model.model import Model
 from dgq.runtime.shape.config import ModelConfig
 
 pytestmark = [

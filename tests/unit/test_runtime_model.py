@@ -11,7 +11,8 @@ from dgq.quant.schemes.registry import SCHEMES
 from dgq.quant.types import Packed
 from dgq.runtime.files.artifact import open_artifact
 from dgq.runtime.model import layers
-from dgq.runtime.model.model import LoadOptions, Model
+from dgq.runtime.model.loading import LoadOptions
+from dgq.runtime.model.model import Model
 
 TINY_A = Path(__file__).parent.parent / "golden" / "tinyA"
 GOLDEN = load_file(TINY_A / "logits.safetensors")

@@ -21,7 +21,7 @@ import torch
 from dgq.convert.resume.ranks import process_group
 from dgq.convert.resume.target import check_target
 from dgq.convert.resume.work import Work
-from dgq.convert.source.hashes import describe, dgq_version
+from dgq.convert.source.hashes import dgq_version
 from dgq.convert.source.models import open_model
 from dgq.convert.validation.evaluation.examinee import Examinee, TaskCost
 from dgq.convert.validation.evaluation.harness import (
@@ -35,8 +35,8 @@ from dgq.convert.validation.evaluation.joining import check_report, join
 from dgq.convert.validation.evaluation.options import EvaluateOptions
 from dgq.convert.validation.free import ROWS
 from dgq.convert.validation.inputs import adapted, adapters_of, named
+from dgq.convert.validation.judge import judged_files
 from dgq.convert.validation.report.evaluation import EvaluationResult, ModelEvaluation, Score, TaskEvaluation
-from dgq.convert.write.provenance import FILE
 from dgq.quant.errors import InputError
 from dgq.runtime.files.artifact import Artifact
 
@@ -63,7 +63,9 @@ def evaluate(
     loaded = load_tasks(options.tasks, (_own_tasks(), *options.task_folders), options.shots)
     models = _opened(artifacts, options, notice)
     if options.report is not None:
-        check_report(options.report, {name: _files(one) for name, one in models.items() if name != options.against})
+        check_report(
+            options.report, {name: judged_files(one) for name, one in models.items() if name != options.against}
+        )
     with process_group(device), Work(
         options.output, _identity(artifacts, options, models), advance or (lambda done, total: None), notice,
         "evaluation",
@@ -96,12 +98,6 @@ def _opened(artifacts: Sequence[str], options: EvaluateOptions, notice: Notice) 
         artifact = open_model(asked, notice=notice)
         models[named(asked, models)] = adapted(artifact, source) if source and source.adapters else artifact
     return models
-
-
-def _files(artifact: Artifact) -> dict[str, object]:
-    """Size and SHA-256 of its weight files and its dgq.json, as report.json has them."""
-    weights = artifact.weights.files
-    return {file.name: describe(file) for file in (*weights, weights[0].parent / FILE) if file.is_file()}
 
 
 def _identity(artifacts: Sequence[str], options: EvaluateOptions, models: Mapping[str, Artifact]) -> dict[str, object]:
@@ -140,7 +136,7 @@ def _examined(name: str, artifact: Artifact, loaded: Loaded, options: EvaluateOp
     tasks = tuple(
         _row(task, found, _cost(task, examinee.costs, children), loaded) for task, found in scores.items() if found
     )
-    return ModelEvaluation(name, str(artifact.path), _files(artifact), name == options.against, tasks)
+    return ModelEvaluation(name, str(artifact.path), judged_files(artifact), name == options.against, tasks)
 
 
 def _cost(task: str, costs: Mapping[str, TaskCost], children: Mapping[str, Sequence[str]]) -> TaskCost:

@@ -11,9 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from dgq.convert.validation.report.evaluation import EvaluationResult
+from dgq.convert.validation.report.reading import read_result
 from dgq.convert.validation.report.result import ValidationResult
 from dgq.quant.errors import InputError
 from dgq.quant.files.hf_dir import read_json
@@ -23,11 +22,7 @@ def check_report(report: Path, files: Mapping[str, Mapping[str, Any]]) -> Valida
     """The report in a directory. files: artifact -> its files' bytes and SHA-256. InputError if the directory holds no
     report, or the report judged other files."""
     file = report / "report.json"
-    try:
-        whole = ValidationResult.from_json(read_json(file))
-    except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
-        raise InputError(f"{file}: lacks {key!r}; it is no report.json of this dgq's validate") from None
+    whole = read_result(file, read_json(file))
     judged = [one.files for one in whole.artifacts]
     for name, mine in files.items():
         if mine not in judged:
