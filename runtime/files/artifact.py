@@ -154,8 +154,8 @@ class Artifact:
         vram: int | None = None,
         kernels: bool | None = None,
     ) -> Model:
-        """The model on a device; for activations, vram and kernels see loading.LoadOptions. InputError for values that no
-        quantiser writes."""
+        """The model on a device; for activations, vram and kernels see loading.LoadOptions. InputError for values
+        that no quantiser writes."""
         from dgq.runtime.model.loading import LoadOptions
         from dgq.runtime.model.model import Model
 
